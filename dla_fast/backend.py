@@ -1,0 +1,130 @@
+"""Which implementation serves a call, and why not the others."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dla_fast import ops
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+OPS = ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_logger = logging.getLogger("dla_fast")
+_logged: set[tuple[str, str]] = set()
+
+
+def _disabled() -> bool:
+    return os.environ.get("DLA_FAST_DISABLE", "0") not in ("", "0")
+
+
+def _backend_from_environment() -> str:
+    name = os.environ.get("DLA_FAST_BACKEND", "") or "auto"
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"DLA_FAST_BACKEND: unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
+    return "reference" if _disabled() else name
+
+
+# A plain global: a ContextVar breaks torch.compile(fullgraph=True), and a backward runs on another thread anyway.
+_selected = _backend_from_environment()
+
+
+def selected() -> str:
+    """The backend in force: ``auto`` or a forced one."""
+    return _selected
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every call inside on one backend.
+
+    Args:
+        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. A forced backend that cannot run a
+            call raises RuntimeError with the reason; ``"auto"`` falls back to the reference. ``DLA_FAST_DISABLE=1``
+            wins over any of them.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _selected
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"name: unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
+    before = _selected
+    _selected = "reference" if _disabled() else name
+    try:
+        yield
+    finally:
+        _selected = before
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of :func:`explain`: a backend, and the reason it cannot run the call (None when it can)."""
+
+    backend: str
+    reason: str | None
+    chosen: bool
+
+
+def can_run(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """None when ``backend`` can run ``op`` on tensors of this device type and dtype, else the reason."""
+    if backend == "reference":
+        return None
+    if dtype not in _DTYPES:
+        return f"no kernels for {dtype}"
+    reason = ops.missing(backend, op)
+    if reason is not None:
+        return reason
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device != wanted:
+        return f"runs on {wanted} tensors, not {device}"
+    return None
+
+
+def _automatic(op: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    reasons: dict[str, str] = {}
+    for backend in ("triton", "cuda", "cpu"):
+        reason = can_run(backend, op, device, dtype)
+        if reason is None:
+            return backend, reasons
+        reasons[backend] = reason
+    return "reference", reasons
+
+
+def resolve(op: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that serves a call of ``op`` now.
+
+    Raises:
+        RuntimeError: a backend is forced and cannot run it.
+    """
+    if _selected == "auto":
+        backend, reasons = _automatic(op, device, dtype)
+        if backend == "reference" and not torch.compiler.is_compiling() and (op, device) not in _logged:
+            _logged.add((op, device))
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            _logger.info("%s runs on the PyTorch reference (%s)", op, why)
+        return backend
+    reason = can_run(_selected, op, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {_selected!r} was asked for and cannot run {op}: {reason}")
+    return _selected
+
+
+def explain(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Candidate]:
+    """Every backend with the reason it cannot serve ``op``, and the one that does.
+
+    Args:
+        op: one of :data:`OPS`.
+        device: a device type, as in ``tensor.device.type``.
+        dtype: the dtype of the inputs.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: unknown op {op!r}, expected one of {', '.join(OPS)}")
+    chosen = _automatic(op, device, dtype)[0] if _selected == "auto" else _selected
+    return [Candidate(name, can_run(name, op, device, dtype), name == chosen) for name in BACKENDS]

@@ -1,0 +1,153 @@
+"""Argument checks of the functional API: they run before any work, so a call that raises has written nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def check_tensor(name: str, value: object, rank: int | None = None) -> Tensor:
+    """``value`` as a floating tensor of the given rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating dtype (float64, float32, float16, bfloat16), got {value.dtype}")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got shape {_shape(value)}")
+    return value
+
+
+def check_inputs(xs: object, name: str = "xs") -> list[Tensor]:
+    """``xs`` as a non-empty list of floating (N, C, H, W) tensors."""
+    if isinstance(xs, Tensor):
+        raise TypeError(f"{name}: expected a sequence of tensors, got one tensor; pass [x]")
+    if not isinstance(xs, Sequence):
+        raise TypeError(f"{name}: expected a sequence of tensors, got {type(xs).__name__}")
+    if len(xs) == 0:
+        raise ValueError(f"{name}: expected at least one input, got none")
+    return [check_tensor(f"{name}[{i}]", x, rank=4) for i, x in enumerate(xs)]
+
+
+def check_one_kind(xs: Sequence[Tensor], name: str = "xs") -> None:
+    """Every input has the dtype and device of the first."""
+    for i, x in enumerate(xs[1:], 1):
+        check_same(f"{name}[{i}]", x, f"{name}[0]", xs[0])
+
+
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """``value`` has the dtype and device of ``other``."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other.dtype} as {other_name} has, got {value.dtype}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {other_name} has, got {value.device}")
+
+
+def check_same_size(xs: Sequence[Tensor], name: str = "xs") -> None:
+    """Every input has the N, H and W of the first."""
+    first = xs[0]
+    for i, x in enumerate(xs[1:], 1):
+        if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
+            want = f"({first.shape[0]}, C, {first.shape[2]}, {first.shape[3]})"
+            raise ValueError(f"{name}[{i}]: expected shape {want} as {name}[0] has, got {_shape(x)}")
+
+
+def check_weight(weight: object, xs: Sequence[Tensor], kernels: tuple[int, ...]) -> Tensor:
+    """A convolution weight (N, K, k, k) whose K is the sum of the inputs' channels."""
+    w = check_tensor("weight", weight, rank=4)
+    k = w.shape[2]
+    if w.shape[2] != w.shape[3] or k not in kernels:
+        allowed = " or ".join(f"{i}x{i}" for i in kernels)
+        raise ValueError(f"weight: expected a {allowed} kernel, got shape {_shape(w)}")
+    channels = [x.shape[1] for x in xs]
+    if w.shape[1] != sum(channels):
+        total = " + ".join(map(str, channels))
+        raise ValueError(f"weight: expected {total} = {sum(channels)} input channels, got {w.shape[1]}")
+    check_same("weight", w, "xs[0]", xs[0])
+    return w
+
+
+def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm: bool) -> None:
+    """None, or a per-channel vector; a norm's may be float32 beside half-precision activations."""
+    if value is None:
+        return
+    v = check_tensor(name, value)
+    if v.shape != (channels,):
+        raise ValueError(f"{name}: expected shape ({channels},), got {_shape(v)}")
+    allowed = {like.dtype}
+    if norm and like.dtype in (torch.float16, torch.bfloat16):
+        allowed.add(torch.float32)
+    if v.dtype not in allowed:
+        want = " or ".join(sorted(str(d) for d in allowed))
+        raise TypeError(f"{name}: expected {want} beside {like.dtype} activations, got {v.dtype}")
+    if v.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as the activations have, got {v.device}")
+
+
+def check_batch_norm(
+    bn_weight: object,
+    bn_bias: object,
+    running_mean: object,
+    running_var: object,
+    *,
+    training: bool,
+    eps: float,
+    channels: int,
+    like: Tensor,
+    values_per_channel: int,
+) -> None:
+    """The batch-norm arguments for ``channels`` channels of activations like ``like``."""
+    check_vector("bn_weight", bn_weight, channels, like, norm=True)
+    check_vector("bn_bias", bn_bias, channels, like, norm=True)
+    check_vector("running_mean", running_mean, channels, like, norm=True)
+    check_vector("running_var", running_var, channels, like, norm=True)
+    if (running_mean is None) != (running_var is None):
+        given, absent = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
+        raise ValueError(f"{absent}: expected a tensor because {given} is given, got None")
+    if not training and running_mean is None:
+        raise ValueError("running_mean: expected a tensor when training is false, got None")
+    if training and values_per_channel == 1:
+        raise ValueError(
+            "xs: expected more than 1 value per channel when training, "
+            f"got {values_per_channel} (N * H * W); use a larger batch or evaluation mode"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+
+
+def check_residual(residual: Tensor, shape: Sequence[int], like: Tensor, name: str = "residual") -> None:
+    """A residual has exactly the shape, dtype and device of what it is added to."""
+    r = check_tensor(name, residual, rank=4)
+    if tuple(r.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {_shape(r)}")
+    check_same(name, r, "x", like)
+
+
+def check_factor(factor: object, name: str = "factor") -> int:
+    """An upsampling factor: an integer of at least 2."""
+    if isinstance(factor, bool) or not isinstance(factor, int):
+        raise TypeError(f"{name}: expected an integer >= 2, got {factor!r}")
+    if factor < 2:
+        raise ValueError(f"{name}: expected an integer >= 2, got {factor}")
+    return factor
+
+
+def upsampled(size: int, factor: int) -> int:
+    """The side of a map after :func:`dla_fast.functional.upsample`."""
+    return (size - 1) * factor - 2 * (factor // 2) + 2 * factor
+
+
+def check_up_weight(name: str, weight: object, x: Tensor, factor: int) -> None:
+    """A depthwise up-convolution weight (C, 1, 2f, 2f) for ``x``."""
+    w = check_tensor(name, weight, rank=4)
+    want = (x.shape[1], 1, 2 * factor, 2 * factor)
+    if tuple(w.shape) != want:
+        raise ValueError(f"{name}: expected shape {want} for factor {factor}, got {_shape(w)}")
+    check_same(name, w, "x", x)

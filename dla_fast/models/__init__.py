@@ -1,0 +1,1 @@
+"""The Deep Layer Aggregation networks."""

@@ -1,0 +1,34 @@
+"""How ``nn.BatchNorm2d`` decides what a call normalises with, for modules that replace its forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
+    """The keyword arguments a functional norm call needs, following ``nn.BatchNorm2d.forward`` to the letter.
+
+    ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
+    """
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    tracking = bn.training and bn.track_running_stats
+    if bn.momentum is None and tracking and bn.num_batches_tracked is not None:
+        momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    keep = not bn.training or bn.track_running_stats
+    return {
+        "bn_weight": bn.weight,
+        "bn_bias": bn.bias,
+        "running_mean": bn.running_mean if keep else None,
+        "running_var": bn.running_var if keep else None,
+        "training": bn.training or (bn.running_mean is None and bn.running_var is None),
+        "momentum": momentum,
+        "eps": bn.eps,
+    }
+
+
+def count_batch(bn: nn.BatchNorm2d) -> None:
+    """Count a training batch in ``num_batches_tracked``, as ``nn.BatchNorm2d.forward`` does."""
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
