@@ -13,8 +13,8 @@ def import_timm() -> ModuleType:
     """Import timm.
 
     A torchvision built for another torch (a CUDA wheel beside a CPU torch, say) raises while it registers a fake for an
-    operator that its missing library would have defined. timm needs only torchvision's Python side, so that one
-    operator is declared, without a kernel, and the import tried again.
+    operators that its missing library would have defined. timm needs only torchvision's Python side, so those operators
+    are declared, without kernels, and the import tried again.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
@@ -26,5 +26,8 @@ def import_timm() -> ModuleType:
             raise
     for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "timm")]:
         del sys.modules[name]
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for operator in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
     return importlib.import_module("timm")
