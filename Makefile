@@ -1,0 +1,74 @@
+# make demo and make test need Python >= 3.10 and a C++ compiler; they make .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+MAX_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))' 2>/dev/null || echo 1)
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+PY := $(VENV)/bin/python
+PACKAGE := setup.py pyproject.toml dla_fast/_version.py
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+export MAX_JOBS
+# torch's build helper looks for ninja on PATH.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint format clean distclean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: install ## swap timm's DLA-34 to fused nodes on real photographs, and compare
+	$(PY) -m dla_fast demo $(DEMO_ARGS)
+
+test: install ## run the tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: install ## run the benchmarks; results go to benchmarks/out
+	$(PY) -m dla_fast bench $(BENCH_ARGS)
+
+install: $(VENV)/.built ## make .venv from requirements.txt and build the package in place
+
+lint: install ## ruff, mypy and clang-format, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES))
+
+format: install ## let ruff and clang-format rewrite the sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(if $(SOURCES),$(VENV)/bin/clang-format -i $(SOURCES))
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info dla_fast/_build.py dla_fast/_C*.so $(VENV)/.installed $(VENV)/.built
+	find dla_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv and the tools' caches too
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "dla_fast needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.requirements: requirements.txt | $(PY)
+	@echo "installing the pinned requirements into $(VENV); the first time this takes a few minutes"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# The package is registered without the extension, which is then built in place: pip would compile it in a temporary
+# directory and so from scratch every time, while ninja rebuilds only what changed.
+$(VENV)/.installed: $(VENV)/.requirements $(PACKAGE)
+	DLA_FAST_BUILD_EXT=0 DLA_FAST_BUILD_CUDA=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@

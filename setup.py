@@ -1,0 +1,286 @@
+"""Build of the C++ extension ``dla_fast._C``; everything else is in pyproject.toml.
+
+``DLA_FAST_BUILD_EXT`` and ``DLA_FAST_BUILD_CUDA`` take 0, 1 or auto. With auto (the default) whatever cannot be had is
+left out and its reason kept in ``dla_fast/_build.py``; with 1 it is an error that says why.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext as setuptools_build_ext
+from setuptools.command.build_py import build_py as setuptools_build_py
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+NEEDS_TORCH = (
+    'dla_fast needs torch to build: pip install "torch>=2.11" "setuptools>=77" wheel ninja '
+    "and then pip install --no-build-isolation . "
+    "(or set DLA_FAST_BUILD_EXT=0 to install without the C++ extension)"
+)
+# Commands that need no compiler and so no torch: an sdist and the metadata come from anywhere.
+WITHOUT_TORCH = {"egg_info", "sdist", "clean", "--version", "--name", "--help", "--help-commands"}
+
+
+def setting(name: str) -> str:
+    """``0``, ``1`` or ``auto`` from the environment."""
+    value = os.environ.get(name, "").strip().lower() or "auto"
+    if value not in ("0", "1", "auto"):
+        sys.exit(f"{name}={os.environ[name]}: expected 0, 1 or auto")
+    return value
+
+
+BUILD_EXT = setting("DLA_FAST_BUILD_EXT")
+BUILD_CUDA = setting("DLA_FAST_BUILD_CUDA")
+if BUILD_EXT == "0" and BUILD_CUDA == "1":
+    sys.exit("DLA_FAST_BUILD_CUDA=1 needs the C++ extension, and DLA_FAST_BUILD_EXT=0 switches it off")
+
+SANITIZE = os.environ.get("DLA_FAST_SANITIZE", "")
+if SANITIZE not in ("", "address", "undefined"):
+    sys.exit(f"DLA_FAST_SANITIZE={SANITIZE}: expected address or undefined")
+
+
+def import_torch() -> None:
+    """Import torch, or stop with one line that says what to do."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        sys.exit(NEEDS_TORCH)
+    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if found < OLDEST_TORCH:
+        sys.exit(f'dla_fast needs torch >= 2.11, this is torch {torch.__version__}: pip install -U "torch>=2.11"')
+
+
+class Plan:
+    """What will be built, and why the rest will not."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.cuda_reason: str | None = None
+        self.compiler: str | None = None
+        self.extensions: list[Extension] = []
+
+    def refuse(self, reason: str) -> None:
+        if BUILD_EXT == "1":
+            sys.exit(f"DLA_FAST_BUILD_EXT=1, but the C++ extension cannot be built: {reason}")
+        self.reason = reason
+
+    def refuse_cuda(self, reason: str) -> None:
+        if BUILD_CUDA == "1":
+            sys.exit(f"DLA_FAST_BUILD_CUDA=1, but the CUDA kernels cannot be built: {reason}")
+        self.cuda_reason = reason
+
+
+def find_compiler() -> tuple[str | None, str]:
+    """The version line of the C++ compiler, or None with the reason."""
+    given = os.environ.get("CXX")
+    names = [given] if given else ["c++", "g++", "clang++"]
+    for name in names:
+        command = shlex.split(name)
+        if not command or shutil.which(command[0]) is None:
+            continue
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        if run.returncode == 0:
+            # torch and setuptools look for a compiler each in their own way; this makes them agree.
+            os.environ["CXX"] = name
+            return f"{name}: {run.stdout.splitlines()[0]}", ""
+        return None, f"the C++ compiler {name!r} does not run: {run.stderr.strip()}"
+    return None, f"no C++ compiler was found ({', '.join(names)})"
+
+
+def cuda_missing(sources: list[str]) -> str | None:
+    """Why the CUDA sources cannot be compiled; None when they can."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not sources:
+        return "there are no CUDA sources in csrc/cuda"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
+        return "nvcc was not found (set CUDA_HOME)"
+    return None
+
+
+def compile_flags() -> list[str]:
+    """Flags of the C++ sources; the language standard is the one torch's own build helper picks."""
+    from torch.utils.cpp_extension import include_paths
+
+    flags = ["-fvisibility=hidden", "-Wall", "-Wextra"]
+    # at::parallel_for is a template in torch's headers: without -fopenmp it runs serially in this library.
+    flags += ["-fopenmp"] if sys.platform != "darwin" else []
+    if SANITIZE:
+        flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
+    else:
+        flags += ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+    if os.environ.get("DLA_FAST_WERROR", "0") not in ("", "0"):
+        flags.append("-Werror")
+    # As system headers torch's warnings stay torch's; gcc and clang then ignore the same directories given with -I.
+    for path in include_paths():
+        flags += ["-isystem", path]
+    return flags
+
+
+def make_extension(cpu: list[str], cuda: list[str]) -> Extension:
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    cxx = compile_flags()
+    link = ["-fopenmp"] if sys.platform != "darwin" else []
+    link += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+    common = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "depends": sorted(glob.glob("csrc/**/*.h", root_dir=ROOT, recursive=True)),
+        "extra_link_args": link,
+    }
+    if not cuda:
+        return CppExtension("dla_fast._C", cpu, extra_compile_args={"cxx": cxx}, **common)
+    nvcc = ["-O3", "--expt-relaxed-constexpr"]
+    common["define_macros"] = [("DLA_FAST_WITH_CUDA", "1")]
+    return CUDAExtension("dla_fast._C", cpu + cuda, extra_compile_args={"cxx": cxx, "nvcc": nvcc}, **common)
+
+
+def default_architectures() -> None:
+    import torch
+
+    version = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    newest = "9.0;10.0+PTX" if version >= (12, 8) else "9.0+PTX"
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.6;8.9;{newest}")
+
+
+def make_plan() -> Plan:
+    plan = Plan()
+    if BUILD_EXT == "0":
+        plan.reason = plan.cuda_reason = "it was switched off with DLA_FAST_BUILD_EXT=0"
+        return plan
+    if not set(sys.argv[1:]).isdisjoint(WITHOUT_TORCH) or len(sys.argv) < 2:
+        plan.reason = "nothing was built"
+        return plan
+    import_torch()
+    cpu = sorted(glob.glob("csrc/*.cpp", root_dir=ROOT) + glob.glob("csrc/cpu/*.cpp", root_dir=ROOT))
+    cuda = sorted(glob.glob("csrc/cuda/*.cu", root_dir=ROOT))
+    plan.compiler, why = find_compiler()
+    if not cpu:
+        plan.refuse("there are no sources in csrc")
+    elif plan.compiler is None:
+        plan.refuse(why)
+    if BUILD_CUDA == "0":
+        plan.cuda_reason = "it was switched off with DLA_FAST_BUILD_CUDA=0"
+    elif plan.reason is not None:
+        plan.refuse_cuda(plan.reason)
+    elif (missing := cuda_missing(cuda)) is not None:
+        plan.refuse_cuda(missing)
+    if plan.reason is None:
+        if plan.cuda_reason is None:
+            default_architectures()
+            plan.extensions.append(make_extension(cpu, [*cuda, *sorted(glob.glob("csrc/cuda/*.cpp", root_dir=ROOT))]))
+        # Second in line: what to fall back on when the CUDA sources do not compile.
+        plan.extensions.append(make_extension(cpu, []))
+    return plan
+
+
+PLAN = make_plan()
+
+
+def write_build_info(path: Path, *, with_cpu: bool, with_cuda: bool) -> None:
+    """Record in ``_build.py`` what this build is, for ``dla_fast._extension`` and ``doctor``."""
+    torch = sys.modules.get("torch")
+    values = {
+        "TORCH_VERSION": str(torch.__version__) if torch else None,
+        "CUDA_VERSION": torch.version.cuda if torch else None,
+        "COMPILER": PLAN.compiler,
+        "WITH_CPU": with_cpu,
+        "WITH_CUDA": with_cuda,
+        "REASON": None if with_cpu else f"the C++ extension was not built: {PLAN.reason}",
+        "CUDA_REASON": None if with_cuda else f"the CUDA kernels were not built: {PLAN.cuda_reason}",
+        "SANITIZE": SANITIZE or None,
+    }
+    lines = ['"""What this build of dla_fast contains; written by setup.py."""', ""]
+    lines += [f"{name} = {value!r}" for name, value in values.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class BuildPy(setuptools_build_py):
+    """Leave out the record of another build, and write this one's even where there is nothing to compile."""
+
+    def find_package_modules(self, package, package_dir):  # type: ignore[no-untyped-def]
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[:2] != ("dla_fast", "_build")]
+
+    def run(self) -> None:
+        super().run()
+        if not PLAN.extensions:
+            base = ROOT if self.editable_mode else Path(self.build_lib)
+            write_build_info(base / "dla_fast" / "_build.py", with_cpu=False, with_cuda=False)
+            print(f"dla_fast: C++ extension not built: {PLAN.reason}", flush=True)
+
+
+def build_ext_class() -> type:
+    """The build command on top of torch's, or setuptools' own where nothing is compiled."""
+    if not PLAN.extensions:
+        base: type = setuptools_build_ext
+    else:
+        from torch.utils.cpp_extension import BuildExtension
+
+        base = BuildExtension
+
+    class BuildExt(base):  # type: ignore[misc, valid-type]
+        def run(self) -> None:
+            self.with_cpu = self.with_cuda = False
+            super().run()
+            target = ROOT if self.inplace else Path(self.build_lib)
+            write_build_info(target / "dla_fast" / "_build.py", with_cpu=self.with_cpu, with_cuda=self.with_cuda)
+            what = "CPU and CUDA" if self.with_cuda else "CPU"
+            if self.with_cpu:
+                print(f"dla_fast: C++ extension built ({what}; {PLAN.compiler})", flush=True)
+            else:
+                print(f"dla_fast: C++ extension not built: {PLAN.reason}", flush=True)
+
+        def build_extensions(self) -> None:
+            """Try the plan's extensions in turn: with CUDA, for the CPU alone, none."""
+            planned = list(PLAN.extensions)
+            for i, extension in enumerate(planned):
+                cuda = any(source.endswith(".cu") for source in extension.sources)
+                self.extensions[:] = [extension]
+                try:
+                    super().build_extensions()
+                # torch reports a failed ninja run as RuntimeError, setuptools as its own CompileError or LinkError.
+                except Exception as error:
+                    why = f"compilation failed ({(str(error) or type(error).__name__).splitlines()[0]})"
+                    if (BUILD_CUDA if cuda else BUILD_EXT) == "1" or (cuda and i + 1 == len(planned)):
+                        raise
+                    print(f"dla_fast: {why}; going on without it, see the compiler's output above", flush=True)
+                    if cuda:
+                        PLAN.cuda_reason = why
+                    else:
+                        PLAN.reason = why
+                    continue
+                self.with_cpu, self.with_cuda = True, cuda
+                return
+            self.extensions[:] = []
+
+    return BuildExt
+
+
+def put_ninja_on_path() -> None:
+    """A pip started by its path leaves the environment's ninja off PATH, and torch would compile file by file."""
+    try:
+        import ninja
+    except ModuleNotFoundError:
+        return
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), ninja.BIN_DIR])
+
+
+put_ninja_on_path()
+setup(ext_modules=PLAN.extensions[:1], cmdclass={"build_ext": build_ext_class(), "build_py": BuildPy})
