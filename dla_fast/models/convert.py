@@ -1,0 +1,172 @@
+"""Checkpoints in and out: the key layout of this package (timm's) and that of the original code.
+
+They differ in one thing. The original gives every tree whose channels change a ``project`` layer, also trees deeper
+than one level, where it is computed and never used; here and in timm those are absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dla_fast.models.dla import DLA
+from dla_fast.models.registry import create_model
+
+_PROJECT = ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var")
+_TOP = {name: i for i, name in enumerate(("base_layer", *(f"level{i}" for i in range(6)), "fc"))}
+_SHOWN = 6
+
+
+def _listing(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _read(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters of a checkpoint: unwrapped, without DataParallel's prefix, the head as a 1x1 convolution."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
+    while isinstance(state_dict.get("state_dict"), Mapping):
+        state_dict = state_dict["state_dict"]
+    state: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state_dict[{key!r}]: expected a Tensor, got {type(value).__name__}")
+        short = key.removeprefix("module.")
+        if short in state:
+            raise ValueError(f"state_dict: {short!r} is there twice, with and without the prefix 'module.'")
+        state[short] = value[:, :, None, None] if short == "fc.weight" and value.dim() == 2 else value
+    if "base_layer.0.weight" not in state:
+        raise ValueError(
+            f"state_dict: missing base_layer.0.weight, so this is no DLA network; its keys are "
+            f"{_listing(state) or 'none at all'}"
+        )
+    return state
+
+
+def _deep_trees(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of the trees deeper than one level: those above a tree that holds a root."""
+    deep = set()
+    for key in state:
+        tree, found, _ = key.partition(".root.conv.weight")
+        while found and "." in tree:
+            tree = tree.rpartition(".")[0]
+            deep.add(tree)
+    return deep
+
+
+def _ordered(state: dict[str, Tensor], project: int) -> dict[str, Tensor]:
+    """``state`` in the order in which the networks register their layers; ``project`` comes first or last in a tree."""
+    rank = {**_TOP, "tree1": 0, "tree2": 1, "root": 2, "project": project}
+
+    def path(key: str) -> list[int]:
+        parts = key.split(".")
+        return [rank[part] for part in parts if part in rank] if parts[0] in _TOP else [len(_TOP)]
+
+    return dict(sorted(state.items(), key=lambda item: path(item[0])))
+
+
+def _differences(state: Mapping[str, Tensor], model: DLA | str) -> str | None:
+    """What ``state`` lacks of the model's parameters and what it has beside them."""
+    network = create_model(model, device="meta") if isinstance(model, str) else model
+    wanted = network.state_dict()
+    # Counters are younger than the published checkpoints; batch norm starts them at zero.
+    missing = [key for key in wanted if key not in state and not key.endswith(".num_batches_tracked")]
+    unexpected = [key for key in state if key not in wanted]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing ({_listing(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected ({_listing(unexpected)})")
+    return "; ".join(parts) or None
+
+
+def _check(state: Mapping[str, Tensor], model: DLA | str | None) -> None:
+    differences = None if model is None else _differences(state, model)
+    if differences is not None:
+        raise ValueError(f"state_dict: keys do not fit the model: {differences}")
+
+
+def from_original(state_dict: Mapping[str, Any], model: DLA | str | None = None) -> dict[str, Tensor]:
+    """A checkpoint of the original code in this package's and timm's layout.
+
+    Drops the ``project`` layers that are never used, unwraps ``{"state_dict": ...}``, strips DataParallel's ``module.``
+    and views a 2-D ``fc.weight`` as a 1x1 convolution. A checkpoint that has the layout already comes out the same.
+    Values are not copied.
+
+    Args:
+        state_dict: names to tensors.
+        model: the network, or its name, that the keys have to fit; None checks nothing.
+
+    Raises:
+        ValueError: no DLA network's keys, or keys missing or unexpected.
+        TypeError: not a mapping of names to tensors.
+    """
+    state = _read(state_dict)
+    deep = _deep_trees(state)
+    state = {key: value for key, value in state.items() if key.partition(".project.")[0] not in deep}
+    _check(state, model)
+    return _ordered(state, project=-1)
+
+
+def to_original(state_dict: Mapping[str, Any], model: DLA | str | None = None) -> dict[str, Tensor]:
+    """A checkpoint in the original code's layout, which loads there with ``strict=True``.
+
+    The ``project`` layers that the original never uses become copies of the one that its tree does use, at the end of
+    the tree's left edge: the shapes agree, and so do dtype and device. Other values are not copied. A checkpoint that
+    has the layout already comes out the same.
+
+    Args:
+        state_dict: as for :func:`from_original`.
+        model: as for :func:`from_original`.
+
+    Raises:
+        ValueError: as for :func:`from_original`, or a ``project`` layer that is there in part.
+        TypeError: not a mapping of names to tensors.
+    """
+    state = _read(state_dict)
+    deep = _deep_trees(state)
+    _check({key: value for key, value in state.items() if key.partition(".project.")[0] not in deep}, model)
+    for tree in deep:
+        used = tree
+        while used in deep:
+            used += ".tree1"
+        layer = {key: value for key, value in state.items() if key.startswith(f"{used}.project.")}
+        missing = [f"{used}.project.{name}" for name in _PROJECT if f"{used}.project.{name}" not in layer]
+        if layer and missing:
+            raise ValueError(f"state_dict: missing {_listing(missing)}")
+        for key, value in layer.items():
+            state.setdefault(tree + key.removeprefix(used), value.clone())
+    return _ordered(state, project=3)
+
+
+def load_state_dict(model: DLA, state_dict: Mapping[str, Any], strict: bool = True) -> DLA:
+    """Load a checkpoint of either layout into a network.
+
+    Args:
+        model: as from :func:`dla_fast.models.create_model`; written only if the checkpoint fits.
+        state_dict: as for :func:`from_original`.
+        strict: raise for keys that are missing or unexpected; otherwise those are left alone.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: keys or shapes that do not fit.
+        TypeError: not a mapping of names to tensors.
+    """
+    state = from_original(state_dict, model if strict else None)
+    own = model.state_dict()
+    wrong = [
+        f"{key}: expected {tuple(own[key].shape)}, got {tuple(value.shape)}"
+        for key, value in state.items()
+        if key in own and own[key].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ValueError(f"state_dict: shapes do not fit the model: {'; '.join(wrong[:_SHOWN])}{more}")
+    model.load_state_dict(state, strict=strict)
+    return model
