@@ -3,45 +3,80 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from dataclasses import dataclass
 
 import torch
 
+_REBUILD = "python setup.py build_ext --inplace in a checkout, pip install --no-build-isolation --force-reinstall --no-deps . else"
+
 
 @dataclass(frozen=True)
 class ExtensionStatus:
-    """What became of ``dla_fast._C``: whether it is loaded, what it was built for, or the reason it is missing."""
+    """What became of ``dla_fast._C``: whether it is loaded, what it was built for, or the reason it is missing.
+
+    Attributes:
+        loaded: the operators of the extension are registered.
+        reason: why it is not loaded, None when it is.
+        built_torch: version of torch it was built for.
+        built_cuda: version of CUDA that torch was built for.
+        has_cuda: the CUDA kernels are in it.
+        cuda_reason: why they are not.
+        compiler: what compiled it.
+    """
 
     loaded: bool
     reason: str | None
     built_torch: str | None = None
     built_cuda: str | None = None
     has_cuda: bool = False
+    cuda_reason: str | None = None
+    compiler: str | None = None
+
+
+def _sanitizer_missing(sanitizer: str | None) -> str | None:
+    """An extension built with ASan ends the process that loads it without ASan's runtime, so ask first."""
+    if sanitizer == "address" and "asan" not in os.environ.get("LD_PRELOAD", ""):
+        return "the C++ extension was built with AddressSanitizer: set LD_PRELOAD=$(g++ -print-file-name=libasan.so)"
+    return None
 
 
 def _load() -> ExtensionStatus:
+    """Load the extension. What goes wrong is said once and remembered: the package works without it."""
     try:
         build = importlib.import_module("dla_fast._build")
     except ModuleNotFoundError:
-        return ExtensionStatus(False, "the C++ extension was not built (python setup.py build_ext --inplace builds it)")
-    built = {"built_torch": build.TORCH_VERSION, "built_cuda": build.CUDA_VERSION, "has_cuda": build.WITH_CUDA}
-    if not build.WITH_CPU:
-        return ExtensionStatus(False, build.REASON, **built)
-    if torch.__version__ != build.TORCH_VERSION:
-        reason = (
-            f"the C++ extension was built for torch {build.TORCH_VERSION}, this is torch {torch.__version__}: "
-            "rebuild it with pip install --no-build-isolation --force-reinstall --no-deps dla_fast"
+        return ExtensionStatus(False, f"the C++ extension was not built ({_REBUILD})")
+    built_torch = getattr(build, "TORCH_VERSION", None)
+
+    def status(loaded: bool, reason: str | None, warning: bool = False) -> ExtensionStatus:
+        if warning:
+            warnings.warn(f"dla_fast: {reason}; running on the PyTorch reference", RuntimeWarning, stacklevel=4)
+        return ExtensionStatus(
+            loaded,
+            reason,
+            built_torch=built_torch,
+            built_cuda=getattr(build, "CUDA_VERSION", None),
+            has_cuda=getattr(build, "WITH_CUDA", False),
+            cuda_reason=getattr(build, "CUDA_REASON", None),
+            compiler=getattr(build, "COMPILER", None),
         )
-        warnings.warn(f"dla_fast: {reason}; running on the PyTorch reference until then", RuntimeWarning, stacklevel=2)
-        return ExtensionStatus(False, reason, **built)
+
+    if not getattr(build, "WITH_CPU", False):
+        return status(False, getattr(build, "REASON", None) or "the C++ extension was not built")
+    if torch.__version__ != built_torch:
+        reason = f"the C++ extension was built for torch {built_torch}, this is torch {torch.__version__}"
+        return status(False, f"{reason}; rebuild it: {_REBUILD}", warning=True)
+    missing = _sanitizer_missing(getattr(build, "SANITIZE", None))
+    if missing is not None:
+        return status(False, missing, warning=True)
     try:
         importlib.import_module("dla_fast._C")
-    except ImportError as error:
-        reason = f"the C++ extension failed to load: {error}"
-        warnings.warn(f"dla_fast: {reason}; running on the PyTorch reference", RuntimeWarning, stacklevel=2)
-        return ExtensionStatus(False, reason, **built)
-    return ExtensionStatus(True, None, **built)
+    # Whatever a broken library raises, an undefined symbol or an operator registered twice, must not break the import.
+    except Exception as error:
+        return status(False, f"the C++ extension failed to load: {error}; rebuild it: {_REBUILD}", warning=True)
+    return status(True, None)
 
 
 STATUS = _load()
