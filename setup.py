@@ -122,7 +122,7 @@ def compile_flags() -> list[str]:
     if SANITIZE:
         flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
     else:
-        flags += ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+        flags += ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     if os.environ.get("DLA_FAST_WERROR", "0") not in ("", "0"):
         flags.append("-Werror")
     # As system headers torch's warnings stay torch's; gcc and clang then ignore the same directories given with -I.
@@ -135,8 +135,9 @@ def make_extension(cpu: list[str], cuda: list[str]) -> Extension:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     cxx = compile_flags()
-    link = ["-fopenmp"] if sys.platform != "darwin" else []
-    link += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+    # Not linked with -fopenmp: the symbols come from the OpenMP library that torch brings and has loaded. A second one
+    # beside it would keep a thread pool of its own, and the two would fight for the cores.
+    link = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
     common = {
         "include_dirs": [str(ROOT / "csrc")],
         "depends": sorted(glob.glob("csrc/**/*.h", root_dir=ROOT, recursive=True)),

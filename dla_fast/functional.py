@@ -304,7 +304,7 @@ def batch_norm_act(
             act=act,
         )
     return ops.namespace(serving).batch_norm_act(
-        x, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, residual, name, slope
+        x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope
     )[0]
 
 

@@ -1,12 +1,69 @@
-"""The only door to kernels: one set of operator schemas, stamped out per backend."""
+"""The only door to kernels: one set of operator schemas, stamped out per backend.
+
+A backend is an operator namespace, ``torch.ops.dla_fast_<backend>``. The schemas, the fakes, the flop formulas and the
+autograd formulas are written once, here, in Python; a backend brings kernels (C++ registers those of
+``dla_fast_cpu``). So the operators exist, and can be traced, without a compiled extension.
+"""
 
 from __future__ import annotations
 
-from dla_fast._extension import STATUS
+from typing import Any
 
-__all__ = ["STATUS", "missing"]
+import torch
+
+from dla_fast._extension import STATUS
+from dla_fast.ops import aggregate, batch_norm_act, tail
+
+__all__ = ["NAMESPACES", "STATUS", "missing", "namespace"]
+
+# Backend -> the dispatch key its kernels are registered under. A backend joins the package by a line here.
+NAMESPACES = {"cpu": "CPU"}
+
+# Unit -> the operators a backend needs kernels of to serve it.
+UNITS = {
+    "aggregate": ("aggregate_inference", "aggregate_stage", "aggregate_backward", "tail", "tail_backward_reduce"),
+    "batch_norm_act": ("moments", "tail", "tail_backward_reduce", "tail_backward_apply"),
+}
+
+_libraries: list[torch.library.Library] = []
+
+
+def _define(backend: str, key: str) -> None:
+    library = torch.library.Library(f"dla_fast_{backend}", "DEF")
+    _libraries.append(library)
+    for part in (tail, aggregate, batch_norm_act):
+        for schema in part.SCHEMAS:
+            library.define(schema)
+    for part in (tail, aggregate, batch_norm_act):
+        part.register(library, backend, key)
+
+
+for _backend, _key in NAMESPACES.items():
+    _define(_backend, _key)
+
+
+def namespace(backend: str) -> Any:
+    """The operators of a backend."""
+    return getattr(torch.ops, f"dla_fast_{backend}")
 
 
 def missing(backend: str, op: str) -> str | None:
-    """Why ``backend`` has no kernels for ``op``; None when it has them."""
-    return f"no {backend} kernel for {op} yet"
+    """Why ``backend`` has no kernels for the unit ``op``; None when it has them."""
+    if backend not in NAMESPACES:
+        return f"this version of dla_fast has no {backend} kernels"
+    if op not in UNITS:
+        return f"this version of dla_fast has no {backend} kernel for {op}"
+    return _missing[backend, op]
+
+
+def _find_missing(backend: str, key: str, op: str) -> str | None:
+    lacking = [
+        name
+        for name in UNITS[op]
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dla_fast_{backend}::{name}", key)
+    ]
+    return (STATUS.reason or f"no kernel for {', '.join(lacking)}") if lacking else None
+
+
+# Asked once: kernels are registered when the extension is loaded, which the import above has done.
+_missing = {(backend, op): _find_missing(backend, key, op) for backend, key in NAMESPACES.items() for op in UNITS}

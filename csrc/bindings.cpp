@@ -1,0 +1,28 @@
+// The Python module dla_fast._C, and the kernels of the operators whose schemas dla_fast/ops defines.
+
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "cpu/aggregate.h"
+#include "cpu/tail.h"
+
+namespace dla_fast {
+
+TORCH_LIBRARY_IMPL(dla_fast_cpu, CPU, m) {
+  m.impl("moments", &cpu::moments);
+  m.impl("tail", &cpu::tail);
+  m.impl("tail_backward_reduce", &cpu::tail_backward_reduce);
+  m.impl("tail_backward_apply", &cpu::tail_backward_apply);
+  m.impl("aggregate_inference", &cpu::aggregate_inference);
+  m.impl("aggregate_stage", &cpu::aggregate_stage);
+  m.impl("aggregate_backward", &cpu::aggregate_backward);
+}
+
+}  // namespace dla_fast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of dla_fast";
+  m.def(
+      "cpu_isa", [] { return dla_fast::cpu::isa_name(dla_fast::cpu::current_isa()); },
+      "The instruction set the CPU kernels use: generic, avx2 or avx512.");
+}

@@ -1,0 +1,203 @@
+// Backward of the aggregation node, CPU. K = sum of the inputs' channels, N = output channels.
+//
+// Per pixel: reads dy and z (2N) and the inputs (K), writes their gradients (K); 4KN flops. dz is formed tile by tile
+// in cache and feeds both dx_i = W_i^T dz and dW_i += dz x_i^T. Every thread sums its own dW over a fixed range of
+// tiles; the sums are added in thread order, so results are the same from run to run.
+
+#include <algorithm>
+
+#include "aggregate.h"
+#include "tail.h"
+
+namespace dla_fast::cpu {
+namespace {
+
+constexpr int64_t kPad = 16;  // keeps the rows of a tile off the same cache sets
+
+template <class T, class A>
+struct Backward {
+  const AggregateInputs& in;
+  const NormVectors<A>& norm;
+  const std::vector<A>&m0, &m1;
+  const T *dy, *z;
+  bool residual;
+  const std::vector<bool>& need_dx;
+  bool need_dw;
+  std::vector<Tensor>& dxs;
+  const Kernels<T>& k = kernels<T>();
+
+  T* dx(size_t i) const { return dxs[i].template mutable_data_ptr<T>(); }
+  const T* x(size_t i) const { return in.xs[i].template const_data_ptr<T>(); }
+  bool any_dx() const { return std::find(need_dx.begin(), need_dx.end(), true) != need_dx.end(); }
+
+  // Rows of b as the GEMM may read them: in place where they are A and end on a vector, else widened into scratch.
+  Strided<const A> operand(const T* data, int64_t rows, int64_t cols, A* scratch) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (cols * sizeof(A) % 64 == 0) return {data, cols};
+    }
+    const int64_t ld = round_up(cols, kPad);
+    k.load({data, cols}, {scratch, ld}, rows, cols);
+    return {scratch, ld};
+  }
+
+  // dx tile = (residual gradient) + product; written in place where dx is A.
+  void write_dx(Gemm<A> g, const A* du, int64_t ld_du, T* to, int64_t ld, A* scratch) const {
+    if constexpr (std::is_same_v<T, A>) {
+      g.c = to;
+      g.ldc = ld;
+    } else {
+      g.c = scratch;
+      g.ldc = g.n;
+    }
+    g.add = du != nullptr;
+    if (du != nullptr) {
+      for (int64_t r = 0; r < g.m; ++r) std::copy_n(du + r * ld_du, g.n, g.c + r * g.ldc);
+    }
+    k.gemm(g);
+    if constexpr (!std::is_same_v<T, A>) k.store({scratch, g.n}, {to, ld}, g.m, g.n);
+  }
+
+  void channels_last(const T* weight, Scratch<A>& dw, int64_t slices) const {
+    const int64_t total = in.total(), n = in.out_channels, depth = in.in_channels;
+    const int64_t per_slice = divide_up(total, slices);
+    const int64_t rows_max = std::min<int64_t>(divide_up(per_slice, divide_up(per_slice, 96)), total);
+    const int64_t ld = round_up(n, kPad) + kPad;
+    // W_i in panels of kPanel input channels, [N][kPanel] each: the right-hand sides of dx_i.
+    std::vector<int64_t> panel_at(in.xs.size() + 1, 0);
+    int64_t widest = 0;
+    for (size_t i = 0; i < in.xs.size(); ++i) {
+      panel_at[i + 1] = panel_at[i] + divide_up(in.xs[i].size(1), kPanel);
+      widest = std::max(widest, round_up(in.xs[i].size(1), kPad));
+    }
+    const Scratch<A> packed(any_dx() ? panel_at.back() * n * kPanel : 0);
+    if (any_dx()) {
+      at::parallel_for(0, static_cast<int64_t>(in.xs.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t c = 0; c < in.xs[i].size(1); c += kPanel) {
+            k.load({weight + in.offsets[i] + c, depth},
+                   {packed.get() + (panel_at[i] + c / kPanel) * n * kPanel, kPanel}, n,
+                   std::min(kPanel, in.xs[i].size(1) - c));
+          }
+        }
+      });
+    }
+    at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<A> dz(rows_max * ld), du(residual ? rows_max * n : 0), wide(rows_max * widest),
+          dx_tile(rows_max * kPanel);
+      for (int64_t slice = begin; slice < end; ++slice) {
+        const int64_t last = std::min(total, (slice + 1) * per_slice);
+        for (int64_t first = slice * per_slice; first < last; first += rows_max) {
+          const int64_t rows = std::min(rows_max, last - first);
+          k.apply(Shape{rows, n, false}, norm.from(0), m0.data(), m1.data(), {dy + first * n, n}, {z + first * n, n},
+                  {residual ? x(0) + first * n : nullptr, n}, {dz.get(), ld}, {residual ? du.get() : nullptr, n});
+          const Segment<A> forwards = {dz.get(), ld, n}, across = {dz.get(), ld, rows};
+          for (size_t i = 0; i < in.xs.size(); ++i) {
+            const int64_t channels = in.xs[i].size(1);
+            for (int64_t c = 0; need_dx[i] && c < channels; c += kPanel) {
+              const Gemm<A> g = {rows,      std::min(kPanel, channels - c),
+                                 &forwards, 1,
+                                 false,     packed.get() + (panel_at[i] + c / kPanel) * n * kPanel,
+                                 kPanel,    nullptr,
+                                 0,         false};
+              write_dx(g, residual && i == 0 ? du.get() + c : nullptr, n, dx(i) + first * channels + c, channels,
+                       dx_tile.get());
+            }
+            if (need_dw) {
+              const Strided<const A> b = operand(x(i) + first * channels, rows, channels, wide.get());
+              k.gemm({n, channels, &across, 1, true, b.data, b.ld, dw.get() + slice * n * depth + in.offsets[i], depth,
+                      true});
+            }
+          }
+        }
+      }
+    });
+  }
+
+  void contiguous(const T* weight, Scratch<A>& dw, int64_t slices) const {
+    const int64_t n = in.out_channels, depth = in.in_channels, pixels = in.pixels;
+    const int64_t ld = kPanel + kPad, ld_w = depth + kPad, tiles_per_image = divide_up(pixels, kPanel);
+    const int64_t tiles = in.images * tiles_per_image;
+    int64_t widest = 0;
+    for (const Tensor& t : in.xs) widest = std::max(widest, round_up(t.size(1), kPad));
+    const Scratch<A> w(n * ld_w);
+    k.load({weight, depth}, {w.get(), ld_w}, n, depth);
+    at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<A> dz(n * ld), du(residual ? n * kPanel : 0), across(kPanel * widest), dx_tile(widest * kPanel);
+      for (int64_t slice = begin; slice < end; ++slice) {
+        for (int64_t tile = tiles * slice / slices; tile < tiles * (slice + 1) / slices; ++tile) {
+          const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
+          const int64_t cols = std::min(kPanel, pixels - pixel), at = image * n * pixels + pixel;
+          k.apply(Shape{n, cols, true}, norm.from(0), m0.data(), m1.data(), {dy + at, pixels}, {z + at, pixels},
+                  {residual ? x(0) + at : nullptr, pixels}, {dz.get(), ld}, {residual ? du.get() : nullptr, kPanel});
+          for (size_t i = 0; i < in.xs.size(); ++i) {
+            const int64_t channels = in.xs[i].size(1), x_at = image * channels * pixels + pixel;
+            if (need_dx[i]) {
+              const Segment<A> segment = {w.get() + in.offsets[i], ld_w, n};
+              const Gemm<A> g = {channels, cols, &segment, 1, true, dz.get(), ld, nullptr, 0, false};
+              write_dx(g, residual && i == 0 ? du.get() : nullptr, kPanel, dx(i) + x_at, pixels, dx_tile.get());
+            }
+            if (need_dw) {
+              const int64_t ld_x = round_up(channels, kPad);
+              k.load_transposed({x(i) + x_at, pixels}, {across.get(), ld_x}, channels, cols);
+              const Segment<A> segment = {dz.get(), ld, cols};
+              k.gemm({n, channels, &segment, 1, false, across.get(), ld_x, dw.get() + slice * n * depth + in.offsets[i],
+                      depth, true});
+            }
+          }
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, at::TensorList xs, const Tensor& weight,
+                                                           const Tensor& z_in, const Tensor& mean, const Tensor& var,
+                                                           const OptionalTensor& bn_weight,
+                                                           const OptionalTensor& bn_bias, const OptionalTensor& sum_dy,
+                                                           const OptionalTensor& sum_dy_xhat, double count, double eps,
+                                                           bool residual, std::string_view act, double slope,
+                                                           const c10::List<bool>& need_dx_list, bool need_dw) {
+  const std::vector<bool> need_dx = need_dx_list.vec();
+  const AggregateInputs in(xs, weight);
+  const auto format = format_of(in.channels_last);
+  const Tensor dy = dy_in.contiguous(format), z = z_in.contiguous(format), w = weight.contiguous();
+  const auto options = weight.options().memory_format(std::nullopt);
+  std::vector<Tensor> dxs;
+  for (size_t i = 0; i < in.xs.size(); ++i) {
+    dxs.push_back(need_dx[i] ? at::empty(in.xs[i].sizes(), options.memory_format(format)) : at::empty({0}, options));
+  }
+  Tensor dweight = need_dw ? at::empty_like(weight) : at::empty({0}, options);
+  const int64_t size = in.out_channels * in.in_channels;
+  const int64_t slices = std::clamp<int64_t>(divide_up(in.total(), 24), 1, at::get_num_threads());
+  DLA_DISPATCH_FLOATING(weight.scalar_type(), "aggregate_backward", [&] {
+    using A = acc_t<scalar_t>;
+    const NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
+    const std::vector<A> m0 = batch_term<A>(sum_dy, count, in.out_channels),
+                         m1 = batch_term<A>(sum_dy_xhat, count, in.out_channels);
+    Scratch<A> dw(need_dw ? slices * size : 0);
+    const Backward<scalar_t, A> run = {
+        in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
+    if (in.total() > 0 && in.out_channels > 0) {
+      if (in.channels_last) {
+        run.channels_last(w.const_data_ptr<scalar_t>(), dw, slices);
+      } else {
+        run.contiguous(w.const_data_ptr<scalar_t>(), dw, slices);
+      }
+    }
+    if (need_dw) {
+      // A 1x1 weight's values lie in the same order in every memory format it can have.
+      scalar_t* out = dweight.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, size, 16384, [&](int64_t begin, int64_t end) {
+        for (int64_t s = 1; s < slices; ++s) {
+          for (int64_t i = begin; i < end; ++i) dw.get()[i] += dw.get()[s * size + i];
+        }
+        run.k.store({dw.get() + begin, 0}, {out + begin, 0}, 1, end - begin);
+      });
+    }
+  });
+  return {std::move(dxs), dweight};
+}
+
+}  // namespace dla_fast::cpu

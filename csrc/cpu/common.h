@@ -1,0 +1,125 @@
+// What the operators of the CPU backend share: memory layout, norm parameters, moments, scratch memory.
+
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dla_fast::cpu {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#define DLA_DISPATCH_FLOATING(TYPE, NAME, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
+
+inline int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+inline int64_t divide_up(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+inline bool is_channels_last(const Tensor& t) {
+  return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+}
+
+inline at::MemoryFormat format_of(bool channels_last) {
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// The dtype that sums are kept in, and per-channel statistics are returned in.
+inline at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Act parse_act(std::string_view name);
+
+// 64-byte aligned working memory, zeroed once so that the padding of panels never holds slow denormals.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n)
+      : data_(static_cast<A*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(A), std::align_val_t(64)))) {
+    std::fill_n(data_, std::max<int64_t>(n, 1), A(0));
+  }
+  Scratch(Scratch&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  ~Scratch() { ::operator delete[](data_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* get() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+// The norm of one call as vectors in the accumulation type; centre is the mean less the convolution's bias.
+template <class A>
+struct NormVectors {
+  std::vector<A> center, rstd, scale, shift;
+  Act act;
+  A slope;
+
+  NormVectors(const Tensor& mean, const Tensor& var, const OptionalTensor& conv_bias, const OptionalTensor& weight,
+              const OptionalTensor& bias, double eps, std::string_view act, double slope);
+
+  Norm<A> from(int64_t channel) const {
+    return {center.data() + channel, rstd.data() + channel, scale.data() + channel, shift.data() + channel, act, slope};
+  }
+};
+
+// How a normalisation pass walks a (N, C, H, W) tensor: tiles that fit the first-level cache.
+struct Tile {
+  int64_t offset, group, channel;
+  Shape shape;
+};
+
+struct Tiling {
+  bool channels_last;
+  int64_t images, channels, pixels, block_rows, block_cols, groups, per_group;
+
+  Tiling(const Tensor& t, bool channels_last);
+  int64_t count() const { return groups * per_group; }
+  int64_t ld() const { return channels_last ? channels : pixels; }
+  Tile operator[](int64_t i) const;
+  int64_t group_size(int64_t group) const;  // values per channel in a group
+};
+
+// Per group and channel: mean, m2, delta of the tile kernels, and how many values they stand for.
+template <class A>
+struct MomentPartials {
+  int64_t groups, channels;
+  std::vector<A> mean, m2, delta;
+  std::vector<int64_t> count;
+
+  MomentPartials(int64_t groups, int64_t channels)
+      : groups(groups),
+        channels(channels),
+        mean(groups * channels),
+        m2(groups * channels),
+        delta(groups * channels),
+        count(groups) {}
+
+  // Mean and biased variance by Chan, Golub and LeVeque's pairwise formula (1979), summed in double.
+  void finalise(Tensor& mean_out, Tensor& var_out) const;
+};
+
+// Moves the running statistics towards a batch's, as aten's batch norm does (unbiased variance); the mean of the
+// convolution's output is that of z plus the bias that was left out of it. Nothing happens for an empty batch.
+void update_running(const OptionalTensor& running_mean, const OptionalTensor& running_var, const Tensor& mean,
+                    const Tensor& var, const OptionalTensor& conv_bias, double momentum, int64_t count);
+
+}  // namespace dla_fast::cpu

@@ -1,0 +1,119 @@
+// The inner product kernel: MR x NV vectors of c stay in registers while every input is accumulated.
+// Included by tile_kernels_inl.h, inside a namespace and under one instruction set.
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(DLA_VECTOR_BYTES)));
+  typedef A unaligned __attribute__((vector_size(DLA_VECTOR_BYTES), aligned(sizeof(A))));
+  static constexpr int lanes = DLA_VECTOR_BYTES / sizeof(A);
+};
+
+#if DLA_VECTOR_BYTES == 64
+constexpr int kRows = 6, kVectors = 4;
+#else
+constexpr int kRows = 6, kVectors = 2;
+#endif
+
+template <class A>
+inline typename VectorOf<A>::type load_lanes(const A* p, int64_t n) {
+  using V = VectorOf<A>;
+  if (n >= V::lanes) return *reinterpret_cast<const typename V::unaligned*>(p);
+  typename V::type v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class A>
+inline void store_lanes(A* p, typename VectorOf<A>::type v, int64_t n) {
+  using V = VectorOf<A>;
+  if (n >= V::lanes) {
+    *reinterpret_cast<typename V::unaligned*>(p) = v;
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+template <class A, int MR, int NV, bool TRANSPOSED>
+inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
+  using V = VectorOf<A>;
+  using vec = typename V::type;
+  vec acc[MR][NV];
+  A* c = g.c + i0 * g.ldc + j0;
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      acc[i][j] = g.add ? load_lanes(c + i * g.ldc + j * V::lanes, g.n - j0 - j * V::lanes) : vec{};
+    }
+  }
+  const A* b = g.b + j0;
+  for (int64_t s = 0; s < g.segment_count; ++s) {
+    const Segment<A>& segment = g.segments[s];
+    const int64_t lda = segment.lda;
+    const A* a = segment.a + (TRANSPOSED ? i0 : i0 * lda);
+    for (int64_t p = 0; p < segment.k; ++p, b += g.ldb) {
+      vec bv[NV];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + j * V::lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store_lanes(c + i * g.ldc + j * V::lanes, acc[i][j], g.n - j0 - j * V::lanes);
+  }
+}
+
+template <class A, int NV, bool TRANSPOSED>
+inline void column(const Gemm<A>& g, int64_t j0) {
+  int64_t i = 0;
+  for (; i + kRows <= g.m; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, i, j0);
+  switch (g.m - i) {
+    case 5:
+      return micro<A, 5, NV, TRANSPOSED>(g, i, j0);
+    case 4:
+      return micro<A, 4, NV, TRANSPOSED>(g, i, j0);
+    case 3:
+      return micro<A, 3, NV, TRANSPOSED>(g, i, j0);
+    case 2:
+      return micro<A, 2, NV, TRANSPOSED>(g, i, j0);
+    case 1:
+      return micro<A, 1, NV, TRANSPOSED>(g, i, j0);
+    default:
+      return;
+  }
+}
+
+template <class A, bool TRANSPOSED>
+inline void columns(const Gemm<A>& g) {
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+  for (int64_t j = 0; j < g.n; j += kVectors * lanes) {
+    const int64_t vectors = (g.n - j + lanes - 1) / lanes;
+    if (vectors >= kVectors) {
+      column<A, kVectors, TRANSPOSED>(g, j);
+#if DLA_VECTOR_BYTES == 64
+    } else if (vectors == 3) {
+      column<A, 3, TRANSPOSED>(g, j);
+    } else if (vectors == 2) {
+      column<A, 2, TRANSPOSED>(g, j);
+#endif
+    } else {
+      column<A, 1, TRANSPOSED>(g, j);
+    }
+  }
+}
+
+template <class A>
+void gemm(const Gemm<A>& g) {
+  if (g.transposed) {
+    columns<A, true>(g);
+  } else {
+    columns<A, false>(g);
+  }
+}

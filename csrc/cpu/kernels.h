@@ -1,0 +1,128 @@
+// The tile kernels of the CPU backend, without torch: what they compute and how a call picks an instruction set.
+//
+// A tile is a small matrix held in cache: rows are pixels and columns channels for channels_last tensors, rows are
+// channels and columns pixels for contiguous ones. T is the storage type, acc_t<T> the type everything is computed in.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace dla_fast::cpu {
+
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+enum class Act : int { identity, relu, silu, leaky_relu, hardswish };
+
+// Width of a packed panel of the right-hand matrix, in elements: a multiple of every vector length there is.
+constexpr int64_t kPanel = 64;
+
+// One input of a sum of products: M x k values read through lda (element (i, p) at a[i * lda + p], or at
+// a[p * lda + i] when the left-hand side is transposed).
+template <class A>
+struct Segment {
+  const A* a;
+  int64_t lda;
+  int64_t k;
+};
+
+// c[M x N] (+)= sum over segments of a_s[M x k_s] * b_s[k_s x N]; the b_s lie one below the other in b.
+// b must be readable up to the next multiple of 64 bytes in each row; only N columns of c are touched.
+template <class A>
+struct Gemm {
+  int64_t m, n;
+  const Segment<A>* segments;
+  int64_t segment_count;
+  bool transposed;
+  const A* b;
+  int64_t ldb;
+  A* c;
+  int64_t ldc;
+  bool add;
+};
+
+// u = (z - center) * scale + shift + residual, x_hat = (z - center) * rstd, y = act(u).
+template <class A>
+struct Norm {
+  const A* center;
+  const A* rstd;
+  const A* scale;
+  const A* shift;
+  Act act;
+  A slope;
+};
+
+struct Shape {
+  int64_t rows, cols;
+  bool channels_are_rows;
+};
+
+template <class T>
+struct Strided {
+  T* data;
+  int64_t ld;
+};
+
+template <class T>
+struct Kernels {
+  using A = acc_t<T>;
+
+  void (*gemm)(const Gemm<A>&);
+  // dst (rows x cols, or cols x rows when transposing) in A from src (rows x cols) in T.
+  void (*load)(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols);
+  void (*load_transposed)(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols);
+  void (*store)(Strided<const A> src, Strided<T> dst, int64_t rows, int64_t cols);
+  // y = act(u); z in T, or still in A. residual.data may be null.
+  void (*tail)(const Shape&, const Norm<A>&, Strided<const T> z, Strided<const T> residual, Strided<T> y);
+  void (*tail_accumulated)(const Shape&, const Norm<A>&, Strided<const A> z, Strided<const T> residual, Strided<T> y);
+  // Per channel of the tile: mean, sum of (z - mean)^2, sum of (z - mean) (what rounding left in the mean).
+  void (*moments)(const Shape&, Strided<const T> z, A* mean, A* m2, A* delta);
+  // Adds to, per channel: the sum of dy' = dy * act'(u), and of dy' * x_hat.
+  void (*reduce)(const Shape&, const Norm<A>&, Strided<const T> dy, Strided<const T> z, Strided<const T> residual,
+                 A* sum_dy, A* sum_dy_xhat);
+  // dz = scale * (dy' - mean_dy - x_hat * mean_dy_xhat); du = dy' where its data is not null.
+  void (*apply)(const Shape&, const Norm<A>&, const A* mean_dy, const A* mean_dy_xhat, Strided<const T> dy,
+                Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du);
+};
+
+enum class Isa : int { generic, avx2, avx512 };
+
+// The best instruction set of this machine, or the lesser one that DLA_FAST_CPU_ISA names.
+Isa current_isa();
+const char* isa_name(Isa isa);
+
+namespace generic {
+template <class T>
+const Kernels<T>& kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <class T>
+const Kernels<T>& kernels();
+}
+namespace avx512 {
+template <class T>
+const Kernels<T>& kernels();
+}
+#endif
+
+template <class T>
+const Kernels<T>& kernels() {
+#if defined(__x86_64__)
+  switch (current_isa()) {
+    case Isa::avx512:
+      return avx512::kernels<T>();
+    case Isa::avx2:
+      return avx2::kernels<T>();
+    default:
+      break;
+  }
+#endif
+  return generic::kernels<T>();
+}
+
+}  // namespace dla_fast::cpu

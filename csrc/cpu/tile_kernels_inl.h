@@ -1,0 +1,406 @@
+// Bodies of the tile kernels (kernels.h), compiled once per instruction set: the includer sets DLA_ISA (a namespace
+// name), DLA_VECTOR_BYTES and the target, after every header is in, so that no library code is compiled for it.
+
+namespace dla_fast::cpu::DLA_ISA {
+namespace {
+
+#include "gemm_inl.h"
+
+constexpr int64_t kChunk = 256;
+
+inline float widen(c10::BFloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.x) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+inline void narrow(float v, c10::BFloat16& out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.x = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
+}
+
+inline void widen_row(const c10::BFloat16* src, float* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = widen(src[i]);
+}
+
+inline void narrow_row(const float* src, c10::BFloat16* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(src[i], dst[i]);
+}
+
+#if DLA_VECTOR_BYTES >= 32
+inline void widen_row(const c10::Half* src, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+  }
+  for (; i < n; ++i) dst[i] = _cvtsh_ss(src[i].x);
+}
+
+inline void narrow_row(const float* src, c10::Half* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), h);
+  }
+  for (; i < n; ++i) dst[i].x = _cvtss_sh(src[i], _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+inline void widen_row(const c10::Half* src, float* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(src[i]);
+}
+
+inline void narrow_row(const float* src, c10::Half* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = c10::Half(src[i]);
+}
+#endif
+
+// n <= kChunk values as A: in place where they are A already, else widened into buffer.
+template <class T, class A>
+inline const A* read(const T* p, A* buffer, int64_t n) {
+  if constexpr (std::is_same_v<T, A>) {
+    return p;
+  } else {
+    widen_row(p, buffer, n);
+    return buffer;
+  }
+}
+
+template <class T, class A>
+void load(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* s = src.data + r * src.ld;
+    A* d = dst.data + r * dst.ld;
+    if constexpr (std::is_same_v<T, A>) {
+      for (int64_t c = 0; c < cols; ++c) d[c] = s[c];
+    } else {
+      widen_row(s, d, cols);
+    }
+  }
+}
+
+template <class T, class A>
+void load_transposed(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
+  constexpr int64_t block = 16;
+  A buffer[block][block];
+  for (int64_t c0 = 0; c0 < cols; c0 += block) {
+    const int64_t nc = cols - c0 < block ? cols - c0 : block;
+    for (int64_t r0 = 0; r0 < rows; r0 += block) {
+      const int64_t nr = rows - r0 < block ? rows - r0 : block;
+      for (int64_t r = 0; r < nr; ++r) {
+        A wide[block];
+        const A* s = read<T, A>(src.data + (r0 + r) * src.ld + c0, wide, nc);
+        for (int64_t c = 0; c < nc; ++c) buffer[c][r] = s[c];
+      }
+      for (int64_t c = 0; c < nc; ++c) {
+        A* d = dst.data + (c0 + c) * dst.ld + r0;
+        for (int64_t r = 0; r < nr; ++r) d[r] = buffer[c][r];
+      }
+    }
+  }
+}
+
+template <class T, class A>
+void store(Strided<const A> src, Strided<T> dst, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* s = src.data + r * src.ld;
+    T* d = dst.data + r * dst.ld;
+    if constexpr (std::is_same_v<T, A>) {
+      for (int64_t c = 0; c < cols; ++c) d[c] = s[c];
+    } else {
+      narrow_row(s, d, cols);
+    }
+  }
+}
+
+// exp by range reduction and a degree-6 polynomial (Cephes' coefficients), written so that it vectorises; NaN passes.
+inline float exp_of(float x) {
+  x = x < -87.3f ? -87.3f : x;
+  x = x > 88.3f ? 88.3f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  const float shifted = x * 1.44269504088896341f + magic;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  const float n = shifted - magic;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const uint32_t power = (bits + 127u) << 23;
+  float scale;
+  __builtin_memcpy(&scale, &power, sizeof(scale));
+  return p * scale;
+}
+
+inline double exp_of(double x) {
+  return __builtin_exp(x);
+}
+
+template <class A>
+inline A sigmoid(A x) {
+  return A(1) / (A(1) + exp_of(-x));
+}
+
+// Comparisons are written so that NaN takes the branch that keeps it.
+template <Act ACT, class A>
+inline A forward_of(A u, A slope) {
+  if constexpr (ACT == Act::relu) return u < A(0) ? A(0) : u;
+  if constexpr (ACT == Act::leaky_relu) return u > A(0) ? u : u * slope;
+  if constexpr (ACT == Act::silu) return u * sigmoid(u);
+  if constexpr (ACT == Act::hardswish) {
+    const A t = u + A(3);
+    const A low = t < A(0) ? A(0) : t;
+    return u * (low > A(6) ? A(6) : low) / A(6);
+  }
+  return u;
+}
+
+template <Act ACT, class A>
+inline A backward_of(A u, A dy, A slope) {
+  if constexpr (ACT == Act::relu) return u <= A(0) ? A(0) : dy;
+  if constexpr (ACT == Act::leaky_relu) return u > A(0) ? dy : dy * slope;
+  if constexpr (ACT == Act::silu) {
+    const A s = sigmoid(u);
+    return dy * (s * (A(1) + u * (A(1) - s)));
+  }
+  if constexpr (ACT == Act::hardswish) {
+    const A inside = dy * (u / A(3) + A(0.5));
+    return u < A(-3) ? A(0) : (u > A(3) ? dy : inside);
+  }
+  return dy;
+}
+
+// A per-channel parameter along a row: one value for the whole row, or one per column.
+template <class A, bool ROWS>
+struct Along {
+  const A* p;
+  A value;
+  Along(const A* base, int64_t row, int64_t col) : p(base + (ROWS ? row : col)), value(*p) {}
+  A operator[](int64_t i) const {
+    if constexpr (ROWS) {
+      return value;
+    } else {
+      return p[i];
+    }
+  }
+};
+
+template <class T>
+inline const T* at(Strided<const T> m, int64_t r, int64_t c) {
+  return m.data == nullptr ? nullptr : m.data + r * m.ld + c;
+}
+
+template <class Z, class T, class A, Act ACT, bool ROWS>
+void tail_tile(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Strided<const T> residual, Strided<T> y) {
+  A zb[kChunk], rb[kChunk], yb[kChunk];
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    for (int64_t c = 0; c < shape.cols; c += kChunk) {
+      const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
+      const Along<A, ROWS> center(norm.center, r, c), scale(norm.scale, r, c), shift(norm.shift, r, c);
+      const A* zr = read<Z, A>(at(z, r, c), zb, n);
+      T* out = y.data + r * y.ld + c;
+      A* yr = yb;
+      if constexpr (std::is_same_v<T, A>) yr = out;
+      if (residual.data != nullptr) {
+        const A* rr = read<T, A>(at(residual, r, c), rb, n);
+        for (int64_t i = 0; i < n; ++i) {
+          yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i] + rr[i], norm.slope);
+        }
+      } else {
+        for (int64_t i = 0; i < n; ++i) {
+          yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i], norm.slope);
+        }
+      }
+      if constexpr (!std::is_same_v<T, A>) narrow_row(yb, out, n);
+    }
+  }
+}
+
+template <class T, class A>
+void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
+  A zb[kChunk];
+  const int64_t channels = shape.channels_are_rows ? shape.rows : shape.cols;
+  for (int64_t i = 0; i < channels; ++i) mean[i] = m2[i] = delta[i] = A(0);
+  const A inverse = A(1) / A(shape.channels_are_rows ? shape.cols : shape.rows);
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      for (int64_t c = 0; c < shape.cols; c += kChunk) {
+        const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
+        const A* zr = read<T, A>(at(z, r, c), zb, n);
+        if (shape.channels_are_rows) {
+          if (pass == 0) {
+            A sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < n; ++i) sum += zr[i];
+            mean[r] += sum;
+          } else {
+            const A m = mean[r];
+            A sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum, squares)
+            for (int64_t i = 0; i < n; ++i) {
+              const A d = zr[i] - m;
+              sum += d;
+              squares += d * d;
+            }
+            delta[r] += sum;
+            m2[r] += squares;
+          }
+        } else if (pass == 0) {
+          for (int64_t i = 0; i < n; ++i) mean[c + i] += zr[i];
+        } else {
+          for (int64_t i = 0; i < n; ++i) {
+            const A d = zr[i] - mean[c + i];
+            delta[c + i] += d;
+            m2[c + i] += d * d;
+          }
+        }
+      }
+    }
+    if (pass == 0) {
+      for (int64_t i = 0; i < channels; ++i) mean[i] *= inverse;
+    }
+  }
+}
+
+template <class T, class A, Act ACT, bool ROWS>
+void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
+                 Strided<const T> residual, A* sum_dy, A* sum_dy_xhat) {
+  A db[kChunk], zb[kChunk], rb[kChunk] = {};
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    for (int64_t c = 0; c < shape.cols; c += kChunk) {
+      const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
+      const Along<A, ROWS> center(norm.center, r, c), rstd(norm.rstd, r, c), scale(norm.scale, r, c),
+          shift(norm.shift, r, c);
+      const A* dr = read<T, A>(at(dy, r, c), db, n);
+      const A* zr = read<T, A>(at(z, r, c), zb, n);
+      const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
+      if constexpr (ROWS) {
+        A s0 = 0, s1 = 0;
+#pragma omp simd reduction(+ : s0, s1)
+        for (int64_t i = 0; i < n; ++i) {
+          const A d = zr[i] - center[i];
+          const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
+          s0 += g;
+          s1 += g * (d * rstd[i]);
+        }
+        sum_dy[r] += s0;
+        sum_dy_xhat[r] += s1;
+      } else {
+        A* s0 = sum_dy + c;
+        A* s1 = sum_dy_xhat + c;
+        for (int64_t i = 0; i < n; ++i) {
+          const A d = zr[i] - center[i];
+          const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
+          s0[i] += g;
+          s1[i] += g * (d * rstd[i]);
+        }
+      }
+    }
+  }
+}
+
+template <class T, class A, Act ACT, bool ROWS>
+void apply_tile(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const A* mean_dy_xhat, Strided<const T> dy,
+                Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du) {
+  A db[kChunk], zb[kChunk], rb[kChunk] = {}, ub[kChunk];
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    for (int64_t c = 0; c < shape.cols; c += kChunk) {
+      const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
+      const Along<A, ROWS> center(norm.center, r, c), rstd(norm.rstd, r, c), scale(norm.scale, r, c),
+          shift(norm.shift, r, c), m0(mean_dy, r, c), m1(mean_dy_xhat, r, c);
+      const A* dr = read<T, A>(at(dy, r, c), db, n);
+      const A* zr = read<T, A>(at(z, r, c), zb, n);
+      const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
+      A* out = dz.data + r * dz.ld + c;
+      A* ur = du.data == nullptr ? ub : du.data + r * du.ld + c;
+      for (int64_t i = 0; i < n; ++i) {
+        const A d = zr[i] - center[i];
+        const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
+        ur[i] = g;
+        out[i] = scale[i] * (g - m0[i] - (d * rstd[i]) * m1[i]);
+      }
+    }
+  }
+}
+
+// Calls F<ACT, ROWS>::run for the activation and layout of a call.
+#define DLA_DISPATCH_TILE(FUNCTION, ...)                                                                               \
+  switch (norm.act) {                                                                                                  \
+    case Act::identity:                                                                                                \
+      return shape.channels_are_rows ? FUNCTION<Act::identity, true>                                                   \
+                                           __VA_ARGS__ : FUNCTION<Act::identity, false> __VA_ARGS__;                   \
+    case Act::relu:                                                                                                    \
+      return shape.channels_are_rows ? FUNCTION<Act::relu, true> __VA_ARGS__ : FUNCTION<Act::relu, false> __VA_ARGS__; \
+    case Act::silu:                                                                                                    \
+      return shape.channels_are_rows ? FUNCTION<Act::silu, true> __VA_ARGS__ : FUNCTION<Act::silu, false> __VA_ARGS__; \
+    case Act::leaky_relu:                                                                                              \
+      return shape.channels_are_rows ? FUNCTION<Act::leaky_relu, true>                                                 \
+                                           __VA_ARGS__ : FUNCTION<Act::leaky_relu, false> __VA_ARGS__;                 \
+    case Act::hardswish:                                                                                               \
+      return shape.channels_are_rows ? FUNCTION<Act::hardswish, true>                                                  \
+                                           __VA_ARGS__ : FUNCTION<Act::hardswish, false> __VA_ARGS__;                  \
+  }
+
+template <class Z, class T, class A>
+struct Tail {
+  template <Act ACT, bool ROWS>
+  static void run(const Shape& s, const Norm<A>& n, Strided<const Z> z, Strided<const T> r, Strided<T> y) {
+    tail_tile<Z, T, A, ACT, ROWS>(s, n, z, r, y);
+  }
+  static void call(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Strided<const T> residual,
+                   Strided<T> y) {
+    DLA_DISPATCH_TILE(run, (shape, norm, z, residual, y))
+  }
+};
+
+template <class T, class A>
+struct Reduce {
+  template <Act ACT, bool ROWS>
+  static void run(const Shape& s, const Norm<A>& n, Strided<const T> dy, Strided<const T> z, Strided<const T> r, A* s0,
+                  A* s1) {
+    reduce_tile<T, A, ACT, ROWS>(s, n, dy, z, r, s0, s1);
+  }
+  static void call(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
+                   Strided<const T> residual, A* sum_dy, A* sum_dy_xhat) {
+    DLA_DISPATCH_TILE(run, (shape, norm, dy, z, residual, sum_dy, sum_dy_xhat))
+  }
+};
+
+template <class T, class A>
+struct Apply {
+  template <Act ACT, bool ROWS>
+  static void run(const Shape& s, const Norm<A>& n, const A* m0, const A* m1, Strided<const T> dy, Strided<const T> z,
+                  Strided<const T> r, Strided<A> dz, Strided<A> du) {
+    apply_tile<T, A, ACT, ROWS>(s, n, m0, m1, dy, z, r, dz, du);
+  }
+  static void call(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const A* mean_dy_xhat,
+                   Strided<const T> dy, Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du) {
+    DLA_DISPATCH_TILE(run, (shape, norm, mean_dy, mean_dy_xhat, dy, z, residual, dz, du))
+  }
+};
+
+#undef DLA_DISPATCH_TILE
+
+}  // namespace
+
+template <class T>
+const Kernels<T>& kernels() {
+  using A = acc_t<T>;
+  static const Kernels<T> table = {&gemm<A>,       &load<T, A>,          &load_transposed<T, A>,
+                                   &store<T, A>,   &Tail<T, T, A>::call, &Tail<A, T, A>::call,
+                                   &moments<T, A>, &Reduce<T, A>::call,  &Apply<T, A>::call};
+  return table;
+}
+
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+template const Kernels<c10::BFloat16>& kernels<c10::BFloat16>();
+template const Kernels<c10::Half>& kernels<c10::Half>();
+
+}  // namespace dla_fast::cpu::DLA_ISA

@@ -1,0 +1,137 @@
+"""Autograd formulas for operators that also update running statistics.
+
+``torch.library.register_autograd`` refuses operators with mutable arguments, so the formula is registered at the
+Autograd key by hand: a ``torch.autograd.Function`` in ``setup_context`` style around a redispatch below autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dla_fast.ops.layout import accumulation_dtype
+
+
+class Differentiable(Protocol):
+    """What an operator brings: how to remember its inputs, and its backward."""
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
+
+    def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]: ...
+
+
+def register_autograd(
+    library: torch.library.Library, op: Any, formula: Differentiable, *, differentiable: int, lists: Sequence[int] = ()
+) -> None:
+    """Register ``formula`` at the Autograd key of ``op``.
+
+    Args:
+        library: the library that defines the operator.
+        op: the overload, whose first output is the differentiable one.
+        formula: see :class:`Differentiable`; its backward returns one gradient per flattened differentiable input.
+        differentiable: how many leading arguments can have a gradient; the rest is handed through as it is.
+        lists: which of those arguments are lists of tensors.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(keyset: Any, rest: tuple[Any, ...], lengths: tuple[int, ...], *flat: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *_nest(flat, lengths), *rest)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            _, rest, lengths, *flat = inputs
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+            formula.setup_context(ctx, (*_nest(flat, lengths), *rest), output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            needed = list(ctx.needs_input_grad[3:])
+            if grads[0] is None:
+                return (None,) * len(ctx.needs_input_grad)
+            return (None, None, None, *formula.backward(ctx, grads[0], needed))
+
+    def autograd_kernel(keyset: Any, *args: Any) -> Any:
+        head, rest = args[:differentiable], args[differentiable:]
+        flat: list[Any] = []
+        lengths: list[int] = []
+        for i, arg in enumerate(head):
+            flat.extend(arg if i in lists else (arg,))
+            lengths.append(len(arg) if i in lists else -1)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+            return Function.apply(keyset, rest, tuple(lengths), *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(op._schema.name.split("::")[1], autograd_kernel, "Autograd", with_keyset=True)
+
+
+def _nest(flat: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
+    out: list[Any] = []
+    start = 0
+    for length in lengths:
+        if length < 0:
+            out.append(flat[start])
+            start += 1
+        else:
+            out.append(list(flat[start : start + length]))
+            start += length
+    return out
+
+
+def frozen_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, conv_bias: Tensor | None, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean of z and the variance that frozen running statistics stand for, as new tensors."""
+    assert running_mean is not None and running_var is not None
+    dtype = accumulation_dtype(z.dtype)
+    mean = running_mean.to(dtype, copy=True)
+    if conv_bias is not None:
+        mean = mean - conv_bias.to(dtype)
+    return mean, running_var.to(dtype, copy=True)
+
+
+def norm_gradients(
+    ctx: Any,
+    sums: tuple[Tensor | None, Tensor | None],
+    var: Tensor,
+    conv_bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the convolution's bias, gamma and beta from sum(dy') and sum(dy' * x_hat)."""
+    sum_dy, sum_dy_xhat = sums
+    need_bias, need_gamma, need_beta = needed
+    dbias = dgamma = dbeta = None
+    if need_bias and conv_bias is not None:
+        if ctx.training:
+            dbias = torch.zeros_like(conv_bias)
+        else:
+            assert sum_dy is not None
+            scale = (var + ctx.eps).rsqrt() if bn_weight is None else bn_weight * (var + ctx.eps).rsqrt()
+            dbias = (sum_dy * scale).to(conv_bias.dtype)
+    if need_gamma and bn_weight is not None and sum_dy_xhat is not None:
+        dgamma = sum_dy_xhat.to(bn_weight.dtype)
+    if need_beta and bn_bias is not None and sum_dy is not None:
+        dbeta = sum_dy.to(bn_bias.dtype)
+    return dbias, dgamma, dbeta
+
+
+def second_order(
+    run: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """First-order gradients that can be differentiated again: recompute through the reference.
+
+    Mean and variance are functions of z there, so second derivatives are complete. Kernels serve first order only.
+    """
+    wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
+        y = run(*inputs)
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return [next(grads) if n and t is not None else None for t, n in zip(inputs, needed, strict=True)]
