@@ -250,7 +250,7 @@ def build_ext_class() -> type:
         def build_extensions(self) -> None:
             """Try the plan's extensions in turn: with CUDA, for the CPU alone, none."""
             planned = list(PLAN.extensions)
-            for i, extension in enumerate(planned):
+            for extension in planned:
                 cuda = any(source.endswith(".cu") for source in extension.sources)
                 self.extensions[:] = [extension]
                 try:
@@ -258,8 +258,9 @@ def build_ext_class() -> type:
                 # torch reports a failed ninja run as RuntimeError, setuptools as its own CompileError or LinkError.
                 except Exception as error:
                     why = f"compilation failed ({(str(error) or type(error).__name__).splitlines()[0]})"
-                    if (BUILD_CUDA if cuda else BUILD_EXT) == "1" or (cuda and i + 1 == len(planned)):
-                        raise
+                    asked_for = "DLA_FAST_BUILD_CUDA" if cuda else "DLA_FAST_BUILD_EXT"
+                    if (BUILD_CUDA if cuda else BUILD_EXT) == "1":
+                        sys.exit(f"{asked_for}=1, but {why}; see the compiler's output above")
                     print(f"dla_fast: {why}; going on without it, see the compiler's output above", flush=True)
                     if cuda:
                         PLAN.cuda_reason = why

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-_REBUILD = "python setup.py build_ext --inplace in a checkout, pip install --no-build-isolation --force-reinstall --no-deps . else"
+_REBUILD = (
+    "in dla_fast's checkout run python setup.py build_ext --inplace, "
+    "or pip install --no-build-isolation --force-reinstall --no-deps ."
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def _load() -> ExtensionStatus:
     try:
         build = importlib.import_module("dla_fast._build")
     except ModuleNotFoundError:
-        return ExtensionStatus(False, f"the C++ extension was not built ({_REBUILD})")
+        return ExtensionStatus(False, f"the C++ extension was not built: {_REBUILD}")
     built_torch = getattr(build, "TORCH_VERSION", None)
 
     def status(loaded: bool, reason: str | None, warning: bool = False) -> ExtensionStatus:

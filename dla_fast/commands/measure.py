@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleave(
-    fns: Mapping[str, Callable[[], object]],
+    fns: Mapping[Key, Callable[[], object]],
     *,
     rounds: int = 20,
     warmup: int = 2,
     min_sample_ms: float = 1.0,
     device: torch.device | str = "cpu",
     progress: Callable[[], object] | None = None,
-) -> dict[str, Timing]:
+) -> dict[Key, Timing]:
     """Time several functions in turn, so that a slow moment of the machine hits all of them.
 
     Every round calls each function, beginning one further along each time so that none always runs after the same
@@ -95,7 +98,7 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        readers: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+        readers: dict[Key, list[Callable[[], float]]] = {name: [] for name in names}
         for round_ in range(rounds):
             for i in range(len(names)):
                 name = names[(round_ + i) % len(names)]
@@ -157,18 +160,38 @@ def _storage_key(t: Tensor) -> tuple[torch.device, int]:
     return t.device, t.untyped_storage().data_ptr()
 
 
-def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes."""
+def _proc_status(field: str) -> int | None:
+    """A field of /proc/self/status that counts kilobytes, in bytes; None where there is none."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Not ru_maxrss: Linux carries that one over from the process that started this one.
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
+    return None
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    # Not ru_maxrss on Linux, which carries it over from the process that started this one.
+    peak = _proc_status("VmHWM")
+    if peak is not None:
+        return peak
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def current_rss() -> int:
+    """Resident size of this process now, in bytes; its peak so far where the system does not tell."""
+    now = _proc_status("VmRSS")
+    return peak_rss() if now is None else now
+
+
+def reset_peak_rss() -> None:
+    """Let :func:`peak_rss` count from here on, on systems that can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def in_fresh_process(module: str, arguments: Sequence[str], timeout_s: float = 600) -> dict[str, Any]:

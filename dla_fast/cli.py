@@ -1,0 +1,62 @@
+"""The command line: ``python -m dla_fast doctor | verify | demo | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from dla_fast._version import __version__
+from dla_fast.commands import CommandError
+
+COMMANDS = {
+    "doctor": "what is installed and built here, and which backend serves which op",
+    "verify": "check every op on this machine against PyTorch",
+    "demo": "swap a timm DLA to fused nodes on real photographs and compare",
+    "bench": "time the ops against PyTorch",
+}
+
+
+def _module(command: str) -> ModuleType:
+    """A command's module, imported only when it is asked for: the others may need extras that are not installed."""
+    return importlib.import_module(f"dla_fast.commands.{command}")
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of ``command`` alone filled in."""
+    parser = argparse.ArgumentParser(
+        prog="dla_fast", description="Fused kernels for Deep Layer Aggregation networks in PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"dla_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        if name == command:
+            _module(name).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    try:
+        args = _parser(command).parse_args(arguments)
+        status: int = _module(args.command).run(args)
+        sys.stdout.flush()
+        return status
+    except CommandError as error:
+        print(f"dla_fast {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ndla_fast {command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as in `dla_fast doctor | head`; the interpreter must not flush into the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

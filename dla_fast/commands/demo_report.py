@@ -1,0 +1,162 @@
+"""What the demo prints and draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_fast._version import __version__
+from dla_fast.commands.demo_setup import LOGITS, unnormalised
+
+_BEFORE, _AFTER = "#8a94a6", "#1f77b4"
+
+
+def speedup(row: dict[str, float]) -> float:
+    """Before to after."""
+    return row["before"] / row["after"]
+
+
+def last_line(result: dict[str, Any]) -> str:
+    """The demo in one parsable line."""
+    ms, saved = result["ms"], result["saved for backward"]
+    return (
+        f"demo: swapped {len(result['swapped'])} nodes, "
+        f"max logit difference {result['difference'][LOGITS]['relative']:.1e}, "
+        f"nodes {speedup(ms['nodes, inference']):.2f}x, "
+        f"network {speedup(ms['network, inference']):.2f}x, "
+        f"saved for backward {saved['after'] / saved['before']:.2f}x"
+    )
+
+
+def heading(result: dict[str, Any]) -> str:
+    """The task in one line."""
+    task = result["task"]
+    weights = "timm's weights" if task["pretrained"] else "random weights"
+    layout = "channels_last" if task["channels_last"] else "NCHW"
+    shape = f"{task['batch']} photographs of {task['size']}x{task['size']}"
+    return f"timm {task['model']}, {weights}, {shape}, float32 {layout}"
+
+
+def machine(result: dict[str, Any]) -> str:
+    """Where it ran, in one line."""
+    device = torch.device(result["task"]["device"])
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"{torch.get_num_threads()} CPU threads with {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"dla_fast {__version__}, torch {torch.__version__}, {where}; aggregate runs on: {', '.join(result['serves'])}"
+    )
+
+
+def _difference_rows(result: dict[str, Any]) -> list[str]:
+    lines = [f"{'largest difference':<36}{'relative':>12}{'absolute':>12}{'PyTorch alone*':>17}"]
+    for what, row in result["difference"].items():
+        lines.append(f"  {what:<34}{row['relative']:>12.1e}{row['absolute']:>12.1e}{row['PyTorch alone']:>17.1e}")
+    return lines
+
+
+_FOOTNOTE = (
+    "  * unswapped, NCHW against channels_last. In float32 training a ReLU or pooling whose inputs lie within rounding",
+    "    of zero or of each other sends its gradient elsewhere, so float64 is the one to read.",
+)
+_TIMES = ("nodes, inference", "nodes, forward and backward", "network, inference", "network, training step")
+
+
+def text(result: dict[str, Any]) -> str:
+    """The report; its last line is :func:`last_line`."""
+    lines = [heading(result), machine(result), ""]
+    lines += [f"swapped {len(result['swapped'])} nodes: {', '.join(result['swapped'])}", ""]
+    lines += [*_difference_rows(result), *_FOOTNOTE, ""]
+    lines.append(f"{'milliseconds':<36}{'before':>12}{'after':>12}   before/after")
+    for name in _TIMES:
+        row = result["ms"][name]
+        lines.append(f"  {name:<34}{row['before']:>12.2f}{row['after']:>12.2f}{speedup(row):>14.2f}x")
+    lines += ["", f"{'MiB':<36}{'before':>12}{'after':>12}   after/before"]
+    for name, row in memory_rows(result).items():
+        ratio = row["after"] / row["before"]
+        lines.append(f"  {name:<34}{row['before'] / 2**20:>12.1f}{row['after'] / 2**20:>12.1f}{ratio:>14.2f}x")
+    return "\n".join([*lines, "", f"wrote {result['picture']}", last_line(result)])
+
+
+def memory_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Bytes before and after, by what was counted."""
+    kind = "peak GPU memory" if torch.device(result["task"]["device"]).type == "cuda" else "peak RSS"
+    peak = result["peak"]
+    return {
+        "saved for backward": result["saved for backward"],
+        f"{kind}, training process": {key: peak[key]["peak"] for key in peak},
+        f"{kind}, what the step adds": {key: peak[key]["step"] for key in peak},
+    }
+
+
+def _bars(axes: Any, rows: dict[str, dict[str, float]], title: str, unit: str, ratio: str) -> None:
+    """Horizontal bars, before above after, with the ratio at the end; each row on a scale of its own."""
+    labels = []
+    for i, (name, row) in enumerate(rows.items()):
+        y, top = -float(i), max(row.values())
+        for offset, key, color in ((0.19, "before", _BEFORE), (-0.19, "after", _AFTER)):
+            share = row[key] / top
+            axes.barh(y + offset, share, height=0.34, color=color, label=key if i == 0 else None)
+            inside = share > 0.25
+            axes.text(
+                share - 0.015 if inside else share + 0.015,
+                y + offset,
+                f"{row[key]:.{0 if row[key] >= 100 else 2}f} {unit}",
+                ha="right" if inside else "left",
+                va="center",
+                fontsize=8,
+                color="white" if inside else "black",
+            )
+        value = row["before"] / row["after"] if ratio == "before/after" else row["after"] / row["before"]
+        axes.text(1.03, y, f"{value:.2f}x", va="center", fontsize=10, fontweight="bold")
+        labels.append(name)
+    axes.set_yticks([-float(i) for i in range(len(labels))], labels, fontsize=9)
+    axes.set_xlim(0, 1.2)
+    axes.set_xticks([])
+    axes.set_title(f"{title} ({ratio})", fontsize=11, loc="left")
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def draw(result: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
+    """The comparison as a picture: the photographs, the logits before and after, times and memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A figure of its own, without pyplot, touches no global state and needs no display.
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{heading(result)}: before and after dla_fast.swap_\n{machine(result)}", fontsize=12)
+    photos = unnormalised(tensors["photographs"])[:8]
+    rows: Any = figure.subfigures(3, 1, height_ratios=[1.2, 3.4, 3.2])
+    top, middle, bottom = rows
+    for i, axes in enumerate(top.subplots(1, max(4, len(photos)), squeeze=False)[0]):
+        axes.axis("off")
+        if i < len(photos):
+            axes.imshow(photos[i].permute(1, 2, 0).numpy())
+    logits, each = middle.subplots(1, 2, width_ratios=[1, 1.6])
+    _scatter(logits, result, tensors)
+    _bars(each, result["ms"]["each of the nodes, inference"], "Each node, inference", "ms", "before/after")
+    each.legend(loc="lower right", fontsize=8, ncols=2, bbox_to_anchor=(1.0, -0.09), frameon=False)
+    times, memory = bottom.subplots(1, 2)
+    _bars(times, {name: result["ms"][name] for name in _TIMES}, "Time", "ms", "before/after")
+    bytes_ = {
+        name.replace(", ", ",\n"): {k: v / 2**20 for k, v in row.items()} for name, row in memory_rows(result).items()
+    }
+    _bars(memory, bytes_, "Memory", "MiB", "after/before")
+    figure.savefig(path, dpi=110)
+
+
+def _scatter(axes: Any, result: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    before, after = (tensors[f"logits {key}"].float().cpu().flatten() for key in ("before", "after"))
+    ends = [before.min().item(), before.max().item()]
+    axes.plot(ends, ends, color=_BEFORE, linewidth=1)
+    axes.scatter(before.numpy(), after.numpy(), s=4, color=_AFTER, linewidths=0)
+    axes.set_xlabel("logits before", fontsize=9)
+    axes.set_ylabel("logits after", fontsize=9)
+    axes.tick_params(labelsize=8)
+    row = result["difference"][LOGITS]
+    axes.set_title(f"Logits: largest difference {row['relative']:.1e} of the largest", fontsize=11, loc="left")
