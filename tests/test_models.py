@@ -31,6 +31,15 @@ PARAMETERS = {
 NAMES = list(PARAMETERS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Maps this small gain nothing from more, and threads that wait for one another on a busy machine cost minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def randomise(model: nn.Module) -> nn.Module:
     """Norms with parameters and statistics that cannot be taken for one another or for the identity."""
     with torch.no_grad():
@@ -268,6 +277,11 @@ def test_synthesised_projects_keep_dtype_and_repeat():
     assert all(torch.equal(first[k], second[k]) for k in added)
     assert {first[k].dtype for k in added} == {torch.float64, torch.int64}
     assert all(first[k].data_ptr() not in {v.data_ptr() for v in state.values()} for k in added)
+    # The original registers a tree's project last.
+    level4 = [k for k in first if k.startswith("level4.")]
+    assert level4[-6:] == [k for k in added if k.startswith("level4.project.")]
+    leaf = [k for k in level4 if k.startswith("level4.tree1.")]
+    assert leaf[-6:] == [k for k in state if k.startswith("level4.tree1.project.")]
 
 
 def test_load_reads_wrapped_prefixed_and_old_checkpoints():
