@@ -16,9 +16,12 @@ __all__ = ["aggregate", "batch_norm_act", "merge", "upsample", "upsample_add"]
 def _autocast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Cast what a convolution reads as autocast casts conv2d's arguments: everything floating but float64."""
     first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    if first is None or not torch.is_autocast_enabled(first.device.type):
+    if first is None:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
     return [
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors

@@ -83,7 +83,7 @@ struct Kernels {
   void (*moments)(const Shape&, Strided<const T> z, A* mean, A* m2, A* delta);
   // Adds to, per channel: the sum of dy' = dy * act'(u), and of dy' * x_hat.
   void (*reduce)(const Shape&, const Norm<A>&, Strided<const T> dy, Strided<const T> z, Strided<const T> residual,
-                 A* sum_dy, A* sum_dy_xhat);
+                 double* sum_dy, double* sum_dy_xhat);
   // dz = scale * (dy' - mean_dy - x_hat * mean_dy_xhat); du = dy' where its data is not null.
   void (*apply)(const Shape&, const Norm<A>&, const A* mean_dy, const A* mean_dy_xhat, Strided<const T> dy,
                 Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du);

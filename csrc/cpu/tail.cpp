@@ -98,9 +98,9 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
     const NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const Tiling tiling(z, channels_last);
     const int64_t channels = tiling.channels;
-    std::vector<A> partial(2 * tiling.groups * channels, A(0));
-    A* first = partial.data();
-    A* second = first + tiling.groups * channels;
+    std::vector<double> partial(2 * tiling.groups * channels, 0.0);
+    double* first = partial.data();
+    double* second = first + tiling.groups * channels;
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     const scalar_t* dp = dy.const_data_ptr<scalar_t>();
     at::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
     });
     A* out[2] = {sum_dy.mutable_data_ptr<A>(), sum_dy_xhat.mutable_data_ptr<A>()};
     for (int which = 0; which < 2; ++which) {
-      const A* from = which == 0 ? first : second;
+      const double* from = which == 0 ? first : second;
       std::vector<double> sum(channels, 0.0);
       for (int64_t g = 0; g < tiling.groups; ++g) {
         for (int64_t c = 0; c < channels; ++c) sum[c] += from[g * channels + c];

@@ -270,35 +270,39 @@ void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
 
 template <class T, class A, Act ACT, bool ROWS>
 void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
-                 Strided<const T> residual, A* sum_dy, A* sum_dy_xhat) {
-  A db[kChunk], zb[kChunk], rb[kChunk] = {};
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    for (int64_t c = 0; c < shape.cols; c += kChunk) {
-      const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
+                 Strided<const T> residual, double* sum_dy, double* sum_dy_xhat) {
+  // Few values are added in A before a partial sum goes on in double.
+  constexpr int64_t depth = 16;
+  A db[kChunk], zb[kChunk], rb[kChunk] = {}, s0[kChunk], s1[kChunk];
+  for (int64_t c = 0; c < shape.cols; c += kChunk) {
+    const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
+    for (int64_t r = 0; r < shape.rows; ++r) {
       const Along<A, ROWS> center(norm.center, r, c), rstd(norm.rstd, r, c), scale(norm.scale, r, c),
           shift(norm.shift, r, c);
       const A* dr = read<T, A>(at(dy, r, c), db, n);
       const A* zr = read<T, A>(at(z, r, c), zb, n);
       const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
+      const bool first = ROWS || r % depth == 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const A d = zr[i] - center[i];
+        const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
+        const A h = g * (d * rstd[i]);
+        s0[i] = first ? g : s0[i] + g;
+        s1[i] = first ? h : s1[i] + h;
+      }
       if constexpr (ROWS) {
-        A s0 = 0, s1 = 0;
-#pragma omp simd reduction(+ : s0, s1)
+        A t0 = 0, t1 = 0;
+#pragma omp simd reduction(+ : t0, t1)
         for (int64_t i = 0; i < n; ++i) {
-          const A d = zr[i] - center[i];
-          const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
-          s0 += g;
-          s1 += g * (d * rstd[i]);
+          t0 += s0[i];
+          t1 += s1[i];
         }
-        sum_dy[r] += s0;
-        sum_dy_xhat[r] += s1;
-      } else {
-        A* s0 = sum_dy + c;
-        A* s1 = sum_dy_xhat + c;
+        sum_dy[r] += t0;
+        sum_dy_xhat[r] += t1;
+      } else if (r % depth == depth - 1 || r == shape.rows - 1) {
         for (int64_t i = 0; i < n; ++i) {
-          const A d = zr[i] - center[i];
-          const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
-          s0[i] += g;
-          s1[i] += g * (d * rstd[i]);
+          sum_dy[c + i] += s0[i];
+          sum_dy_xhat[c + i] += s1[i];
         }
       }
     }
@@ -362,12 +366,12 @@ struct Tail {
 template <class T, class A>
 struct Reduce {
   template <Act ACT, bool ROWS>
-  static void run(const Shape& s, const Norm<A>& n, Strided<const T> dy, Strided<const T> z, Strided<const T> r, A* s0,
-                  A* s1) {
+  static void run(const Shape& s, const Norm<A>& n, Strided<const T> dy, Strided<const T> z, Strided<const T> r,
+                  double* s0, double* s1) {
     reduce_tile<T, A, ACT, ROWS>(s, n, dy, z, r, s0, s1);
   }
   static void call(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
-                   Strided<const T> residual, A* sum_dy, A* sum_dy_xhat) {
+                   Strided<const T> residual, double* sum_dy, double* sum_dy_xhat) {
     DLA_DISPATCH_TILE(run, (shape, norm, dy, z, residual, sum_dy, sum_dy_xhat))
   }
 };

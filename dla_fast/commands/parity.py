@@ -1,0 +1,313 @@
+"""The numerical contract, as code: what ``verify`` and the tests hold every backend to.
+
+A result passes when its error against the same op in float64 torch ops is at most twice that of PyTorch's own unfused
+ops in the same dtype and layout, plus half a unit in the last place of the largest value: the rounding of the stored
+result, which no implementation can go below. Outputs, every gradient and the running statistics are held to it, in the
+maximum and in the root-mean-square norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_fast import functional, reference
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One point of the parity matrix."""
+
+    dtype: torch.dtype = torch.float32
+    layout: str = "channels_last"
+    channels: tuple[int, ...] = (24, 5)
+    out_channels: int = 24
+    batch: int = 2
+    height: int = 7
+    width: int = 5
+    act: str = "relu"
+    residual: bool = False
+    training: bool = True
+    conv_bias: bool = False
+    affine: bool = True
+    half_norm: bool = False
+    kernel: int = 1
+    factor: int = 2
+    seed: int = 0
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        if self.dtype in (torch.float16, torch.bfloat16) and not self.half_norm:
+            return torch.float32
+        return self.dtype
+
+    def __str__(self) -> str:
+        flags = [name for name in ("residual", "conv_bias", "half_norm") if getattr(self, name)]
+        flags += [] if self.affine else ["no affine"]
+        mode = "training" if self.training else "frozen"
+        shape = f"{'+'.join(map(str, self.channels))}->{self.out_channels} {self.batch}x{self.height}x{self.width}"
+        return " ".join([str(self.dtype).removeprefix("torch."), self.layout, shape, self.act, mode, *flags])
+
+
+@dataclass
+class Problem:
+    """An op applied to drawn values: float64 tensors that the dtypes of the spec represent exactly."""
+
+    tensors: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    call: Callable[[Any, Mapping[str, Tensor], str | None], Tensor]
+    buffers: tuple[str, ...] = ()
+    spec: Spec = field(default_factory=Spec)
+
+    @property
+    def differentiable(self) -> list[str]:
+        return [name for name in self.tensors if name not in self.buffers]
+
+    def materialise(self, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """The tensors in their own dtypes, or all in one, in the layout of the spec."""
+        out = {}
+        for name, value in self.tensors.items():
+            t = value.to(device=device, dtype=dtype or self.dtypes[name])
+            layout = LAYOUTS[self.spec.layout] if t.dim() == 4 else torch.contiguous_format
+            t = t.to(memory_format=layout, copy=True) if t.dim() == 4 else t.clone()
+            out[name] = t.requires_grad_(name not in self.buffers)
+        return out
+
+
+class _Draw:
+    """Draws values in float64 that a dtype represents exactly."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.generator = torch.Generator().manual_seed(spec.seed)
+        self.tensors: dict[str, Tensor] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, low: float = 0.0) -> None:
+        if low:
+            value = torch.rand(shape, generator=self.generator, dtype=torch.float64) + low
+        else:
+            value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        self.tensors[name] = value.to(dtype).double()
+        self.dtypes[name] = dtype
+
+    def norm(self, spec: Spec, channels: int) -> None:
+        if spec.affine:
+            self.add("bn_weight", (channels,), spec.norm_dtype)
+            self.add("bn_bias", (channels,), spec.norm_dtype)
+        self.add("running_mean", (channels,), spec.norm_dtype)
+        self.add("running_var", (channels,), spec.norm_dtype, low=0.5)
+
+
+_BUFFERS = ("running_mean", "running_var")
+
+
+def _norm_arguments(t: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    return t.get("bn_weight"), t.get("bn_bias"), t["running_mean"], t["running_var"]
+
+
+def aggregate(spec: Spec) -> Problem:
+    """An aggregation node."""
+    draw = _Draw(spec)
+    for i, c in enumerate(spec.channels):
+        draw.add(f"x{i}", (spec.batch, c, spec.height, spec.width), spec.dtype)
+    depth = sum(spec.channels)
+    draw.add("weight", (spec.out_channels, depth, 1, 1), spec.dtype, scale=1 / math.sqrt(max(depth, 1)))
+    if spec.conv_bias:
+        draw.add("conv_bias", (spec.out_channels,), spec.dtype)
+    draw.norm(spec, spec.out_channels)
+
+    def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
+        return module.aggregate(
+            [t[f"x{i}"] for i in range(len(spec.channels))],
+            t["weight"],
+            *_norm_arguments(t),
+            training=spec.training,
+            conv_bias=t.get("conv_bias"),
+            residual=spec.residual,
+            act=act or spec.act,
+        )
+
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec)
+
+
+def batch_norm_act(spec: Spec) -> Problem:
+    """Batch norm, residual, activation."""
+    draw = _Draw(spec)
+    shape = (spec.batch, spec.out_channels, spec.height, spec.width)
+    draw.add("x", shape, spec.dtype)
+    if spec.residual:
+        draw.add("residual", shape, spec.dtype)
+    draw.norm(spec, spec.out_channels)
+
+    def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
+        return module.batch_norm_act(
+            t["x"],
+            *_norm_arguments(t),
+            training=spec.training,
+            residual=t.get("residual"),
+            act=act or spec.act,
+        )
+
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec)
+
+
+def merge(spec: Spec) -> Problem:
+    """An IDA node whose last input is upsampled."""
+    draw = _Draw(spec)
+    f = spec.factor
+    large = tuple((side - 1) * f - 2 * (f // 2) + 2 * f for side in (spec.height, spec.width))
+    for i, c in enumerate(spec.channels):
+        small = i == len(spec.channels) - 1
+        draw.add(f"x{i}", (spec.batch, c, *((spec.height, spec.width) if small else large)), spec.dtype)
+    k, depth = spec.kernel, sum(spec.channels)
+    draw.add("up_weight", (spec.channels[-1], 1, 2 * f, 2 * f), spec.dtype)
+    draw.add("weight", (spec.out_channels, depth, k, k), spec.dtype, scale=1 / math.sqrt(depth * k * k))
+    if spec.conv_bias:
+        draw.add("conv_bias", (spec.out_channels,), spec.dtype)
+    draw.norm(spec, spec.out_channels)
+
+    def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
+        return module.merge(
+            [t[f"x{i}"] for i in range(len(spec.channels))],
+            t["weight"],
+            *_norm_arguments(t),
+            training=spec.training,
+            conv_bias=t.get("conv_bias"),
+            upsample=[None] * (len(spec.channels) - 1) + [(t["up_weight"], f)],
+            act=act or spec.act,
+        )
+
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec)
+
+
+def upsample(spec: Spec) -> Problem:
+    """The learned upsampling."""
+    draw, c, f = _Draw(spec), spec.out_channels, spec.factor
+    draw.add("x", (spec.batch, c, spec.height, spec.width), spec.dtype)
+    draw.add("weight", (c, 1, 2 * f, 2 * f), spec.dtype)
+    return Problem(draw.tensors, draw.dtypes, lambda m, t, act: m.upsample(t["x"], t["weight"], f), (), spec)
+
+
+def upsample_add(spec: Spec) -> Problem:
+    """The add-merging step of IDA."""
+    draw, c, f = _Draw(spec), spec.out_channels, spec.factor
+    sides = tuple((side - 1) * f - 2 * (f // 2) + 2 * f for side in (spec.height, spec.width))
+    draw.add("x", (spec.batch, c, spec.height, spec.width), spec.dtype)
+    draw.add("skip", (spec.batch, c, *sides), spec.dtype)
+    draw.add("weight", (c, 1, 2 * f, 2 * f), spec.dtype)
+    return Problem(
+        draw.tensors, draw.dtypes, lambda m, t, act: m.upsample_add(t["x"], t["skip"], t["weight"], f), (), spec
+    )
+
+
+PROBLEMS = {
+    "aggregate": aggregate,
+    "merge": merge,
+    "batch_norm_act": batch_norm_act,
+    "upsample": upsample,
+    "upsample_add": upsample_add,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One compared tensor: errors of dla_fast and of PyTorch's own ops in units of the largest value, and the bound."""
+
+    name: str
+    error: float
+    peer: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound
+
+
+def _safe_gradient(problem: Problem, device: torch.device) -> Tensor:
+    """A random dy, zero wherever rounding could put the pre-activation on the other side of a kink."""
+    tensors = problem.materialise(torch.float64, device)
+    with torch.no_grad():
+        u = problem.call(reference, tensors, "identity")
+    dy = torch.randn(u.shape, generator=torch.Generator().manual_seed(problem.spec.seed + 1), dtype=torch.float64)
+    dy = dy.to(device=device, dtype=problem.spec.dtype).double()
+    if u.numel() == 0 or not problem.buffers:
+        return dy
+    margin = 8 * torch.finfo(problem.spec.dtype).eps * u.abs().max().item()
+    for kink in KINKS.get(problem.spec.act, ()):
+        dy = torch.where((u - kink).abs() < margin, 0.0, dy)
+    return dy
+
+
+def execute(problem: Problem, module: Any, dy: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Output, gradients and buffers of the op on ``module`` (functional or reference), as float64 tensors."""
+    tensors = problem.materialise(dtype, dy.device)
+    y = problem.call(module, tensors, None)
+    layout = LAYOUTS[problem.spec.layout]
+    y.backward(dy.to(dtype=y.dtype, memory_format=layout))
+    out = {"y": y.detach().double()}
+    for name, t in tensors.items():
+        if name in problem.buffers:
+            out[name] = t.double()
+        else:
+            assert t.grad is not None, f"no gradient for {name}"
+            assert t.grad.dtype == t.dtype and t.grad.shape == t.shape
+            out[f"d {name}"] = t.grad.double()
+    return out
+
+
+def _norms(value: Tensor) -> tuple[float, float]:
+    if value.numel() == 0:
+        return 0.0, 0.0
+    return value.abs().max().item(), value.square().mean().sqrt().item()
+
+
+def compare(problem: Problem, device: torch.device | str = "cpu") -> list[Result]:
+    """Hold ``dla_fast.functional`` to the contract on the backend in force."""
+    device = torch.device(device)
+    dy = _safe_gradient(problem, device)
+    exact = execute(problem, reference, dy, torch.float64)
+    peer = execute(problem, reference, dy, None)
+    mine = execute(problem, functional, dy, None)
+    results = []
+    for name, value in exact.items():
+        stored = name.removeprefix("d ")
+        eps = torch.finfo(problem.dtypes.get(stored, problem.spec.dtype)).eps
+        scales = _norms(value)
+        if problem.spec.training and name == "d conv_bias":
+            # Truly zero: measured against the size of the terms that cancel.
+            scales = (math.sqrt(dy[:, 0].numel()),) * 2
+        errors, peers = _norms(mine[name] - value), _norms(peer[name] - value)
+        for norm, error, other, scale in zip(("max", "rms"), errors, peers, scales, strict=True):
+            unit = scale or 1.0
+            bound = 2 * other / unit + eps / 2
+            # NaN must fail, and does: every comparison with it is false.
+            results.append(Result(f"{name} ({norm})", error / unit, other / unit, bound))
+    return results
+
+
+def failures(results: list[Result]) -> str:
+    """The results that miss the bound, a line each; empty when all hold."""
+    return "\n".join(
+        f"{r.name}: error {r.error:.2e} over bound {r.bound:.2e} (PyTorch {r.peer:.2e})" for r in results if not r.ok
+    )
+
+
+def gradient_function(problem: Problem, device: torch.device | str = "cpu") -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The op as gradcheck wants it: a function of its differentiable tensors in float64, and those tensors."""
+    tensors = problem.materialise(torch.float64, torch.device(device))
+    names = problem.differentiable
+
+    def run(*values: Tensor) -> Tensor:
+        # Fresh buffers: gradcheck calls many times, and a call must not see what another wrote.
+        fresh = {name: tensors[name].clone() for name in problem.buffers}
+        return problem.call(functional, {**fresh, **dict(zip(names, values, strict=True))}, None)
+
+    return run, [tensors[name] for name in names]

@@ -1,0 +1,133 @@
+"""``python -m dla_fast verify``: parity and gradients of every op on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dla_fast import backend
+from dla_fast.commands import parity
+from dla_fast.commands.parity import Spec
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Row:
+    """One line of the table: an op on a backend in a dtype, over layouts, modes and variants."""
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    cases: int = 0
+    worst: float = 0.0
+    missed: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.missed
+
+
+def _specs(op: str, dtype: torch.dtype) -> Iterator[Spec]:
+    for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
+        common = {"dtype": dtype, "layout": layout, "training": training}
+        if op in ("aggregate", "batch_norm_act"):
+            for act, residual in itertools.product(("relu", "silu"), (False, True)):
+                yield Spec(**common, channels=(64, 24, 5), out_channels=64, height=9, width=17, act=act, residual=residual)
+            yield Spec(**common, channels=(5,), out_channels=24, act="hardswish", conv_bias=True)
+        elif op == "merge":
+            for kernel in (1, 3):
+                yield Spec(**common, channels=(8, 8), out_channels=8, height=5, width=6, kernel=kernel)
+        elif training:
+            for factor in (2, 3, 4):
+                yield Spec(**common, out_channels=24, factor=factor)
+
+
+def _parity_row(op: str, name: str, device: str, dtype: torch.dtype) -> Row:
+    row = Row(op, name, device, str(dtype).removeprefix("torch."))
+    for spec in _specs(op, dtype):
+        results = parity.compare(parity.PROBLEMS[op](spec), device)
+        row.cases += 1
+        row.worst = max(row.worst, *(r.error / r.bound if r.bound else 0.0 for r in results))
+        missed = parity.failures(results)
+        if missed and row.ok:
+            row.missed = f"{spec}: {missed.splitlines()[0]}"
+    return row
+
+
+def _gradient_row(op: str, name: str, device: str) -> Row:
+    row = Row(op, name, device, "gradcheck")
+    for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
+        spec = Spec(
+            dtype=torch.float64,
+            layout=layout,
+            channels=(3, 2),
+            out_channels=3,
+            height=2,
+            width=3,
+            act="silu",
+            training=training,
+            residual=op != "merge",
+        )
+        run, inputs = parity.gradient_function(parity.PROBLEMS[op](spec), device)
+        row.cases += 1
+        try:
+            torch.autograd.gradcheck(run, inputs)
+            torch.autograd.gradgradcheck(run, inputs)
+        except torch.autograd.gradcheck.GradcheckError as error:
+            row.missed = row.missed or f"{spec}: {str(error).strip().splitlines()[0]}"
+    return row
+
+
+def _work() -> list[tuple[str, str, str]]:
+    """Every op on every backend that can run it here, and the reference where none can."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    work = []
+    for op, device in itertools.product(backend.OPS, devices):
+        able = [n for n in backend.BACKENDS[1:] if backend.can_run(n, op, device, torch.float32) is None]
+        work += [(op, name, device) for name in able or ["reference"]]
+    return work
+
+
+def render(rows: list[Row]) -> str:
+    """The rows as an aligned table."""
+    table = [["op", "backend", "device", "dtype", "cases", "worst error / bound", ""]]
+    for r in rows:
+        worst = "" if r.dtype == "gradcheck" else f"{r.worst:.2f}"
+        table.append([r.op, r.backend, r.device, r.dtype, str(r.cases), worst, "ok" if r.ok else f"MISS {r.missed}"])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1] + [0]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``verify``."""
+    parser.add_argument("--ops", nargs="+", default=list(backend.OPS), choices=backend.OPS, metavar="OP")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything; 0 when every result holds, 1 on a miss."""
+    from tqdm import tqdm
+
+    jobs = [
+        (op, name, device, dtype)
+        for op, name, device in _work()
+        if op in args.ops
+        for dtype in (*DTYPES, None)
+    ]
+    rows = []
+    for op, name, device, dtype in tqdm(jobs, unit="check", disable=not sys.stderr.isatty(), leave=False):
+        with backend.use_backend(name):
+            rows.append(_gradient_row(op, name, device) if dtype is None else _parity_row(op, name, device, dtype))
+    print(render(rows))
+    missed = [r for r in rows if not r.ok]
+    print(
+        f"verify: {len(rows) - len(missed)} of {len(rows)} hold; the bound is twice PyTorch's own error against "
+        "float64 plus the rounding of the result; gradcheck and gradgradcheck in float64"
+    )
+    return 1 if missed else 0

@@ -1,0 +1,372 @@
+"""Parity, gradients and contracts of ``aggregate``, per backend."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dla_fast import backend, functional, reference, use_backend
+from dla_fast.commands import parity
+from dla_fast.commands.parity import Spec
+
+BACKENDS = [name for name in ("cpu",) if backend.can_run(name, "aggregate", "cpu", torch.float32) is None]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
+# Odd everything: 1, 3, 17 and 31 pixels, channels 1, 5, 24 and 64, one to eight inputs.
+SHAPES = (
+    {"channels": (24,), "out_channels": 24, "batch": 2, "height": 1, "width": 1},
+    {"channels": (5, 1), "out_channels": 5, "batch": 1, "height": 3, "width": 1},
+    {"channels": (64, 24, 5), "out_channels": 64, "batch": 1, "height": 1, "width": 17},
+    {"channels": (1, 5, 24, 64, 24, 5, 1, 64), "out_channels": 1, "batch": 1, "height": 31, "width": 1},
+    {"channels": (24, 64), "out_channels": 24, "batch": 3, "height": 17, "width": 31},
+)
+
+
+@pytest.fixture(params=BACKENDS)
+def served(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned():
+    """Every uninitialised tensor is full of NaN, so that reading one shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(spec: Spec, op: str = "aggregate") -> None:
+    missed = parity.failures(parity.compare(parity.PROBLEMS[op](spec)))
+    assert not missed, f"{spec}\n{missed}"
+
+
+def test_cpu_kernels_are_built():
+    assert BACKENDS == ["cpu"], backend.can_run("cpu", "aggregate", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity(served, poisoned, dtype, layout):
+    for shape, act, residual, training in itertools.product(SHAPES, ACTS, (False, True), (True, False)):
+        residual = residual and shape["channels"][0] == shape["out_channels"]
+        check(Spec(dtype=dtype, layout=layout, act=act, residual=residual, training=training, **shape))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_parity_of_norm_variants(served, poisoned, dtype, layout, training):
+    for conv_bias, affine, half_norm in itertools.product((False, True), repeat=3):
+        check(
+            Spec(
+                dtype=dtype,
+                layout=layout,
+                training=training,
+                conv_bias=conv_bias,
+                affine=affine,
+                half_norm=half_norm,
+                residual=True,
+                height=9,
+                width=9,
+            )
+        )
+
+
+@given(
+    channels=st.lists(st.integers(1, 70), min_size=1, max_size=8),
+    out_channels=st.integers(1, 130),
+    batch=st.integers(1, 3),
+    height=st.integers(1, 19),
+    width=st.integers(2, 19),
+    act=st.sampled_from(ACTS),
+    residual=st.booleans(),
+    training=st.booleans(),
+    layout=st.sampled_from(["channels_last", "contiguous"]),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_parity_of_any_shape(channels, out_channels, residual, **rest):
+    if residual:
+        channels = [out_channels, *channels[1:]]
+    for name in BACKENDS:
+        with use_backend(name):
+            check(Spec(channels=tuple(channels), out_channels=out_channels, residual=residual, **rest))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=lambda s: str(s["channels"]))
+def test_inference(served, poisoned, dtype, layout, shape):
+    for act, residual, conv_bias in itertools.product(ACTS, (False, True), (False, True)):
+        residual = residual and shape["channels"][0] == shape["out_channels"]
+        spec = Spec(
+            dtype=dtype, layout=layout, act=act, residual=residual, training=False, conv_bias=conv_bias, **shape
+        )
+        problem = parity.aggregate(spec)
+        with torch.no_grad():
+            exact = problem.call(reference, problem.materialise(torch.float64, torch.device("cpu")), None)
+            tensors = problem.materialise(None, torch.device("cpu"))
+            peer = problem.call(reference, tensors, None)
+            mine = problem.call(functional, tensors, None)
+        assert mine.stride() == peer.stride() or 1 in shape.values()
+        error, other = (mine.double() - exact).abs().max(), (peer.double() - exact).abs().max()
+        assert error <= 2 * other + torch.finfo(dtype).eps / 2 * exact.abs().max(), (spec, error, other)
+
+
+def _node(
+    channels=(4, 3), out_channels=4, dtype=torch.float64, size=(2, 3, 3), layout=torch.contiguous_format
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    n, h, w = size
+    xs = [torch.randn(n, c, h, w, dtype=dtype).to(memory_format=layout) for c in channels]
+    weight = torch.randn(out_channels, sum(channels), 1, 1, dtype=dtype)
+    norm = [torch.randn(out_channels, dtype=dtype) for _ in range(3)]
+    return xs, [weight, *norm[:2]], [norm[2], torch.rand(out_channels, dtype=dtype) + 0.5]
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("act", ["relu", "silu", "hardswish", "leaky_relu"])
+def test_gradcheck(served, layout, training, act):
+    spec = Spec(
+        dtype=torch.float64,
+        layout=layout,
+        channels=(3, 2),
+        out_channels=3,
+        height=2,
+        width=3,
+        act=act,
+        training=training,
+        residual=True,
+        conv_bias=True,
+    )
+    run, inputs = parity.gradient_function(parity.aggregate(spec))
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_kernels_serve_the_gradients(served, monkeypatch):
+    """Parity could pass on the reference: so count what is called."""
+    seen: list[str] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    xs, params, buffers = _node()
+    for t in xs + params:
+        t.requires_grad_()
+    with Record():
+        functional.aggregate(xs, *params, *buffers, training=True).sum().backward()
+        with torch.no_grad():
+            functional.aggregate(xs, *params, *buffers, training=False)
+    space = f"dla_fast_{served}"
+    names = [n for n in seen if n.startswith(space)]
+    expected = ["aggregate", "tail_backward_reduce", "aggregate_backward", "aggregate_inference"]
+    assert names == [f"{space}::{n}" for n in expected]
+
+
+def test_only_what_is_needed_is_computed(served):
+    xs, params, buffers = _node(channels=(4, 3, 5))
+    xs[1].requires_grad_()
+    y = functional.aggregate(xs, *params, *buffers, training=True, residual=True)
+    (grad,) = torch.autograd.grad(y.square().sum(), [xs[1]])
+    xs64 = [x.detach().requires_grad_() for x in xs]
+    y = reference.aggregate(xs64, *params, *buffers, training=True, residual=True)
+    (expected,) = torch.autograd.grad(y.square().sum(), [xs64[1]])
+    torch.testing.assert_close(grad, expected)
+
+
+def test_expanded_and_sliced_inputs(served):
+    xs, params, buffers = _node(channels=(4, 3))
+    wide = torch.randn(2, 9, 3, 6, dtype=torch.float64)
+    xs = [wide[:, 1:8:2, :, ::2], torch.randn(1, 3, 1, 1, dtype=torch.float64).expand(2, 3, 3, 3)]
+    before = wide.clone()
+    mine = functional.aggregate(xs, *params, *buffers, training=False)
+    torch.testing.assert_close(mine, reference.aggregate(xs, *params, *buffers, training=False))
+    assert torch.equal(wide, before)
+
+
+def test_expanded_gradient(served):
+    xs, params, buffers = _node()
+    xs[0].requires_grad_()
+    functional.aggregate(xs, *params, *buffers, training=True).sum().backward()
+    mine, xs[0].grad = xs[0].grad, None
+    reference.aggregate(xs, *params, *buffers, training=True).sum().backward()
+    torch.testing.assert_close(mine, xs[0].grad)
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(["channels_last", "contiguous"], repeat=3)))
+def test_output_layout_follows_eager(served, layouts):
+    first, second, third = (parity.LAYOUTS[name] for name in layouts)
+    xs, params, buffers = _node(dtype=torch.float32)
+    xs = [xs[0].to(memory_format=first), xs[1].to(memory_format=second)]
+    params[0] = params[0].to(memory_format=third)
+    for training in (True, False):
+        mine = functional.aggregate(xs, *params, *buffers, training=training)
+        assert mine.stride() == reference.aggregate(xs, *params, *buffers, training=training).stride()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batch(served, training):
+    xs, params, buffers = _node(size=(0, 3, 3))
+    before = [b.clone() for b in buffers]
+    for t in xs + params:
+        t.requires_grad_()
+    y = functional.aggregate(xs, *params, *buffers, training=training)
+    assert y.shape == (0, 4, 3, 3)
+    y.sum().backward()
+    assert all(torch.equal(b, c) for b, c in zip(buffers, before, strict=True))
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in params)
+    with torch.no_grad():
+        assert functional.aggregate(xs, *params, *buffers, training=False).shape == (0, 4, 3, 3)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_goes_through(served, act, dtype):
+    xs, params, buffers = _node(dtype=dtype)
+    xs[0][0, 0, 0, 0] = float("nan")
+    with torch.no_grad():
+        y = functional.aggregate(xs, *params, *buffers, training=False, act=act)
+        assert y[0, :, 0, 0].isnan().all() and not y[1].isnan().any()
+        assert functional.aggregate(xs, *params, *buffers, training=True, act=act).isnan().all()
+
+
+def test_moments_far_from_zero(served):
+    """Mean over deviation of 1000: the variance of the z that was written, to 1e-6."""
+    for layout in parity.LAYOUTS.values():
+        x = (torch.randn(8, 16, 28, 28) + 1000.0).to(memory_format=layout)
+        weight = torch.eye(16).reshape(16, 16, 1, 1)
+        ops = getattr(torch.ops, f"dla_fast_{served}")
+        z, mean, var = ops.aggregate_stage([x], weight, None, None, None, 0.1, True)
+        exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
+        assert ((var - exact_var).abs() / exact_var).max() < 1e-6
+        assert ((mean - exact_mean).abs() / exact_mean).max() < 1e-7
+
+
+def test_deterministic(served):
+    xs, params, buffers = _node(channels=(64, 64), out_channels=64, dtype=torch.float32, size=(4, 28, 28))
+
+    def run() -> list[Tensor]:
+        tensors = [t.detach().clone().requires_grad_() for t in xs + params]
+        y = functional.aggregate(tensors[:2], *tensors[2:], *[b.clone() for b in buffers], training=True)
+        return [y, *torch.autograd.grad(y.square().sum(), tensors)]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_thread_counts_agree(served):
+    """Every split of the work gives the same numbers up to rounding."""
+    problem = parity.aggregate(Spec(channels=(64, 24), out_channels=130, batch=2, height=17, width=5))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for layout in parity.LAYOUTS:
+                check(Spec(layout=layout, channels=(64, 24), out_channels=130, batch=2, height=17, width=5))
+    finally:
+        torch.set_num_threads(threads)
+    assert problem.spec.out_channels == 130
+
+
+def test_autocast(served):
+    xs, params, buffers = _node(dtype=torch.float32)
+    for t in xs + params:
+        t.requires_grad_()
+
+    def run(module) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = module.aggregate(xs, *params, *[b.clone() for b in buffers], training=True)
+        return [y, *torch.autograd.grad(y.float().square().sum(), xs + params)]
+
+    for mine, theirs in zip(run(functional), run(reference), strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=3e-2, atol=3e-2 * theirs.abs().max().item())
+
+
+def test_inputs_stay_and_buffers_move_as_in_torch(served):
+    xs, params, buffers = _node(dtype=torch.float32)
+    before = [t.clone() for t in xs + params]
+    mine, theirs = [b.clone() for b in buffers], [b.clone() for b in buffers]
+    bias = torch.randn(4)
+    functional.aggregate(xs, *params, *mine, training=True, momentum=0.3, conv_bias=bias)
+    reference.aggregate(xs, *params, *theirs, training=True, momentum=0.3, conv_bias=bias)
+    torch.testing.assert_close(mine, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(before, xs + params, strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(served, dynamic):
+    torch._dynamo.reset()
+    xs, params, buffers = _node(dtype=torch.float32)
+    for t in xs + params:
+        t.requires_grad_()
+
+    def run(xs, params, buffers):
+        return functional.aggregate(xs, *params, *buffers, training=True, residual=True)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    outcomes = []
+    for fn in (run, compiled):
+        mine = [b.clone() for b in buffers]
+        y = fn(xs, params, mine)
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), xs + params), *mine])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(functional.aggregate, fullgraph=True, backend="aot_eager")(
+                xs, *params, *buffers, training=False
+            ),
+            functional.aggregate(xs, *params, *buffers, training=False),
+        )
+
+
+def test_compile_inductor(served):
+    torch._dynamo.reset()
+    xs, params, buffers = _node(dtype=torch.float32)
+    for t in xs + params:
+        t.requires_grad_()
+
+    def run():
+        y = functional.aggregate(xs, *params, *[b.clone() for b in buffers], training=True)
+        return (y * 2).relu()
+
+    expected = run()
+    grads = torch.autograd.grad(expected.sum(), xs + params)
+    got = torch.compile(run, fullgraph=True)()
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got.sum(), xs + params), grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_vmap_jvp_and_export_use_the_reference(served):
+    xs, params, buffers = _node()
+
+    def run(x):
+        return functional.aggregate([x, xs[1]], *params, *buffers, training=False, act="silu")
+
+    batched = torch.func.vmap(run)(torch.stack([xs[0], xs[0] + 1]))
+    torch.testing.assert_close(batched[1], run(xs[0] + 1))
+    _, tangent = torch.func.jvp(run, (xs[0],), (torch.ones_like(xs[0]),))
+    assert tangent.abs().max() > 0
+    traced = torch.jit.trace(run, (xs[0],))
+    assert "dla_fast" not in str(traced.graph)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return run(x)
+
+    exported = torch.export.export(Module(), (xs[0],))
+    assert "dla_fast" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(xs[0]), run(xs[0]))
