@@ -1,0 +1,246 @@
+"""What a swapped module becomes: its own class, extended by a fused ``forward``.
+
+A swapped module keeps its ``__dict__`` untouched; only its class changes, to a subclass of the class it had, made here
+once per original class and specification. Being a subclass, it keeps ``isinstance``, ``super()``, helper methods and
+class attributes, so the original forward runs on it unchanged whenever the fused one does not apply. Such a class can
+not be imported by name; pickling and copying go through :func:`rebuild` instead, which makes it again from the
+original class.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast import backend
+from dla_fast.nn.aggregate import run_aggregate
+from dla_fast.reference.activation import ActSpec
+
+MAX_INPUTS = 8
+
+# The options that leave of a Conv2d a plain matrix product over the channels.
+CONV1X1 = {
+    "kernel_size": (1, 1),
+    "stride": (1, 1),
+    "padding": (0, 0),
+    "dilation": (1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
+}
+
+_classes: dict[tuple[type, type, Any], type[FusedNode]] = {}
+_PLAIN = (Tensor, nn.Parameter)
+_HALF = (torch.float16, torch.bfloat16)
+# Two threads (DataParallel) that force a backend at once would restore each other's choice and leave one in force.
+_forcing = threading.RLock()
+
+
+class FusedNode(nn.Module):
+    """Base of every class a swapped module gets; never instantiated by itself."""
+
+    _dla_fast_original: ClassVar[type[nn.Module]]
+    _dla_fast_spec: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not passed on: a model zoo's class registry must not see the fused class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        _, arguments, *rest = reduced
+        cls = type(self)
+        return rebuild, (cls.__bases__[0], cls._dla_fast_original, cls._dla_fast_spec, *arguments[1:]), *rest
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles the source of ``forward``, so it gets the original one, and this module for good:
+        scripting writes what this returns into the parent, hence the same object and no copy."""
+        warnings.warn(
+            f"torch.jit.script needs the original forward: {type(self).__name__} was unswapped; "
+            "call dla_fast.swap_ again to run the eager model fused",
+            stacklevel=2,
+        )
+        restore(self)
+        return self
+
+
+def fused_class(node: type[FusedNode], original: type[nn.Module], spec: Any) -> type[FusedNode]:
+    """The subclass of ``original`` whose forward is that of ``node``.
+
+    Raises:
+        TypeError: ``original`` cannot be extended.
+    """
+    known = _classes.get((node, original, spec))
+    if known is not None:
+        return known
+    body = {"_dla_fast_original": original, "_dla_fast_spec": spec, "__module__": __name__, "__doc__": node.__doc__}
+    made = types.new_class(f"Fused{original.__name__}", (node, original), exec_body=lambda ns: ns.update(body))
+    return _classes.setdefault((node, original, spec), made)
+
+
+def rebuild(node: type[FusedNode], original: type[nn.Module], spec: Any, *arguments: Any) -> FusedNode:
+    """An empty swapped module, which unpickling and copying fill."""
+    cls = fused_class(node, original, spec)
+    return cls.__new__(cls, *arguments)
+
+
+def rebind(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of an instance, past any ``__setattr__`` of its own."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def restore(module: FusedNode) -> None:
+    """Give a swapped module its class back."""
+    rebind(module, type(module)._dla_fast_original)
+
+
+@dataclass(frozen=True)
+class AggregateSpec:
+    """What swapping found out about an aggregation node.
+
+    Attributes:
+        bn: name of the norm's attribute.
+        act: name of the activation's attribute.
+        flag: name of the attribute that switches the residual.
+        residual: its value.
+        takes_list: forward takes one list of tensors, else each as an argument.
+        backend: the backend this node is forced to, or "auto" for whichever is in force.
+    """
+
+    bn: str
+    act: str
+    flag: str
+    residual: bool
+    takes_list: bool
+    backend: str
+
+
+def fused_act(module: nn.Module) -> ActSpec | None:
+    """The activation a module computes, or None when no kernel ends with it."""
+    kind = type(module)
+    if kind is nn.ReLU:
+        return "relu"
+    if kind is nn.SiLU:
+        return "silu"
+    if kind is nn.Identity:
+        return "identity"
+    if kind is nn.Hardswish:
+        return "hardswish"
+    if kind is nn.LeakyReLU:
+        return ("leaky_relu", module.negative_slope)  # type: ignore[return-value]
+    return None
+
+
+def is_observed(child: nn.Module) -> bool:
+    """Whether somebody watches or changes the calls of a child, which the fused path would not make."""
+    return bool(
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+        or "forward" in child.__dict__
+    )
+
+
+def is_plain_conv1x1(conv: nn.Conv2d) -> bool:
+    """Whether an exact Conv2d has the options of :data:`CONV1X1`; written out, as every call asks."""
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """``getattr`` in a tenth of its time; the parameters of DataParallel's replicas are plain attributes."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
+
+
+def _dtypes_agree(xs: Sequence[Tensor], weight: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: bool) -> bool:
+    """Whether the dtypes are such that eager, too, computes in one dtype throughout."""
+    dtype, device = xs[0].dtype, xs[0].device.type
+    for x in xs:
+        if type(x) not in _PLAIN or x.dtype != dtype or x.dim() != 4:
+            return False
+    if torch.is_autocast_enabled(device):
+        cast = torch.get_autocast_dtype(device)
+        # Autocast leaves float64 alone, and adding a residual of another dtype promotes the output.
+        if dtype == torch.float64 or weight.dtype == torch.float64 or (residual and dtype != cast):
+            return False
+        dtype = cast
+    else:
+        bias = _parameter(conv, "bias")
+        if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+            return False
+    for name in ("weight", "bias"):
+        if not _fits(_parameter(bn, name), dtype):
+            return False
+    return _fits(bn._buffers.get("running_mean"), dtype) and _fits(bn._buffers.get("running_var"), dtype)
+
+
+def _fits(vector: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a norm's vector can stand beside activations of this dtype."""
+    return vector is None or vector.dtype == dtype or (vector.dtype == torch.float32 and dtype in _HALF)
+
+
+class FusedAggregate(FusedNode):
+    """An aggregation node that runs through :func:`dla_fast.functional.aggregate`.
+
+    Every call first checks that what the fused path replaces is still there, else runs the original forward: children
+    of the expected types, with their options, without hooks or parametrizations; the residual flag as it was; plain
+    tensors of one dtype; no export or tracing in progress; no global module hooks.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        spec = self._dla_fast_spec
+        xs = args
+        if spec.takes_list and len(args) == 1 and type(args[0]) in (list, tuple):
+            xs = args[0]
+        elif spec.takes_list:
+            xs = ()
+        if kwargs or not 0 < len(xs) <= MAX_INPUTS or not can_fuse(self, spec, xs):
+            return super().forward(*args, **kwargs)
+        return run_fused(self, spec, xs)
+
+
+def can_fuse(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> bool:
+    """Whether the module still is what was swapped, and the call one that the fused path answers as the original."""
+    children = module._modules
+    conv, bn, act = children.get("conv"), children.get(spec.bn), children.get(spec.act)
+    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or act is None or fused_act(act) is None:
+        return False
+    if is_observed(conv) or is_observed(bn) or is_observed(act) or nn.modules.module._has_any_global_hook():
+        return False
+    if not is_plain_conv1x1(conv) or getattr(module, spec.flag, None) is not spec.residual:
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    # fx proxies and tensor subclasses (DTensor, quantized weights) have rules of their own; meta computes nothing.
+    weight = _parameter(conv, "weight")
+    if type(xs[0]) not in _PLAIN or type(weight) not in _PLAIN or weight.is_meta:
+        return False
+    if spec.residual and xs[0].dim() == 4 and xs[0].shape[1] != weight.shape[0]:
+        return False
+    return _dtypes_agree(xs, weight, conv, bn, spec.residual)
+
+
+def run_fused(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> Tensor:
+    """The fused call itself, on the backend the node is forced to, if any."""
+    children: Any = module._modules
+    conv, bn, act = children["conv"], children[spec.bn], fused_act(children[spec.act])
+    assert act is not None
+    if spec.backend in ("auto", backend.selected()):
+        return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)
+    if torch.compiler.is_compiling():
+        with backend.use_backend(spec.backend):
+            return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)
+    with _forcing, backend.use_backend(spec.backend):
+        return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)
