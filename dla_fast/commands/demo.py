@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -66,11 +67,9 @@ def _task(args: argparse.Namespace) -> Task:
         raise CommandError("--batch 1: training needs more than one value per channel; use a larger --batch or --size")
     if not args.out.lower().endswith((".png", ".pdf", ".svg", ".jpg")):
         raise CommandError(f"--out {args.out}: expected a file ending in .png, .pdf, .svg or .jpg")
-    try:
-        with open(args.out, "ab"):
-            pass
-    except OSError as error:
-        raise CommandError(f"--out {args.out}: {error.strerror}") from error
+    folder = os.path.dirname(os.path.abspath(args.out))
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"--out {args.out}: there is no folder {folder} that can be written to")
     return Task(args.model, args.batch, args.size, device, args.channels_last, args.pretrained)
 
 

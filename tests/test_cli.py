@@ -1,0 +1,251 @@
+"""``python -m dla_fast``: doctor, demo, what goes wrong, and how the demo measures."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dla_fast import backend, cli, commands
+from dla_fast.commands import demo_memory, demo_setup, doctor, measure
+
+ROOT = Path(__file__).resolve().parents[1]
+LAST_LINE = re.compile(
+    r"demo: swapped (\d+) nodes, max logit difference (\d\.\de[+-]\d\d), nodes (\d+\.\d\d)x, network (\d+\.\d\d)x, "
+    r"saved for backward (\d+\.\d\d)x"
+)
+TINY = ["demo", "--batch", "2", "--size", "64", "--runs", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def demo_extras(timm):
+    """The demo's packages, with a timm that imports here."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    return timm
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Nothing here needs two, and on a busy machine threads that wait for each other take seconds."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_subprocesses(monkeypatch):
+    """Peak memory without the two processes of its own, which take seconds."""
+    fake = iter([{"peak": 200, "step": 100}, {"peak": 100, "step": 25}] * 4)
+    monkeypatch.setattr(measure, "in_fresh_process", lambda module, arguments: next(fake))
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_tells_what_serves_what(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    for op in backend.OPS:
+        (chosen,) = [c.backend for c in backend.explain(op) if c.chosen]
+        assert f"{op} on cpu: {chosen}\n" in out
+
+
+def test_doctor_json(capsys, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["environment"]["MAX_JOBS"] == "3"
+    assert {entry["op"] for entry in facts["backend"]["table"]} == set(backend.OPS)
+    assert facts["backend"]["table"][0]["backends"]["reference"] is None
+
+
+def test_doctor_shows_a_forced_backend_that_cannot_run(capsys):
+    reason = backend.can_run("cuda", "upsample", "cpu", torch.float32)
+    assert reason is not None
+    with backend.use_backend("cuda"):
+        assert cli.main(["doctor"]) == 0
+    assert f"upsample on cpu: none, calls raise; cuda is forced: {reason}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["_cuda_devices", "_cpu_name", "_version", "explain"])
+def test_doctor_survives_what_is_broken(capsys, monkeypatch, broken):
+    def fail(*_):
+        raise OSError("it is broken")
+
+    monkeypatch.setattr(backend if broken == "explain" else doctor, broken, fail)
+    assert cli.main(["doctor"]) == 0
+    assert "OSError: it is broken" in capsys.readouterr().out
+
+
+# --- the door ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["doctor", "--nope"]])
+def test_usage_errors(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands_and_imports_none(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_module", lambda name: pytest.fail(f"{name} was imported"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("doctor", "verify", "demo", "bench"))
+
+
+def test_interrupt_is_one_line_and_130(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\ndla_fast doctor: interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    line = f"{sys.executable} -m dla_fast doctor | true"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_demo(demo_extras, capsys, tmp_path):
+    picture = tmp_path / "demo.png"
+    assert cli.main([*TINY, "--out", str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    match = LAST_LINE.fullmatch(lines[-1])
+    assert match is not None, lines[-1]
+    assert match[1] == "6"
+    assert float(match[2]) < 1e-5
+    assert "level4.tree2.root" in "\n".join(lines)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_json(demo_extras, no_subprocesses, capsys, tmp_path):
+    out = ["--out", str(tmp_path / "demo.svg")]
+    assert cli.main([*TINY, "--json", "--channels-last", "--model", "dla46_c", *out]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["swapped"]) == 6
+    assert result["difference"]["gradients, training, float64"]["relative"] < 1e-6
+    assert result["task"]["channels_last"] is True
+    assert set(result["ms"]["each of the nodes, inference"]) == set(result["swapped"])
+    assert result["peak"]["after"] == {"peak": 100, "step": 25}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet18"], "--model resnet18: expected a DLA of timm"),
+        (["--size", "8"], "--size 8: expected at least 32"),
+        (["--batch", "1", "--size", "32"], "more than one value per channel"),
+        (["--device", "nope"], "--device nope:"),
+        (["--out", "demo.txt"], "--out demo.txt: expected a file ending in"),
+        (["--out", "/nowhere/demo.png"], "--out /nowhere/demo.png: there is no folder /nowhere"),
+    ],
+)
+def test_demo_bad_options(demo_extras, capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", *arguments]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("dla_fast demo: ")
+    assert message in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_weights_that_cannot_be_fetched(demo_extras, capsys, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(demo_extras, "create_model", offline)
+    assert cli.main([*TINY, "--pretrained", "--out", str(tmp_path / "demo.png")]) == 1
+    message = "dla_fast demo: --pretrained: the weights could not be fetched: no route to host\n"
+    assert capsys.readouterr().err == message
+
+
+def test_demo_without_its_extras(capsys, monkeypatch):
+    real = commands.importlib.util.find_spec
+    monkeypatch.setattr(
+        commands.importlib.util, "find_spec", lambda name: None if name in ("timm", "sklearn") else real(name)
+    )
+    assert cli.main(["demo"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("dla_fast demo: timm, scikit-learn not installed: pip install timm scikit-learn")
+    assert err.count("\n") == 1
+
+
+def test_peak_memory_in_a_process_of_its_own(demo_extras):
+    task = demo_setup.Task("dla46_c", 2, 64, "cpu", channels_last=False, pretrained=False)
+    found = measure.in_fresh_process("dla_fast.commands.demo_memory", demo_memory.arguments(task, swapped=True))
+    assert 0 < found["step"] < found["peak"]
+    with pytest.raises(RuntimeError, match="demo_memory failed with exit status 2: .*--model"):
+        measure.in_fresh_process("dla_fast.commands.demo_memory", [])
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_interleave_calls_in_turn():
+    calls = []
+    rounds = []
+    fns = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    times = measure.interleave(fns, rounds=3, warmup=2, min_sample_ms=0, progress=lambda: rounds.append(1))
+    assert "".join(calls[6:]) == "ab" + "ba" + "ab"
+    assert len(rounds) == 3
+    assert list(times) == ["a", "b"]
+    assert all(0 <= t.p20_ms <= t.median_ms <= t.p80_ms for t in times.values())
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        measure.interleave(fns, rounds=0)
+
+
+def test_interleave_repeats_what_is_short():
+    count = 0
+
+    def short() -> None:
+        nonlocal count
+        count += 1
+
+    measure.interleave({"short": short}, rounds=2, warmup=0, min_sample_ms=0.5)
+    assert count > 20
+
+
+def test_summarise():
+    assert measure.summarise([5.0, 1.0, 2.0, 4.0, 3.0]) == measure.Timing(3.0, 1.8, 4.2)
+    assert measure.summarise([7.0]) == measure.Timing(7.0, 7.0, 7.0)
+
+
+def test_saved_bytes_counts_storages_once():
+    x = torch.randn(16, requires_grad=True)
+    weight = torch.randn(16, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        y = x * weight  # saves x and weight, which are excluded
+        y = y.exp()  # saves its output
+        return y.view(4, 4).sin().sum()  # saves a view of the same storage
+
+    assert measure.saved_bytes(forward, exclude=[x, weight]) == 16 * 4
+    assert measure.saved_bytes(forward) == 3 * 16 * 4
+
+
+def test_photographs_are_the_same_every_time(demo_extras):
+    first, second = demo_setup.photographs(3, 32), demo_setup.photographs(3, 32)
+    assert first.shape == (3, 3, 32, 32)
+    assert torch.equal(first, second)
+    assert 0 <= first.min() < first.max() <= 1
+    assert not torch.equal(first[0], first[2])

@@ -1,0 +1,322 @@
+"""The build, what it installs, and what an import does, each in a copy of the tree and a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+# Stands in for the real sources, which take minutes: an extension module without torch's headers compiles in a second.
+TINY_SOURCE = """
+#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit__C(void) { return PyModule_Create(&module); }
+"""
+
+RUN_ON_REFERENCE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import dla_fast
+import torch
+from dla_fast import _extension
+x = torch.randn(2, 3, 4, 4, requires_grad=True)
+y = dla_fast.nn.AggregationNode(6, 5)(x, x)
+y.sum().backward()
+assert y.shape == (2, 5, 4, 4) and x.grad is not None
+assert {c.backend for c in dla_fast.backend.explain("aggregate") if c.chosen} == {"reference"}
+print(dla_fast.__file__)
+print(_extension.STATUS.reason)
+print(len([w for w in caught if "dla_fast" in str(w.message)]))
+"""
+
+
+def copy_tree(target: Path) -> Path:
+    """The sources without anything that was built in them."""
+    keep_out = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build.py", "out", "tests", "benchmarks"
+    )
+    shutil.copytree(ROOT, target, ignore=keep_out)
+    return target
+
+
+def run(command: list[str], cwd: Path, **env: str | None) -> subprocess.CompletedProcess[str]:
+    """Run with the environment's own settings of the build taken out, and ``env`` put in (None removes)."""
+    full = {
+        k: v for k, v in os.environ.items() if not k.startswith("DLA_FAST_") and k not in ("CC", "CXX", "PYTHONPATH")
+    }
+    for key, value in env.items():
+        if value is None:
+            full.pop(key, None)
+        else:
+            full[key] = value
+    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=300, check=False)
+
+
+def setup(tree: Path, *arguments: str, **env: str | None) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "setup.py", *arguments], tree, **env)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return copy_tree(tmp_path / "tree")
+
+
+@pytest.fixture
+def tiny_tree(tree):
+    shutil.rmtree(tree / "csrc")
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "bindings.cpp").write_text(TINY_SOURCE)
+    return tree
+
+
+def blocked(folder: Path, module: str) -> str:
+    """A path entry that makes ``module`` look as if it were not installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f'raise ModuleNotFoundError("No module named {module!r}", name="{module}")\n'
+    (folder / f"{module}.py").write_text(text)
+    return str(folder)
+
+
+def build_record(package: Path) -> dict[str, object]:
+    values: dict[str, object] = {}
+    exec((package / "_build.py").read_text(), values)
+    return values
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DLA_FAST_BUILD_EXT", "DLA_FAST_BUILD_CUDA"])
+def test_a_setting_that_means_nothing_is_an_error(tree, name):
+    result = setup(tree, "--version", **{name: "maybe"})
+    assert result.returncode != 0
+    assert result.stderr.strip() == f"{name}=maybe: expected 0, 1 or auto"
+
+
+def test_cuda_without_the_extension_is_a_contradiction(tree):
+    result = setup(tree, "--version", DLA_FAST_BUILD_EXT="0", DLA_FAST_BUILD_CUDA="1")
+    assert result.returncode != 0
+    assert "DLA_FAST_BUILD_EXT=0 switches it off" in result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+@needs_compiler
+def test_cuda_asked_for_and_not_to_be_had(tiny_tree):
+    (tiny_tree / "csrc" / "cuda").mkdir()
+    (tiny_tree / "csrc" / "cuda" / "nothing.cu").write_text("")
+    result = setup(tiny_tree, "build_ext", "--inplace", DLA_FAST_BUILD_CUDA="1")
+    assert result.returncode != 0
+    assert "DLA_FAST_BUILD_CUDA=1, but the CUDA kernels cannot be built" in result.stderr
+    assert "not a CUDA build" in result.stderr
+
+
+# --- without torch ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["build_ext", "bdist_wheel", "dist_info"])
+def test_without_torch_the_build_stops_with_one_line(tree, tmp_path, command):
+    result = setup(tree, command, PYTHONPATH=blocked(tmp_path / "block", "torch"))
+    assert result.returncode != 0
+    said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    assert len(said) == 1, said
+    assert said[0].startswith('dla_fast needs torch to build: pip install "torch>=2.11"')
+    assert "pip install --no-build-isolation ." in said[0]
+
+
+def test_sdist_needs_no_torch_and_has_the_sources(tree, tmp_path):
+    (tree / "dla_fast" / "_build.py").write_text("TORCH_VERSION = 'of another machine'\n")
+    result = setup(tree, "sdist", "--dist-dir", str(tmp_path / "out"), PYTHONPATH=blocked(tmp_path / "block", "torch"))
+    assert result.returncode == 0, result.stderr
+    (archive,) = (tmp_path / "out").iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    want = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu")}
+    want |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "dla_fast/__init__.py", "dla_fast/swap/__init__.py"}
+    assert want <= names, want - names
+    assert "dla_fast/_build.py" not in names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_switched_off_the_wheel_is_pure_python_and_needs_no_torch(tree, tmp_path):
+    env = {"DLA_FAST_BUILD_EXT": "0", "PYTHONPATH": blocked(tmp_path / "block", "torch")}
+    result = setup(tree, "bdist_wheel", "--dist-dir", str(tmp_path / "out"), **env)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tmp_path / "out").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
+    assert "switched off" in str(build_record(tmp_path / "site" / "dla_fast")["REASON"])
+    assert "Requires-Python: >=3.10" in metadata
+    assert "Requires-Dist: torch>=2.11" in metadata
+    assert "License-Expression: BSD-3-Clause" in metadata
+    assert 'Requires-Dist: triton>=3.6; sys_platform == "linux" and extra == "triton"' in metadata
+
+
+# --- without a compiler -----------------------------------------------------------------------------------------------
+
+
+def no_compiler(tmp_path: Path) -> dict[str, str]:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    return {"PATH": str(empty)}
+
+
+def test_without_a_compiler_it_installs_and_runs_on_the_reference(tree, tmp_path):
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
+    installed = run([*pip, str(site), "."], tree, **no_compiler(tmp_path))
+    assert installed.returncode == 0, installed.stderr
+    result = run([sys.executable, "-c", RUN_ON_REFERENCE], tmp_path, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    where, reason, warned = result.stdout.splitlines()
+    assert where.startswith(str(site))
+    assert reason == "the C++ extension was not built: no C++ compiler was found (c++, g++, clang++)"
+    assert warned == "0"
+    doctor = run([sys.executable, "-m", "dla_fast", "doctor"], tmp_path, PYTHONPATH=str(site))
+    assert doctor.returncode == 0
+    assert reason in doctor.stdout
+
+
+def test_without_a_compiler_an_extension_asked_for_is_an_error(tree, tmp_path):
+    result = setup(tree, "build_ext", "--inplace", DLA_FAST_BUILD_EXT="1", **no_compiler(tmp_path))
+    assert result.returncode != 0
+    why = "no C++ compiler was found (c++, g++, clang++)"
+    assert result.stderr.strip() == f"DLA_FAST_BUILD_EXT=1, but the C++ extension cannot be built: {why}"
+
+
+def test_a_compiler_that_does_not_exist_is_named(tree):
+    result = setup(tree, "build_ext", "--inplace", DLA_FAST_BUILD_EXT="1", CXX="/nowhere/c++")
+    assert result.returncode != 0
+    assert "/nowhere/c++" in result.stderr
+
+
+# --- with a compiler --------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_sources_that_do_not_compile(tiny_tree):
+    (tiny_tree / "csrc" / "bindings.cpp").write_text("#error this does not compile\n")
+    result = setup(tiny_tree, "build_ext", "--inplace")
+    assert result.returncode == 0, result.stderr
+    assert "dla_fast: C++ extension not built: compilation failed" in result.stdout
+    record = build_record(tiny_tree / "dla_fast")
+    assert record["WITH_CPU"] is False
+    assert "compilation failed" in str(record["REASON"])
+    result = run([sys.executable, "-c", RUN_ON_REFERENCE], tiny_tree)
+    assert result.returncode == 0, result.stderr
+    assert "compilation failed" in result.stdout
+
+    result = setup(tiny_tree, "build_ext", "--inplace", DLA_FAST_BUILD_EXT="1")
+    assert result.returncode != 0
+    assert "DLA_FAST_BUILD_EXT=1, but compilation failed" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel with a tiny extension, unpacked."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    base = tmp_path_factory.mktemp("wheel")
+    tree = copy_tree(base / "tree")
+    shutil.rmtree(tree / "csrc")
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "bindings.cpp").write_text(TINY_SOURCE)
+    # The record of another build, left behind in the tree, must not travel.
+    (tree / "dla_fast" / "_build.py").write_text("TORCH_VERSION = 'stale'\n")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(base)]
+    result = run([*pip, "."], tree, DLA_FAST_BUILD_EXT="1", MAX_JOBS="1")
+    assert result.returncode == 0, result.stderr
+    (path,) = base.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(base / "site")
+    return base / "site"
+
+
+def test_wheel_has_the_extension_and_its_record(wheel):
+    package = wheel / "dla_fast"
+    assert (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
+    record = build_record(package)
+    assert record["TORCH_VERSION"] == torch.__version__
+    assert record["WITH_CPU"] is True
+    assert record["REASON"] is None
+    assert record["COMPILER"]
+    names = {path.relative_to(wheel).parts[0] for path in wheel.rglob("*") if path.is_file()}
+    assert {name.split("-")[0] for name in names} == {"dla_fast"}
+    result = run([sys.executable, "-c", "from dla_fast._extension import STATUS; print(STATUS)"], wheel)
+    assert "loaded=True" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (
+            f"TORCH_VERSION = {str(torch.__version__)!r}",
+            "TORCH_VERSION = '2.11.0'",
+            "was built for torch 2.11.0, this is",
+        ),
+        ("SANITIZE = None", "SANITIZE = 'address'", "was built with AddressSanitizer"),
+        (None, None, "failed to load"),
+    ],
+    ids=["other torch", "sanitizer", "broken library"],
+)
+def test_an_extension_that_does_not_fit_is_one_warning_and_the_reference(wheel, tmp_path, old, new, reason):
+    site = tmp_path / "site"
+    shutil.copytree(wheel, site)
+    record = site / "dla_fast" / "_build.py"
+    if old is None:
+        library = site / "dla_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        library.write_bytes(library.read_bytes()[:100])
+    else:
+        text = record.read_text()
+        assert old in text
+        record.write_text(text.replace(old, new))
+    result = run([sys.executable, "-c", RUN_ON_REFERENCE], site)
+    assert result.returncode == 0, result.stderr
+    _, said, warned = result.stdout.splitlines()
+    assert reason in said
+    assert warned == "1"
+
+
+# --- what an import does ----------------------------------------------------------------------------------------------
+
+
+def test_import_is_light():
+    """No CUDA context, none of the optional packages, and less than half a second over torch (best of three)."""
+    code = (
+        "import sys, time, torch; before = set(sys.modules); start = time.perf_counter(); import dla_fast; "
+        "print(time.perf_counter() - start); assert not torch.cuda.is_initialized(); "
+        "print(sorted({'timm', 'sklearn', 'matplotlib', 'tqdm', 'triton'} & (set(sys.modules) - before)))"
+    )
+    seconds = []
+    for _ in range(3):
+        result = run([sys.executable, "-c", code], ROOT)
+        assert result.returncode == 0, result.stderr
+        took, extras = result.stdout.splitlines()
+        assert extras == "[]"
+        seconds.append(float(took))
+        if min(seconds) < 0.5:
+            break
+    assert min(seconds) < 0.5, seconds
+
+
+def test_import_without_triton(tmp_path):
+    path = os.pathsep.join([blocked(tmp_path, "triton"), str(ROOT)])
+    code = "import dla_fast; print([c.reason for c in dla_fast.backend.explain('aggregate') if c.backend == 'triton'])"
+    result = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    assert "None" not in result.stdout
