@@ -28,7 +28,8 @@ test: install ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 bench: install ## run the benchmarks; results go to benchmarks/out
-	$(PY) -m dla_fast bench $(BENCH_ARGS)
+	@mkdir -p benchmarks/out
+	$(PY) -m dla_fast bench --json benchmarks/out/bench.json $(BENCH_ARGS)
 
 install: $(VENV)/.built ## make .venv from requirements.txt and build the package in place
 

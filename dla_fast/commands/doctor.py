@@ -177,6 +177,7 @@ def _report(facts: dict[str, Any]) -> str:
     if built["compiler"]:
         rows["built with"] = f"{built['compiler']}, for torch {built['built for torch']}"
     missing = built["cuda reason"] or "they are part of the C++ extension"
+    missing = missing.removeprefix("the CUDA kernels were not built: ")
     rows["CUDA kernels"] = "yes" if built["cuda kernels"] else f"no: {missing}"
     lines += _section("built", rows)
     if facts["environment"]:
