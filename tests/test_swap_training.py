@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from swap_helpers import relative
 from torch import Tensor, nn
 
 import dla_fast
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small maps gain nothing from two threads, and on a busy machine two wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_model(timm, dtype: torch.dtype) -> nn.Module:
@@ -84,3 +96,17 @@ def test_training_follows_the_unswapped_model(timm, dtype, steps, lr, momentum, 
             assert distance(got_state[key], want) <= bound, key
     # The steps moved the loss far more than the bound, so wrong gradients could not pass.
     assert abs(losses[-1] - untrained) > 30 * bound * untrained
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_a_whole_model(timm, training):
+    model = timm.create_model("dla34", num_classes=10).double().train(training)
+    twin = copy.deepcopy(model)
+    assert len(dla_fast.swap_(twin).swapped) == 6
+    x, results = torch.randn(4, 3, 64, 64, dtype=torch.float64), []
+    for m in (model, twin):
+        leaf = x.clone().requires_grad_()
+        m(leaf).square().sum().backward()
+        results.append([leaf.grad, *(p.grad for p in m.parameters())])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert relative(got, want) <= 1e-8

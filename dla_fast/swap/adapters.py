@@ -36,7 +36,10 @@ class Adapter(Protocol):
         ...
 
     def match(self, module: nn.Module, backend: str) -> Any:
-        """The specification of the fused module, hashable and picklable, or a string: the reason there is none."""
+        """The specification of the fused module, or a string: the reason there is none.
+
+        A specification is hashable, picklable and has an attribute ``backend``.
+        """
         ...
 
     def placement(self, module: nn.Module, spec: Any) -> tuple[torch.device, torch.dtype]:
