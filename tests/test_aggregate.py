@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -17,14 +18,20 @@ from dla_fast.commands.parity import Spec
 BACKENDS = [name for name in ("cpu",) if backend.can_run(name, "aggregate", "cpu", torch.float32) is None]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
-# Odd everything: 1, 3, 17 and 31 pixels, channels 1, 5, 24 and 64, one to eight inputs.
+# Odd everything: 1, 3, 17 and 31 pixels, channels 1, 5, 24 and 64, one to eight inputs. Fewer than three values per
+# channel would only compare luck: the norm then divides by a difference of two roundings.
 SHAPES = (
-    {"channels": (24,), "out_channels": 24, "batch": 2, "height": 1, "width": 1},
+    {"channels": (24,), "out_channels": 24, "batch": 9, "height": 1, "width": 1},
     {"channels": (5, 1), "out_channels": 5, "batch": 1, "height": 3, "width": 1},
     {"channels": (64, 24, 5), "out_channels": 64, "batch": 1, "height": 1, "width": 17},
     {"channels": (1, 5, 24, 64, 24, 5, 1, 64), "out_channels": 1, "batch": 1, "height": 31, "width": 1},
     {"channels": (24, 64), "out_channels": 24, "batch": 3, "height": 17, "width": 31},
 )
+
+
+def shape_id(shape: dict) -> str:
+    size = "x".join(str(shape[side]) for side in ("batch", "height", "width"))
+    return f"{'+'.join(map(str, shape['channels']))}to{shape['out_channels']}at{size}"
 
 
 @pytest.fixture(params=BACKENDS)
@@ -42,9 +49,11 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def check(spec: Spec, op: str = "aggregate") -> None:
-    missed = parity.failures(parity.compare(parity.PROBLEMS[op](spec)))
-    assert not missed, f"{spec}\n{missed}"
+def check(specs: Iterable[Spec]) -> None:
+    pool = parity.Pool()
+    for spec in specs:
+        pool.add(parity.aggregate(spec))
+    assert not pool.failures(), "\n" + pool.failures()
 
 
 def test_cpu_kernels_are_built():
@@ -53,71 +62,88 @@ def test_cpu_kernels_are_built():
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parity(served, poisoned, dtype, layout):
-    for shape, act, residual, training in itertools.product(SHAPES, ACTS, (False, True), (True, False)):
-        residual = residual and shape["channels"][0] == shape["out_channels"]
-        check(Spec(dtype=dtype, layout=layout, act=act, residual=residual, training=training, **shape))
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_parity(served, poisoned, dtype, layout, shape):
+    residuals = (False, True) if shape["channels"][0] == shape["out_channels"] else (False,)
+    # A handful of values says little about an error: small shapes are drawn more often.
+    draws = 1 if shape["height"] * shape["width"] > 100 else 8
+    cases = itertools.product(ACTS, residuals, (True, False), range(draws))
+    check(
+        Spec(dtype=dtype, layout=layout, act=act, residual=residual, training=training, seed=seed, **shape)
+        for seed, (act, residual, training, _) in enumerate(cases)
+    )
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inputs", range(1, 9))
+def test_parity_of_one_to_eight_inputs(served, poisoned, dtype, layout, inputs):
+    channels = (24, 5, 64, 1, 24, 17, 3, 8)[:inputs]
+    check(
+        Spec(dtype=dtype, layout=layout, channels=channels, residual=residual, training=training, seed=seed)
+        for residual, training, seed in itertools.product((False, True), (True, False), range(3))
+    )
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_parity_of_norm_variants(served, poisoned, dtype, layout, training):
-    for conv_bias, affine, half_norm in itertools.product((False, True), repeat=3):
-        check(
-            Spec(
-                dtype=dtype,
-                layout=layout,
-                training=training,
-                conv_bias=conv_bias,
-                affine=affine,
-                half_norm=half_norm,
-                residual=True,
-                height=9,
-                width=9,
-            )
-        )
+    variants = itertools.product((False, True), repeat=3)
+    size = {"height": 9, "width": 9, "residual": True}
+    check(
+        Spec(dtype=dtype, layout=layout, training=training, conv_bias=bias, affine=affine, half_norm=half, **size)
+        for bias, affine, half in variants
+    )
 
 
-@given(
-    channels=st.lists(st.integers(1, 70), min_size=1, max_size=8),
-    out_channels=st.integers(1, 130),
-    batch=st.integers(1, 3),
-    height=st.integers(1, 19),
-    width=st.integers(2, 19),
-    act=st.sampled_from(ACTS),
-    residual=st.booleans(),
-    training=st.booleans(),
-    layout=st.sampled_from(["channels_last", "contiguous"]),
-    dtype=st.sampled_from(DTYPES),
-)
-@settings(max_examples=80, deadline=None, derandomize=True)
-def test_parity_of_any_shape(channels, out_channels, residual, **rest):
-    if residual:
-        channels = [out_channels, *channels[1:]]
-    for name in BACKENDS:
-        with use_backend(name):
-            check(Spec(channels=tuple(channels), out_channels=out_channels, residual=residual, **rest))
+def test_parity_of_any_shape(served):
+    pools = {dtype: parity.Pool() for dtype in DTYPES}
+
+    @given(
+        channels=st.lists(st.integers(1, 70), min_size=1, max_size=8),
+        out_channels=st.integers(1, 130),
+        batch=st.integers(1, 3),
+        height=st.integers(1, 19),
+        width=st.integers(2, 19),
+        act=st.sampled_from(ACTS),
+        residual=st.booleans(),
+        training=st.booleans(),
+        layout=st.sampled_from(["channels_last", "contiguous"]),
+        dtype=st.sampled_from(DTYPES),
+    )
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    def draw(channels, out_channels, residual, dtype, **rest):
+        if residual:
+            channels = [out_channels, *channels[1:]]
+        spec = Spec(channels=tuple(channels), out_channels=out_channels, residual=residual, dtype=dtype, **rest)
+        pools[dtype].add(parity.aggregate(spec))
+        assert not (dtype == torch.float64 and pools[dtype].failures()), pools[dtype].failures()
+
+    draw()
+    for pool in pools.values():
+        assert pool.cases > 0 and not pool.failures(), "\n" + pool.failures()
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES[2:], ids=lambda s: str(s["channels"]))
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=shape_id)
 def test_inference(served, poisoned, dtype, layout, shape):
-    for act, residual, conv_bias in itertools.product(ACTS, (False, True), (False, True)):
-        residual = residual and shape["channels"][0] == shape["out_channels"]
-        spec = Spec(
-            dtype=dtype, layout=layout, act=act, residual=residual, training=False, conv_bias=conv_bias, **shape
-        )
-        problem = parity.aggregate(spec)
+    largest = {"error": 0.0, "peer": 0.0}
+    residuals = (False, True) if shape["channels"][0] == shape["out_channels"] else (False,)
+    for act, residual, bias in itertools.product(ACTS, residuals, (False, True)):
+        options = {"act": act, "residual": residual, "training": False, "conv_bias": bias}
+        problem = parity.aggregate(Spec(dtype=dtype, layout=layout, **options, **shape))
         with torch.no_grad():
             exact = problem.call(reference, problem.materialise(torch.float64, torch.device("cpu")), None)
             tensors = problem.materialise(None, torch.device("cpu"))
             peer = problem.call(reference, tensors, None)
             mine = problem.call(functional, tensors, None)
-        assert mine.stride() == peer.stride() or 1 in shape.values()
-        error, other = (mine.double() - exact).abs().max(), (peer.double() - exact).abs().max()
-        assert error <= 2 * other + torch.finfo(dtype).eps / 2 * exact.abs().max(), (spec, error, other)
+        for name, y in (("error", mine), ("peer", peer)):
+            largest[name] = max(largest[name], ((y.double() - exact).abs().max() / exact.abs().max()).item())
+    eps = torch.finfo(dtype).eps
+    bound = 1e-10 if dtype == torch.float64 else 2 * largest["peer"] + eps / 2
+    assert largest["error"] <= bound, largest
 
 
 def _node(
@@ -266,17 +292,15 @@ def test_deterministic(served):
 
 
 def test_thread_counts_agree(served):
-    """Every split of the work gives the same numbers up to rounding."""
-    problem = parity.aggregate(Spec(channels=(64, 24), out_channels=130, batch=2, height=17, width=5))
+    """Every split of the work holds the bound."""
+    size = {"channels": (64, 24), "out_channels": 130, "batch": 2, "height": 17, "width": 5}
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            for layout in parity.LAYOUTS:
-                check(Spec(layout=layout, channels=(64, 24), out_channels=130, batch=2, height=17, width=5))
+            check(Spec(layout=layout, seed=seed, **size) for layout in parity.LAYOUTS for seed in range(4))
     finally:
         torch.set_num_threads(threads)
-    assert problem.spec.out_channels == 130
 
 
 def test_autocast(served):
@@ -361,12 +385,12 @@ def test_vmap_jvp_and_export_use_the_reference(served):
     _, tangent = torch.func.jvp(run, (xs[0],), (torch.ones_like(xs[0]),))
     assert tangent.abs().max() > 0
     traced = torch.jit.trace(run, (xs[0],))
-    assert "dla_fast" not in str(traced.graph)
+    assert "dla_fast_" not in str(traced.graph)
 
     class Module(torch.nn.Module):
         def forward(self, x):
             return run(x)
 
     exported = torch.export.export(Module(), (xs[0],))
-    assert "dla_fast" not in str(exported.graph)
+    assert "dla_fast_" not in str(exported.graph)
     torch.testing.assert_close(exported.module()(xs[0]), run(xs[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -23,32 +24,31 @@ def served(request):
         yield request.param
 
 
+def check(specs: Iterable[Spec]) -> None:
+    pool = parity.Pool()
+    for spec in specs:
+        pool.add(parity.batch_norm_act(spec))
+    assert not pool.failures(), "\n" + pool.failures()
+
+
 @pytest.mark.parametrize("layout", list(parity.LAYOUTS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parity(served, dtype, layout):
-    for (batch, height, width), channels, act, residual, training in itertools.product(
-        SIZES, (1, 5, 24, 64), ACTS, (False, True), (True, False)
-    ):
-        spec = Spec(
-            dtype=dtype,
-            layout=layout,
-            out_channels=channels,
-            batch=batch,
-            height=height,
-            width=width,
-            act=act,
-            residual=residual,
-            training=training,
-        )
-        missed = parity.failures(parity.compare(parity.batch_norm_act(spec)))
-        assert not missed, f"{spec}\n{missed}"
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_parity(served, dtype, layout, size):
+    batch, height, width = size
+    common = {"dtype": dtype, "layout": layout, "batch": batch, "height": height, "width": width}
+    cases = itertools.product((1, 5, 24, 64), ACTS, (False, True), (True, False))
+    check(
+        Spec(**common, out_channels=channels, act=act, residual=residual, training=training, seed=seed)
+        for seed, (channels, act, residual, training) in enumerate(cases)
+    )
 
 
 def test_parity_over_many_tiles(served):
-    for layout, channels, height in itertools.product(parity.LAYOUTS, (3, 300), (5, 100)):
-        spec = Spec(layout=layout, out_channels=channels, height=height, width=100, residual=True)
-        missed = parity.failures(parity.compare(parity.batch_norm_act(spec)))
-        assert not missed, f"{spec}\n{missed}"
+    check(
+        Spec(layout=layout, out_channels=channels, height=height, width=100, residual=True)
+        for layout, channels, height in itertools.product(parity.LAYOUTS, (3, 300), (5, 100))
+    )
 
 
 @pytest.mark.parametrize("layout", list(parity.LAYOUTS))

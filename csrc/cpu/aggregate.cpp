@@ -76,32 +76,33 @@ void forward_channels_last(const AggregateInputs& in, const T* weight, const Epi
   const int64_t total = in.total(), rows_max = tile_rows(total), depth = in.in_channels;
   const Tasks tasks(divide_up(total, rows_max), divide_up(in.out_channels, kPanel));
   const Scratch<A> packed = pack_weight<T, A>(weight, in.out_channels, depth);
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
-    std::vector<Segment<A>> segments(in.xs.size());
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t tile = task / tasks.groups, group = task % tasks.groups;
-      const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
-      for (size_t i = 0; i < in.xs.size(); ++i) {
-        const int64_t channels = in.xs[i].size(1);
-        const T* x = in.xs[i].template const_data_ptr<T>() + first * channels;
-        if constexpr (std::is_same_v<T, A>) {
-          segments[i] = {x, channels, channels};
-        } else {
-          A* to = wide.get() + in.offsets[i];
-          k.load({x, channels}, {to, depth}, rows, channels);
-          segments[i] = {to, depth, channels};
-        }
-      }
-      const int64_t panel_end = tasks.panels * (group + 1) / tasks.groups;
-      for (int64_t panel = tasks.panels * group / tasks.groups; panel < panel_end; ++panel) {
-        const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
-        k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
-                packed.get() + panel * depth * kPanel, kPanel, z.get(), kPanel, false});
-        epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{z.get(), kPanel});
-      }
-    }
-  });
+  parallel(tasks.count(), rows_max * depth * divide_up(in.out_channels, tasks.groups) / 16,
+           [&](int64_t begin, int64_t end) {
+             const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
+             std::vector<Segment<A>> segments(in.xs.size());
+             for (int64_t task = begin; task < end; ++task) {
+               const int64_t tile = task / tasks.groups, group = task % tasks.groups;
+               const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
+               for (size_t i = 0; i < in.xs.size(); ++i) {
+                 const int64_t channels = in.xs[i].size(1);
+                 const T* x = in.xs[i].template const_data_ptr<T>() + first * channels;
+                 if constexpr (std::is_same_v<T, A>) {
+                   segments[i] = {x, channels, channels};
+                 } else {
+                   A* to = wide.get() + in.offsets[i];
+                   k.load({x, channels}, {to, depth}, rows, channels);
+                   segments[i] = {to, depth, channels};
+                 }
+               }
+               const int64_t panel_end = tasks.panels * (group + 1) / tasks.groups;
+               for (int64_t panel = tasks.panels * group / tasks.groups; panel < panel_end; ++panel) {
+                 const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
+                 k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
+                         packed.get() + panel * depth * kPanel, kPanel, z.get(), kPanel, false});
+                 epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{z.get(), kPanel});
+               }
+             }
+           });
 }
 
 // The same for contiguous tensors: a tile is kPanel pixels of one image, whose inputs are packed side by side.
@@ -120,27 +121,28 @@ void forward_contiguous(const AggregateInputs& in, const T* weight, const Epilog
     k.load({weight, depth}, {wide.get(), depth}, in.out_channels, depth);
     w = wide.get();
   }
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<A> z(block * kPanel), x_panel(depth * kPanel);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t tile = task / tasks.groups, group = task % tasks.groups;
-      const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
-      const int64_t cols = std::min(kPanel, in.pixels - pixel);
-      for (size_t i = 0; i < in.xs.size(); ++i) {
-        const int64_t channels = in.xs[i].size(1);
-        const T* x = in.xs[i].template const_data_ptr<T>() + image * channels * in.pixels + pixel;
-        k.load({x, in.pixels}, {x_panel.get() + in.offsets[i] * kPanel, kPanel}, channels, cols);
-      }
-      const int64_t block_end = tasks.panels * (group + 1) / tasks.groups;
-      for (int64_t b = tasks.panels * group / tasks.groups; b < block_end; ++b) {
-        const int64_t channel = b * block, rows = std::min(block, in.out_channels - channel);
-        const Segment<A> segment = {w + channel * depth, depth, depth};
-        k.gemm({rows, cols, &segment, 1, false, x_panel.get(), kPanel, z.get(), kPanel, false});
-        epilogue(Shape{rows, cols, true}, tile, image * in.out_channels * in.pixels + pixel, channel,
-                 Strided<const A>{z.get(), kPanel});
-      }
-    }
-  });
+  parallel(tasks.count(), kPanel * depth * divide_up(in.out_channels, tasks.groups) / 16,
+           [&](int64_t begin, int64_t end) {
+             const Scratch<A> z(block * kPanel), x_panel(depth * kPanel);
+             for (int64_t task = begin; task < end; ++task) {
+               const int64_t tile = task / tasks.groups, group = task % tasks.groups;
+               const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
+               const int64_t cols = std::min(kPanel, in.pixels - pixel);
+               for (size_t i = 0; i < in.xs.size(); ++i) {
+                 const int64_t channels = in.xs[i].size(1);
+                 const T* x = in.xs[i].template const_data_ptr<T>() + image * channels * in.pixels + pixel;
+                 k.load({x, in.pixels}, {x_panel.get() + in.offsets[i] * kPanel, kPanel}, channels, cols);
+               }
+               const int64_t block_end = tasks.panels * (group + 1) / tasks.groups;
+               for (int64_t b = tasks.panels * group / tasks.groups; b < block_end; ++b) {
+                 const int64_t channel = b * block, rows = std::min(block, in.out_channels - channel);
+                 const Segment<A> segment = {w + channel * depth, depth, depth};
+                 k.gemm({rows, cols, &segment, 1, false, x_panel.get(), kPanel, z.get(), kPanel, false});
+                 epilogue(Shape{rows, cols, true}, tile, image * in.out_channels * in.pixels + pixel, channel,
+                          Strided<const A>{z.get(), kPanel});
+               }
+             }
+           });
 }
 
 template <class T, class Epilogue>

@@ -71,15 +71,16 @@ struct Backward {
     }
     const Scratch<A> packed(any_dx() ? panel_at.back() * n * kPanel : 0);
     if (any_dx()) {
-      at::parallel_for(0, static_cast<int64_t>(in.xs.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t c = 0; c < in.xs[i].size(1); c += kPanel) {
-            k.load({weight + in.offsets[i] + c, depth},
-                   {packed.get() + (panel_at[i] + c / kPanel) * n * kPanel, kPanel}, n,
-                   std::min(kPanel, in.xs[i].size(1) - c));
-          }
-        }
-      });
+      parallel(static_cast<int64_t>(in.xs.size()), n * depth / static_cast<int64_t>(in.xs.size()),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   for (int64_t c = 0; c < in.xs[i].size(1); c += kPanel) {
+                     k.load({weight + in.offsets[i] + c, depth},
+                            {packed.get() + (panel_at[i] + c / kPanel) * n * kPanel, kPanel}, n,
+                            std::min(kPanel, in.xs[i].size(1) - c));
+                   }
+                 }
+               });
     }
     at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
       const Scratch<A> dz(rows_max * ld), du(residual ? rows_max * n : 0), wide(rows_max * widest),
@@ -170,7 +171,9 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
   }
   Tensor dweight = need_dw ? at::empty_like(weight) : at::empty({0}, options);
   const int64_t size = in.out_channels * in.in_channels;
-  const int64_t slices = std::clamp<int64_t>(divide_up(in.total(), 24), 1, at::get_num_threads());
+  // A slice must be worth a thread, and costs a private dW.
+  const int64_t worth = std::min(in.total() / 24, in.total() * size / (1 << 18));
+  const int64_t slices = std::clamp<int64_t>(worth, 1, at::get_num_threads());
   DLA_DISPATCH_FLOATING(weight.scalar_type(), "aggregate_backward", [&] {
     using A = acc_t<scalar_t>;
     const NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);

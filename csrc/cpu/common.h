@@ -48,6 +48,15 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 
 Act parse_act(std::string_view name);
 
+// Runs f(begin, end) over the tasks: in parallel when each thread gets enough to pay for waking it, about ten
+// microseconds. `values` is what a task costs, in values that a norm pass touches; a product costs a value per 32
+// flops.
+template <class F>
+void parallel(int64_t tasks, int64_t values, const F& f) {
+  constexpr int64_t enough = 32768;
+  at::parallel_for(0, tasks, std::max<int64_t>(1, enough / std::max<int64_t>(values, 1)), f);
+}
+
 // 64-byte aligned working memory, zeroed once so that the padding of panels never holds slow denormals.
 template <class A>
 class Scratch {

@@ -37,15 +37,7 @@ template <class A, int MR, int NV, bool TRANSPOSED>
 inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
   using V = VectorOf<A>;
   using vec = typename V::type;
-  vec acc[MR][NV];
-  A* c = g.c + i0 * g.ldc + j0;
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) {
-      acc[i][j] = g.add ? load_lanes(c + i * g.ldc + j * V::lanes, g.n - j0 - j * V::lanes) : vec{};
-    }
-  }
+  vec acc[MR][NV] = {};
   const A* b = g.b + j0;
   for (int64_t s = 0; s < g.segment_count; ++s) {
     const Segment<A>& segment = g.segments[s];
@@ -63,10 +55,16 @@ inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
       }
     }
   }
+  // What is in c already is added last: a sum over many tiles then is a sum of sums, whose rounding stays small.
+  A* c = g.c + i0 * g.ldc + j0;
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store_lanes(c + i * g.ldc + j * V::lanes, acc[i][j], g.n - j0 - j * V::lanes);
+    for (int j = 0; j < NV; ++j) {
+      A* to = c + i * g.ldc + j * V::lanes;
+      const int64_t lanes = g.n - j0 - j * V::lanes;
+      store_lanes(to, g.add ? acc[i][j] + load_lanes(to, lanes) : acc[i][j], lanes);
+    }
   }
 }
 

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z_in, const OptionalTensor& run
     const Tiling tiling(z, channels_last);
     MomentPartials<A> partials(tiling.groups, tiling.channels);
     const scalar_t* data = z.const_data_ptr<scalar_t>();
-    at::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
+    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Tile t = tiling[i];
         const int64_t at = t.group * tiling.channels + t.channel;
@@ -73,7 +73,7 @@ Tensor tail(const Tensor& z_in, const Tensor& mean, const Tensor& var, const Opt
     const Tiling tiling(z, channels_last);
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     scalar_t* yp = y.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
+    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Tile t = tiling[i];
         kernels<scalar_t>().tail(t.shape, norm.from(t.channel), {zp + t.offset, tiling.ld()},
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
     double* second = first + tiling.groups * channels;
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     const scalar_t* dp = dy.const_data_ptr<scalar_t>();
-    at::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
+    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Tile t = tiling[i];
         const int64_t at = t.group * channels + t.channel;
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
     scalar_t* out = dz.mutable_data_ptr<scalar_t>();
     scalar_t* dup = residual_grad ? du.mutable_data_ptr<scalar_t>() : nullptr;
     const auto& k = kernels<scalar_t>();
-    at::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
+    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
       const int64_t size = tiling.block_rows * tiling.block_cols;
       const Scratch<A> dz_tile(size), du_tile(residual_grad ? size : 0);
       for (int64_t i = begin; i < end; ++i) {
