@@ -32,6 +32,8 @@ from dla_fast.commands.demo_setup import (
     training_step,
 )
 
+MEMORY = "dla_fast.commands.demo_memory"
+
 
 def _positive(text: str) -> int:
     value = int(text)
@@ -208,9 +210,13 @@ def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dic
     result["ms"] = _times(args.runs, pair, names, x, labels, stages)
     result["peak"] = {}
     for name in pair:
+        line = demo_memory.arguments(task, swapped=name == "after")
         with stages.stage("peak memory"):
-            line = demo_memory.arguments(task, swapped=name == "after")
-            result["peak"][name] = measure.in_fresh_process("dla_fast.commands.demo_memory", line)
+            result["peak"][name] = measure.in_fresh_process(MEMORY, line)
+        with stages.stage("peak memory"):
+            if x.device.type == "cpu" and sys.platform == "linux":
+                tight = measure.in_fresh_process(MEMORY, line, env=demo_memory.NO_FRAGMENTATION)
+                result["peak"][name]["step, unfragmented"] = tight["step"]
     return result, {"photographs": x, "logits before": logits["before"], "logits after": logits["after"]}
 
 
@@ -254,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print, draw."""
     require(EXTRAS, "demo")
     task = _task(args)
-    stages = _Stages(total=2 + 1 + 3 * args.runs + max(3, args.runs // 2) + 2)
+    stages = _Stages(total=2 + 1 + 3 * args.runs + max(3, args.runs // 2) + 4)
     try:
         result, tensors = _compare(args, task, stages)
     finally:

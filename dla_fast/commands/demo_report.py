@@ -85,11 +85,15 @@ def memory_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Bytes before and after, by what was counted."""
     kind = "peak GPU memory" if torch.device(result["task"]["device"]).type == "cuda" else "peak RSS"
     peak = result["peak"]
-    return {
+    rows = {
         "saved for backward": result["saved for backward"],
         f"{kind}, training process": {key: peak[key]["peak"] for key in peak},
-        f"{kind}, what the step adds": {key: peak[key]["step"] for key in peak},
+        f"{kind}, added by the step": {key: peak[key]["step"] for key in peak},
     }
+    unfragmented = "step, unfragmented"
+    if all(unfragmented in row for row in peak.values()):
+        rows[f"{kind}, added, unfragmented"] = {key: peak[key][unfragmented] for key in peak}
+    return rows
 
 
 def _bars(axes: Any, rows: dict[str, dict[str, float]], title: str, unit: str, ratio: str) -> None:

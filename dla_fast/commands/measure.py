@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -194,14 +195,27 @@ def reset_peak_rss() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def in_fresh_process(module: str, arguments: Sequence[str], timeout_s: float = 600) -> dict[str, Any]:
+def in_fresh_process(
+    module: str, arguments: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float = 600
+) -> dict[str, Any]:
     """Run ``python -m module`` in a process of its own and read the JSON object it prints last.
+
+    Args:
+        module: what to run.
+        arguments: its command line.
+        env: variables to set for it, beside those of this process.
+        timeout_s: the longest it may take.
 
     Raises:
         RuntimeError: it failed, with the end of what it said.
     """
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
