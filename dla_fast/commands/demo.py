@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="dla34", help="a DLA of timm")
     parser.add_argument("--batch", type=_positive, default=8, help="photographs in a batch")
     parser.add_argument("--size", type=_positive, default=224, help="side of a photograph in pixels")
-    parser.add_argument("--runs", type=_positive, default=15, help="rounds that each time is the median of")
+    parser.add_argument("--runs", type=_positive, default=11, help="rounds that each time is the median of")
     parser.add_argument("--device", help="device to run on (default: cuda where there is one, else cpu)")
     parser.add_argument("--channels-last", action="store_true", help="run in channels_last instead of NCHW")
     parser.add_argument("--pretrained", action="store_true", help="fetch timm's weights instead of drawing some")

@@ -209,9 +209,11 @@ def in_fresh_process(
     Raises:
         RuntimeError: it failed, with the end of what it said.
     """
+    # The same dla_fast as here, wherever this process has it from.
+    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).resolve().parents[2])]
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout_s,
