@@ -13,6 +13,8 @@ import torch
 from dla_fast import ops
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+# What ``auto`` tries, best first.
+PREFERENCE = ("triton", "cuda", "cpu")
 OPS = ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -87,14 +89,19 @@ def can_run(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
     return None
 
 
-def _automatic(op: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    reasons: dict[str, str] = {}
-    for backend in ("triton", "cuda", "cpu"):
-        reason = can_run(backend, op, device, dtype)
-        if reason is None:
-            return backend, reasons
-        reasons[backend] = reason
-    return "reference", reasons
+def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
+    return next((name for name in PREFERENCE if can_run(name, op, device, dtype) is None), "reference")
+
+
+# What does not change while the process runs, asked once: a call should not pay for it.
+_chosen = {(op, device): _automatic(op, device, torch.float32) for op in OPS for device in ("cpu", "cuda")}
+
+
+def _log_once(op: str, device: str, dtype: torch.dtype) -> None:
+    if (op, device) not in _logged:
+        _logged.add((op, device))
+        why = "; ".join(f"{name}: {can_run(name, op, device, dtype)}" for name in PREFERENCE)
+        _logger.info("%s runs on the PyTorch reference (%s)", op, why)
 
 
 def resolve(op: str, device: str, dtype: torch.dtype) -> str:
@@ -104,11 +111,9 @@ def resolve(op: str, device: str, dtype: torch.dtype) -> str:
         RuntimeError: a backend is forced and cannot run it.
     """
     if _selected == "auto":
-        backend, reasons = _automatic(op, device, dtype)
-        if backend == "reference" and not torch.compiler.is_compiling() and (op, device) not in _logged:
-            _logged.add((op, device))
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            _logger.info("%s runs on the PyTorch reference (%s)", op, why)
+        backend = _chosen.get((op, device), "reference") if dtype in _DTYPES else "reference"
+        if backend == "reference" and not torch.compiler.is_compiling():
+            _log_once(op, device, dtype)
         return backend
     reason = can_run(_selected, op, device, dtype)
     if reason is not None:
@@ -126,5 +131,5 @@ def explain(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     """
     if op not in OPS:
         raise ValueError(f"op: unknown op {op!r}, expected one of {', '.join(OPS)}")
-    chosen = _automatic(op, device, dtype)[0] if _selected == "auto" else _selected
+    chosen = _automatic(op, device, dtype) if _selected == "auto" else _selected
     return [Candidate(name, can_run(name, op, device, dtype), name == chosen) for name in BACKENDS]

@@ -34,7 +34,6 @@ def _needs_reference() -> bool:
         return torch.compiler.is_exporting()
     return (
         torch.jit.is_tracing()
-        or torch.onnx.is_in_onnx_export()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -306,9 +305,12 @@ def batch_norm_act(
             residual=residual,
             act=act,
         )
-    return ops.namespace(serving).batch_norm_act(
-        x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope
-    )[0]
+    namespace = ops.namespace(serving)
+    if training or _needs_grad(x, residual, bn_weight, bn_bias):
+        return namespace.batch_norm_act(
+            x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope
+        )[0]
+    return namespace.tail(x, running_mean, running_var, bn_weight, bn_bias, residual, eps, name, slope)
 
 
 def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:

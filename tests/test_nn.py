@@ -335,3 +335,24 @@ def test_copies_and_compiles(module, channels):
             assert torch.allclose(a.grad, b.grad, atol=1e-4)
         for a, b in zip(eager.buffers(), compiled.buffers(), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["hook on the convolution", "hook on the norm", "folded norm", "converted norm"])
+def test_aggregation_node_runs_what_its_children_have_become(change):
+    node = AggregationNode([4, 3], 4, residual=True).eval()
+    torch.nn.init.normal_(node.bn.weight)
+    xs = [torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)]
+    expected = node(*xs)
+    called = []
+    if change == "hook on the convolution":
+        node.conv.register_forward_hook(lambda *_: called.append(1))
+    elif change == "hook on the norm":
+        node.bn.register_forward_pre_hook(lambda *_: called.append(1))
+    elif change == "folded norm":
+        node.conv = torch.nn.utils.fusion.fuse_conv_bn_eval(node.conv, node.bn)
+        node.bn = torch.nn.Identity()
+    else:
+        node = torch.nn.SyncBatchNorm.convert_sync_batchnorm(node)
+        node.bn.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(node(*xs), expected)
+    assert called or change == "folded norm"

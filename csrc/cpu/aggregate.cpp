@@ -56,15 +56,14 @@ Scratch<A> pack_weight(const T* weight, int64_t out_channels, int64_t in_channel
   const int64_t panels = divide_up(out_channels, kPanel);
   Scratch<A> packed(panels * in_channels * kPanel);
   const int64_t blocks = divide_up(in_channels, kPanel);
-  at::parallel_for(
-      0, panels * blocks, std::max<int64_t>(1, 65536 / (kPanel * kPanel)), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t n = i / blocks * kPanel, k = i % blocks * kPanel;
-          kernels<T>().load_transposed({weight + n * in_channels + k, in_channels},
-                                       {packed.get() + (i / blocks * in_channels + k) * kPanel, kPanel},
-                                       std::min(kPanel, out_channels - n), std::min(kPanel, in_channels - k));
-        }
-      });
+  parallel(panels * blocks, kPanel * kPanel, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / blocks * kPanel, k = i % blocks * kPanel;
+      kernels<T>().load_transposed({weight + n * in_channels + k, in_channels},
+                                   {packed.get() + (i / blocks * in_channels + k) * kPanel, kPanel},
+                                   std::min(kPanel, out_channels - n), std::min(kPanel, in_channels - k));
+    }
+  });
   return packed;
 }
 

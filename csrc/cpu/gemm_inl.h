@@ -33,39 +33,67 @@ inline void store_lanes(A* p, typename VectorOf<A>::type v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
+// Products are added up in registers this often before they go on to c: a sum of sums rounds far less than one long
+// chain, and c is in cache.
+constexpr int64_t kDepth = 128;
+
 template <class A, int MR, int NV, bool TRANSPOSED>
-inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
+inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
+                                                      int64_t lda, const A* b, int64_t ldb, int64_t count) {
   using V = VectorOf<A>;
-  using vec = typename V::type;
-  vec acc[MR][NV] = {};
-  const A* b = g.b + j0;
-  for (int64_t s = 0; s < g.segment_count; ++s) {
-    const Segment<A>& segment = g.segments[s];
-    const int64_t lda = segment.lda;
-    const A* a = segment.a + (TRANSPOSED ? i0 : i0 * lda);
-    for (int64_t p = 0; p < segment.k; ++p, b += g.ldb) {
-      vec bv[NV];
+  for (int64_t p = 0; p < count; ++p) {
+    typename V::type bv[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + j * V::lanes);
+    for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + p * ldb + j * V::lanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
-        const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
+    for (int i = 0; i < MR; ++i) {
+      const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
-      }
+      for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
     }
   }
-  // What is in c already is added last: a sum over many tiles then is a sum of sums, whose rounding stays small.
-  A* c = g.c + i0 * g.ldc + j0;
+}
+
+template <class A, int MR, int NV>
+inline __attribute__((always_inline)) void flush(typename VectorOf<A>::type (&acc)[MR][NV], A* c, int64_t ldc,
+                                                 int64_t n, bool add) {
+  constexpr int64_t lanes = VectorOf<A>::lanes;
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      A* to = c + i * g.ldc + j * V::lanes;
-      const int64_t lanes = g.n - j0 - j * V::lanes;
-      store_lanes(to, g.add ? acc[i][j] + load_lanes(to, lanes) : acc[i][j], lanes);
+      A* to = c + i * ldc + j * lanes;
+      store_lanes(to, add ? acc[i][j] + load_lanes(to, n - j * lanes) : acc[i][j], n - j * lanes);
+      acc[i][j] = typename VectorOf<A>::type{};
     }
   }
+}
+
+template <class A, int MR, int NV, bool TRANSPOSED>
+inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
+  typename VectorOf<A>::type acc[MR][NV] = {};
+  A* c = g.c + i0 * g.ldc + j0;
+  const A* b = g.b + j0;
+  bool add = g.add;
+  int64_t depth = 0;
+  for (int64_t s = 0; s < g.segment_count; ++s) {
+    const Segment<A>& segment = g.segments[s];
+    const A* a = segment.a + (TRANSPOSED ? i0 : i0 * segment.lda);
+    for (int64_t p = 0; p < segment.k;) {
+      const int64_t count = segment.k - p < kDepth - depth ? segment.k - p : kDepth - depth;
+      accumulate<A, MR, NV, TRANSPOSED>(acc, a + (TRANSPOSED ? p * segment.lda : p), segment.lda, b, g.ldb, count);
+      b += count * g.ldb;
+      p += count;
+      depth += count;
+      if (depth == kDepth) {
+        flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
+        add = true;
+        depth = 0;
+      }
+    }
+  }
+  // Nothing is left over only where all of it has been written.
+  if (depth > 0 || !add) flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
 }
 
 template <class A, int NV, bool TRANSPOSED>

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dla_fast import functional
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch
-from dla_fast.reference.activation import ActSpec, parse_act
+from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain
+from dla_fast.reference.activation import ActSpec, activate, parse_act
 
 
-def run_aggregate(
-    xs: Sequence[Tensor], conv: nn.Conv2d, bn: nn.BatchNorm2d, *, residual: bool, act: ActSpec
-) -> Tensor:
-    """One aggregation node on the parameters of a 1x1 convolution and a batch norm."""
+def run_aggregate(xs: Sequence[Tensor], conv: nn.Conv2d, bn: nn.BatchNorm2d, *, residual: bool, act: ActSpec) -> Tensor:
+    """One aggregation node on the parameters of a 1x1 convolution and a batch norm.
+
+    Op by op where a child has become something else (SyncBatchNorm, a folded norm) or is watched by hooks.
+    """
+    if not is_plain(bn) or is_observed(conv):
+        y = bn(conv(torch.cat(list(xs), 1)))
+        return activate(y + xs[0] if residual else y, act)
     y = functional.aggregate(
         xs, conv.weight, conv_bias=conv.bias, residual=residual, act=act, **batch_norm_arguments(bn)
     )
@@ -59,7 +64,7 @@ class AggregationNode(nn.Module):
         self.act = act
 
     def forward(self, *xs: Tensor | Sequence[Tensor]) -> Tensor:
-        inputs = xs[0] if len(xs) == 1 and not isinstance(xs[0], Tensor) else xs
+        inputs = cast(Sequence[Tensor], xs[0] if len(xs) == 1 and not isinstance(xs[0], Tensor) else xs)
         return run_aggregate(inputs, self.conv, self.bn, residual=self.residual, act=self.act)
 
     def extra_repr(self) -> str:

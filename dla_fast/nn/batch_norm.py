@@ -7,6 +7,21 @@ from typing import Any
 from torch import nn
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether a module has hooks, which a functional call in its place would not run."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain(bn: nn.Module) -> bool:
+    """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
+
+    A SyncBatchNorm or an Identity put in its place later (conversion, folding) has to run as the module it is.
+    """
+    return type(bn) is nn.BatchNorm2d and not is_observed(bn)
+
+
 def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
     """The keyword arguments a functional norm call needs, following ``nn.BatchNorm2d.forward`` to the letter.
 

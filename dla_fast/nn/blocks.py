@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast import functional
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch
+from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_plain
 from dla_fast.reference.activation import ActSpec, activate
-
-
-def is_plain(bn: nn.Module) -> bool:
-    """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
-
-    A SyncBatchNorm or an Identity put in its place later (conversion, folding) has to run as the module it is.
-    """
-    hooks = bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks
-    return type(bn) is nn.BatchNorm2d and not hooks
 
 
 def run_batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: ActSpec = "relu") -> Tensor:
