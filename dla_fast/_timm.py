@@ -27,7 +27,5 @@ def import_timm() -> ModuleType:
     for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "timm")]:
         del sys.modules[name]
     for operator in ("nms", "qnms"):
-        torch.library.define(
-            f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module("timm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from dla_fast.reference.activation import ActSpec, parse_act
 __all__ = ["aggregate", "batch_norm_act", "merge", "upsample", "upsample_add"]
 
 
-def _autocast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _autocast(tensors: Sequence[Any]) -> list[Any]:
     """Cast what a convolution reads as autocast casts conv2d's arguments: everything floating but float64."""
     first = next((t for t in tensors if isinstance(t, Tensor)), None)
     if first is None:
@@ -189,7 +190,7 @@ def merge(
         RuntimeError: a forced backend cannot run the call.
     """
     xs = checks.check_inputs(xs)
-    ups = list(upsample) if upsample is not None else [None] * len(xs)
+    ups: list[tuple[Tensor, int] | None] = list(upsample) if upsample is not None else [None] * len(xs)
     if len(ups) != len(xs):
         raise ValueError(f"upsample: expected one entry per input ({len(xs)}), got {len(ups)}")
     *cast, weight, conv_bias = _autocast([*xs, weight, conv_bias])

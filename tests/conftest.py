@@ -13,6 +13,12 @@ def timm():
     return import_timm()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Small maps gain nothing from more, and on a busy machine threads wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

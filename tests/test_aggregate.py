@@ -122,7 +122,8 @@ def test_parity_of_any_shape(served):
 
     draw()
     for pool in pools.values():
-        assert pool.cases > 0 and not pool.failures(), "\n" + pool.failures()
+        assert pool.cases > 0
+        assert not pool.failures(), "\n" + pool.failures()
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -262,7 +263,8 @@ def test_nan_goes_through(served, act, dtype):
     xs[0][0, 0, 0, 0] = float("nan")
     with torch.no_grad():
         y = functional.aggregate(xs, *params, *buffers, training=False, act=act)
-        assert y[0, :, 0, 0].isnan().all() and not y[1].isnan().any()
+        assert y[0, :, 0, 0].isnan().all()
+        assert not y[1].isnan().any()
         assert functional.aggregate(xs, *params, *buffers, training=True, act=act).isnan().all()
 
 

@@ -89,8 +89,9 @@ def network_cases(name: str, size: int) -> list[Case]:
             assert isinstance(module, AggregationNode)
             xs = args if isinstance(args[0], Tensor) else args[0]
             channels = tuple(x.shape[1] for x in xs)
-            case = Case(f"{name}.{label}", channels, module.conv.out_channels, *xs[0].shape[2:], module.residual)
-            found.setdefault((channels, *xs[0].shape[2:], module.residual), case)
+            height, width = xs[0].shape[2:]
+            case = Case(f"{name}.{label}", channels, module.conv.out_channels, height, width, module.residual)
+            found.setdefault((channels, height, width, module.residual), case)
 
         return hook
 
@@ -125,7 +126,9 @@ def _check_agreement(case: Case, mode: str, runs: dict[str, Callable[[], Any]], 
             # Elements at the kink of the activation may fall on either side, so the mean decides.
             error = (mine - theirs).abs().double().mean().item() / scale
             if not error <= tolerance:
-                raise RuntimeError(f"{case.name} ({mode}): dla_fast and {name} differ by {error:.2e} of the largest value")
+                raise RuntimeError(
+                    f"{case.name} ({mode}): dla_fast and {name} differ by {error:.2e} of the largest value"
+                )
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -140,8 +143,9 @@ def time_case(
     torch.manual_seed(0)
     node = AggregationNode(case.in_channels, case.out_channels, case.residual)
     nn.init.uniform_(node.bn.weight, 0.5, 1.5)
-    node = node.to(device=device, dtype=dtype, memory_format=layout).train(mode == "training")
-    modules: dict[str, nn.Module] = {"dla_fast": node, "eager": EagerNode(node).train(mode == "training")}
+    node = node.to(device, dtype).train(mode == "training")
+    node.conv.weight.data = node.conv.weight.data.contiguous(memory_format=layout)
+    modules: dict[str, Callable[..., Any]] = {"dla_fast": node, "eager": EagerNode(node).train(mode == "training")}
     if "compile" in args.peers:
         torch._dynamo.reset()
         modules["compile"] = torch.compile(EagerNode(node).train(mode == "training"))
@@ -152,7 +156,7 @@ def time_case(
     ]
     if mode == "inference":
 
-        def runner(module: nn.Module) -> Callable[[], Any]:
+        def runner(module: Callable[..., Any]) -> Callable[[], Any]:
             @torch.no_grad()
             def run() -> Any:
                 return module(*xs)
@@ -162,7 +166,7 @@ def time_case(
         wanted = [x.requires_grad_() for x in xs] + list(node.parameters())
         dy = torch.randn(args.batch, case.out_channels, *shape, device=device).to(dtype=dtype, memory_format=layout)
 
-        def runner(module: nn.Module) -> Callable[[], Any]:
+        def runner(module: Callable[..., Any]) -> Callable[[], Any]:
             return lambda: torch.autograd.grad(module(*xs), wanted, dy)
 
     runs = {name: runner(module) for name, module in modules.items()}
@@ -208,7 +212,9 @@ def geometric_mean(values: list[float]) -> float:
 
 def render(records: list[dict[str, Any]], rates: Rates) -> str:
     """The result as a table per mode, worst cases first, each with its geometric means."""
-    lines = [f"floor from {rates.bytes_per_s / 1e9:.1f} GB/s copied and {rates.flops_per_s / 1e9:.0f} GFLOP/s of matmul"]
+    lines = [
+        f"floor from {rates.bytes_per_s / 1e9:.1f} GB/s copied and {rates.flops_per_s / 1e9:.0f} GFLOP/s of matmul"
+    ]
     for mode in MODES:
         rows = _speedups(records, mode)
         if not rows:

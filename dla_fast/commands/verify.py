@@ -7,8 +7,10 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.gradcheck import GradcheckError
 
 from dla_fast import backend
 from dla_fast.commands import parity
@@ -36,10 +38,12 @@ class Row:
 
 def _specs(op: str, dtype: torch.dtype) -> Iterator[Spec]:
     for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
-        common = {"dtype": dtype, "layout": layout, "training": training}
+        common: dict[str, Any] = {"dtype": dtype, "layout": layout, "training": training}
         if op in ("aggregate", "batch_norm_act"):
             for act, residual in itertools.product(("relu", "silu"), (False, True)):
-                yield Spec(**common, channels=(64, 24, 5), out_channels=64, height=9, width=17, act=act, residual=residual)
+                yield Spec(
+                    **common, channels=(64, 24, 5), out_channels=64, height=9, width=17, act=act, residual=residual
+                )
             yield Spec(**common, channels=(5,), out_channels=24, act="hardswish", conv_bias=True)
         elif op == "merge":
             for kernel in (1, 3):
@@ -50,15 +54,11 @@ def _specs(op: str, dtype: torch.dtype) -> Iterator[Spec]:
 
 
 def _parity_row(op: str, name: str, device: str, dtype: torch.dtype) -> Row:
-    row = Row(op, name, device, str(dtype).removeprefix("torch."))
+    pool = parity.Pool(device)
     for spec in _specs(op, dtype):
-        results = parity.compare(parity.PROBLEMS[op](spec), device)
-        row.cases += 1
-        row.worst = max(row.worst, *(r.error / r.bound if r.bound else 0.0 for r in results))
-        missed = parity.failures(results)
-        if missed and row.ok:
-            row.missed = f"{spec}: {missed.splitlines()[0]}"
-    return row
+        pool.add(parity.PROBLEMS[op](spec))
+    missed = pool.failures().split("\n")[0]
+    return Row(op, name, device, str(dtype).removeprefix("torch."), pool.cases, pool.worst(), missed)
 
 
 def _gradient_row(op: str, name: str, device: str) -> Row:
@@ -80,7 +80,7 @@ def _gradient_row(op: str, name: str, device: str) -> Row:
         try:
             torch.autograd.gradcheck(run, inputs)
             torch.autograd.gradgradcheck(run, inputs)
-        except torch.autograd.gradcheck.GradcheckError as error:
+        except GradcheckError as error:
             row.missed = row.missed or f"{spec}: {str(error).strip().splitlines()[0]}"
     return row
 
@@ -114,12 +114,7 @@ def run(args: argparse.Namespace) -> int:
     """Check everything; 0 when every result holds, 1 on a miss."""
     from tqdm import tqdm
 
-    jobs = [
-        (op, name, device, dtype)
-        for op, name, device in _work()
-        if op in args.ops
-        for dtype in (*DTYPES, None)
-    ]
+    jobs = [(op, name, device, dtype) for op, name, device in _work() if op in args.ops for dtype in (*DTYPES, None)]
     rows = []
     for op, name, device, dtype in tqdm(jobs, unit="check", disable=not sys.stderr.isatty(), leave=False):
         with backend.use_backend(name):

@@ -25,7 +25,8 @@ SCHEMAS = (
     "float slope, bool[] need_dx, bool need_dw) -> (Tensor[], Tensor)",
     # The differentiable whole: y, then what its backward needs.
     f"aggregate({_NODE}, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "bool training, float momentum, float eps, bool residual, str act, float slope) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool training, float momentum, float eps, bool residual, str act, float slope) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -39,15 +40,16 @@ def _statistics(weight: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return weight.new_empty(channels, dtype=dtype), weight.new_empty(channels, dtype=dtype)
 
 
-def _fake_inference(xs, weight, *rest):
+def _fake_inference(xs: list[Tensor], weight: Tensor, *rest: Any) -> Tensor:
     return _output(xs, weight)
 
 
-def _fake_stage(xs, weight, conv_bias, running_mean, running_var, momentum, moments):
+def _fake_stage(xs: list[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    moments = rest[-1]
     return _output(xs, weight), *_statistics(weight, weight.shape[0] if moments else 0)
 
 
-def _fake_backward(dy, xs, weight, *rest):
+def _fake_backward(dy: Tensor, xs: list[Tensor], weight: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor]:
     *_, need_dx, need_dw = rest
     channels_last = node_channels_last(xs, weight)
     dxs = [
@@ -57,16 +59,16 @@ def _fake_backward(dy, xs, weight, *rest):
     return dxs, torch.empty_like(weight) if need_dw else weight.new_empty(0)
 
 
-def _fake_aggregate(xs, weight, *rest):
+def _fake_aggregate(xs: list[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _output(xs, weight), _output(xs, weight), *_statistics(weight, weight.shape[0])
 
 
-def _forward_flops(xs_shape, weight_shape, *args, **kwargs) -> int:
+def _forward_flops(xs_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     n, _, h, w = xs_shape[0]
     return 2 * n * h * w * weight_shape[0] * weight_shape[1]
 
 
-def _backward_flops(dy_shape, xs_shape, weight_shape, *args, **kwargs) -> int:
+def _backward_flops(dy_shape: Any, xs_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     need_dx, need_dw = args[-2:]
     n, out_channels, h, w = dy_shape
     columns = sum(x[1] for x, needed in zip(xs_shape, need_dx, strict=True) if needed)
@@ -149,7 +151,7 @@ class _Aggregate:
         return [*dxs, dw if need_dw else None, dbias, dgamma, dbeta]
 
     def _recompute(self, ctx: Any, mean: Tensor, var: Tensor) -> Any:
-        def run(*tensors: Tensor | None) -> Tensor:
+        def run(*tensors: Any) -> Tensor:
             xs, (weight, conv_bias, bn_weight, bn_bias) = tensors[: ctx.inputs], tensors[ctx.inputs :]
             running_mean = running_var = None
             if not ctx.training:

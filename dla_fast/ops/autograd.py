@@ -88,7 +88,8 @@ def frozen_statistics(
     running_mean: Tensor | None, running_var: Tensor | None, conv_bias: Tensor | None, z: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The mean of z and the variance that frozen running statistics stand for, as new tensors."""
-    assert running_mean is not None and running_var is not None
+    assert running_mean is not None
+    assert running_var is not None
     dtype = accumulation_dtype(z.dtype)
     mean = running_mean.to(dtype, copy=True)
     if conv_bias is not None:

@@ -21,11 +21,11 @@ SCHEMAS = (
 )
 
 
-def _fake(x, bn_weight, bn_bias, residual, *rest):
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x), *_statistics(x)
 
 
-def _flops(x_shape, *args, **kwargs) -> int:
+def _flops(x_shape: Any, *args: Any, **kwargs: Any) -> int:
     return (_FLOPS["moments"] + _FLOPS["tail"]) * math.prod(x_shape)
 
 
@@ -80,7 +80,7 @@ class _BatchNormAct:
 
     def _recompute(self, ctx: Any, mean: Tensor, var: Tensor) -> Any:
         def run(x: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            running = (None, None)
+            running: tuple[Tensor | None, Tensor | None] = (None, None)
             if not ctx.training:
                 dtype = mean.dtype if bn_weight is None else bn_weight.dtype
                 running = (mean.to(dtype), var.to(dtype))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,25 +38,24 @@ def _like(z: Tensor) -> Tensor:
     return empty_like_layout(z, z.shape, is_channels_last(z))
 
 
-def _fake_moments(z, running_mean, running_var, momentum):
+def _fake_moments(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _statistics(z)
 
 
-def _fake_tail(z, mean, var, bn_weight, bn_bias, residual, eps, act, slope):
+def _fake_tail(z: Tensor, *rest: Any) -> Tensor:
     return _like(z)
 
 
-def _fake_reduce(dy, z, mean, var, bn_weight, bn_bias, residual, eps, act, slope):
+def _fake_reduce(dy: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _statistics(z)
 
 
-def _fake_apply(
-    dy, z, mean, var, bn_weight, bn_bias, residual, sum_dy, sum_dy_xhat, count, eps, act, slope, residual_grad
-):
+def _fake_apply(dy: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    residual_grad = rest[-1]
     return _like(z), _like(z) if residual_grad else z.new_empty(0)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "moments": _fake_moments,
     "tail": _fake_tail,
     "tail_backward_reduce": _fake_reduce,
@@ -69,7 +70,7 @@ def register(library: torch.library.Library, backend: str, key: str) -> None:
         torch.library.register_fake(f"dla_fast_{backend}::{name}", fake, lib=library)
         which = 0 if name in ("moments", "tail") else 1
 
-        def flops(*shapes, _which=which, _per_value=_FLOPS[name], **kwargs) -> int:
+        def flops(*shapes: Any, _which: int = which, _per_value: int = _FLOPS[name], **kwargs: Any) -> int:
             return _per_value * math.prod(shapes[_which])
 
         register_flop_formula(getattr(namespace, name))(flops)

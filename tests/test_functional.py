@@ -1,0 +1,179 @@
+"""Bad input of the functional API: a clear error before any work, and nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from dla_fast import functional
+
+
+def node(**changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "xs": [torch.randn(2, 4, 3, 3), torch.randn(2, 3, 3, 3)],
+        "weight": torch.randn(4, 7, 1, 1),
+        "bn_weight": torch.randn(4),
+        "bn_bias": torch.randn(4),
+        "running_mean": torch.zeros(4),
+        "running_var": torch.ones(4),
+        "training": True,
+    }
+    arguments.update(changes)
+    return arguments
+
+
+BAD_NODES = {
+    "no inputs": ({"xs": []}, ValueError, "xs: expected at least one input"),
+    "one tensor": ({"xs": torch.randn(2, 7, 3, 3)}, TypeError, r"xs: .* pass \[x\]"),
+    "not tensors": ({"xs": [1, 2]}, TypeError, r"xs\[0\]: expected a Tensor, got int"),
+    "rank": ({"xs": [torch.randn(4, 3, 3)]}, ValueError, r"xs\[0\]: expected 4 dimensions, got shape \(4, 3, 3\)"),
+    "batch": (
+        {"xs": [torch.randn(2, 4, 3, 3), torch.randn(1, 3, 3, 3)]},
+        ValueError,
+        r"xs\[1\]: expected shape \(2, C, 3, 3\) .* got \(1, 3, 3, 3\)",
+    ),
+    "height": (
+        {"xs": [torch.randn(2, 4, 3, 3), torch.randn(2, 3, 4, 3)]},
+        ValueError,
+        r"xs\[1\]: expected shape \(2, C, 3, 3\)",
+    ),
+    "channels": ({"weight": torch.randn(4, 8, 1, 1)}, ValueError, r"weight: expected 4 \+ 3 = 7 input channels, got 8"),
+    "kernel": ({"weight": torch.randn(4, 7, 3, 3)}, ValueError, "weight: expected a 1x1 kernel"),
+    "mixed dtypes": (
+        {"xs": [torch.randn(2, 4, 3, 3), torch.randn(2, 3, 3, 3).double()]},
+        TypeError,
+        r"xs\[1\]: expected torch.float32 .* got torch.float64",
+    ),
+    "weight dtype": ({"weight": torch.randn(4, 7, 1, 1).double()}, TypeError, "weight: expected torch.float32"),
+    "devices": (
+        {"xs": [torch.randn(2, 4, 3, 3), torch.randn(2, 3, 3, 3, device="meta")]},
+        ValueError,
+        r"xs\[1\]: expected device cpu",
+    ),
+    "integers": ({"xs": [torch.ones(2, 7, 3, 3, dtype=torch.int64)]}, TypeError, r"xs\[0\]: expected a floating dtype"),
+    "complex": ({"xs": [torch.ones(2, 7, 3, 3, dtype=torch.complex64)]}, TypeError, "expected a floating dtype"),
+    "residual": (
+        {"xs": [torch.randn(2, 3, 3, 3), torch.randn(2, 4, 3, 3)], "residual": True},
+        ValueError,
+        r"residual: expected xs\[0\] to have the output's 4 channels, got 3",
+    ),
+    "one value": (
+        {"xs": [torch.randn(1, 7, 1, 1)]},
+        ValueError,
+        "expected more than 1 value per channel when training, got 1",
+    ),
+    "activation": ({"act": "gelu"}, ValueError, "act: unknown activation 'gelu', expected one of identity, relu"),
+    "slope": ({"act": ("relu", 0.1)}, ValueError, "act: 'relu' takes no slope"),
+    "activation type": ({"act": 3}, TypeError, r"act: expected a name or \(name, slope\), got 3"),
+    "norm shape": ({"bn_weight": torch.randn(5)}, ValueError, r"bn_weight: expected shape \(4,\), got \(5,\)"),
+    "norm dtype": ({"bn_bias": torch.randn(4).half()}, TypeError, "bn_bias: expected torch.float32"),
+    "mixed norm": (
+        {
+            "xs": [torch.randn(2, 7, 3, 3).half()],
+            "weight": torch.randn(4, 7, 1, 1).half(),
+            "running_mean": torch.zeros(4).half(),
+            "running_var": torch.ones(4).half(),
+        },
+        TypeError,
+        "running_mean: expected torch.float32 as bn_weight has",
+    ),
+    "half the statistics": ({"running_var": None}, ValueError, "running_var: expected a tensor because running_mean"),
+    "no statistics": (
+        {"running_mean": None, "running_var": None, "training": False},
+        ValueError,
+        "running_mean: expected a tensor when training is false",
+    ),
+    "bias": ({"conv_bias": torch.randn(3)}, ValueError, r"conv_bias: expected shape \(4,\)"),
+    "eps": ({"eps": -1.0}, ValueError, "eps: expected a number >= 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NODES)
+def test_bad_aggregate(case):
+    changes, error, message = BAD_NODES[case]
+    arguments = node(**changes)
+    tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
+    xs = arguments["xs"]
+    tensors += [t for t in xs if isinstance(t, torch.Tensor) and t.device.type == "cpu"] if isinstance(xs, list) else []
+    before = [t.clone() for t in tensors]
+    with pytest.raises(error, match=message):
+        functional.aggregate(**arguments)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def merge(**changes: Any) -> dict[str, Any]:
+    arguments = node(
+        xs=[torch.randn(2, 4, 4, 6), torch.randn(2, 3, 2, 3)],
+        weight=torch.randn(4, 7, 3, 3),
+        upsample=[None, (torch.randn(3, 1, 4, 4), 2)],
+    )
+    arguments.update(changes)
+    return arguments
+
+
+BAD_MERGES = {
+    "entries": ({"upsample": [None]}, ValueError, r"upsample: expected one entry per input \(2\), got 1"),
+    "not upsampled": ({"upsample": None}, ValueError, r"xs\[1\]: expected \(N, H, W\) = \(2, 4, 6\) after upsampling"),
+    "factor": (
+        {"upsample": [None, (torch.randn(3, 1, 2, 2), 1)]},
+        ValueError,
+        r"upsample\[1\] factor: expected an integer >= 2, got 1",
+    ),
+    "entry": ({"upsample": [None, 2]}, TypeError, r"upsample\[1\]: expected None or \(up_weight, factor\)"),
+    "up weight": (
+        {"upsample": [None, (torch.randn(3, 1, 3, 3), 2)]},
+        ValueError,
+        r"upsample\[1\] weight: expected shape \(3, 1, 4, 4\)",
+    ),
+    "kernel": ({"weight": torch.randn(4, 7, 5, 5)}, ValueError, "weight: expected a 1x1 or 3x3 kernel"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MERGES)
+def test_bad_merge(case):
+    changes, error, message = BAD_MERGES[case]
+    with pytest.raises(error, match=message):
+        functional.merge(**merge(**changes))
+
+
+def test_bad_upsampling():
+    x = torch.randn(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="factor: expected an integer >= 2, got 1"):
+        functional.upsample(x, torch.randn(3, 1, 2, 2), 1)
+    with pytest.raises(TypeError, match="factor: expected an integer >= 2, got 2.0"):
+        functional.upsample(x, torch.randn(3, 1, 4, 4), 2.0)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(3, 1, 4, 4\) for factor 2"):
+        functional.upsample(x, torch.randn(3, 3, 4, 4), 2)
+    with pytest.raises(ValueError, match=r"skip: expected shape \(2, 3, 8, 10\)"):
+        functional.upsample_add(x, torch.randn(2, 3, 8, 9), torch.randn(3, 1, 4, 4), 2)
+    assert functional.upsample(x, torch.randn(3, 1, 6, 6), 3).shape == (2, 3, 13, 16)
+
+
+def test_bad_batch_norm_act():
+    x, norm = torch.randn(2, 3, 4, 4), (None, None, torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"residual: expected shape \(2, 3, 4, 4\)"):
+        functional.batch_norm_act(x, *norm, training=True, residual=torch.randn(2, 3, 4, 5))
+    with pytest.raises(TypeError, match="residual: expected torch.float32"):
+        functional.batch_norm_act(x, *norm, training=True, residual=x.double())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        functional.batch_norm_act(x[:1, :, :1, :1], *norm, training=True)
+
+
+def test_mixed_dtypes_are_fine_under_autocast():
+    arguments = node(xs=[torch.randn(2, 4, 3, 3).bfloat16(), torch.randn(2, 3, 3, 3)])
+    with pytest.raises(TypeError, match=r"xs\[1\]: expected torch.bfloat16"):
+        functional.aggregate(**arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert functional.aggregate(**arguments).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_double_precision_is_not_cast_by_autocast(grad):
+    arguments = node()
+    arguments = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    arguments["xs"] = [x.double() for x in arguments["xs"]]
+    with torch.autocast("cpu", dtype=torch.bfloat16), contextlib.nullcontext() if grad else torch.no_grad():
+        assert functional.aggregate(**arguments).dtype == torch.float64
