@@ -15,7 +15,7 @@ export MAX_JOBS
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format clean distclean
+.PHONY: help install demo test asan bench lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -26,6 +26,17 @@ demo: install ## swap timm's DLA-34 to fused nodes on real photographs, and comp
 
 test: install ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# A copy of the tree, so that the sanitized library never stands in for the real one.
+ASAN := build/asan
+asan: install ## run the kernels' tests under AddressSanitizer
+	rm -rf $(ASAN) && mkdir -p $(ASAN)
+	cp -r csrc dla_fast tests setup.py pyproject.toml README.md LICENSE $(ASAN)
+	rm -f $(ASAN)/dla_fast/_C*.so
+	cd $(ASAN) && DLA_FAST_SANITIZE=address DLA_FAST_BUILD_EXT=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	cd $(ASAN) && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+	  tests/test_aggregate.py tests/test_batch_norm_act.py -k "not compile and not vmap"
 
 bench: install ## run the benchmarks; results go to benchmarks/out
 	@mkdir -p benchmarks/out

@@ -268,6 +268,21 @@ def test_nan_goes_through(served, act, dtype):
         assert functional.aggregate(xs, *params, *buffers, training=True, act=act).isnan().all()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_zero_and_negative_gamma(served, training):
+    outcomes = []
+    for module in (functional, reference):
+        torch.manual_seed(1)
+        xs, params, buffers = _node()
+        params[1] = torch.tensor([0.0, -1.0, -0.0, 2.0], dtype=torch.float64)
+        for t in xs + params:
+            t.requires_grad_()
+        y = module.aggregate(xs, *params, *buffers, training=training, residual=True)
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), xs + params)])
+    for mine, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_moments_far_from_zero(served):
     """Mean over deviation of 1000: the variance of the z that was written, to 1e-6."""
     for layout in parity.LAYOUTS.values():
