@@ -45,7 +45,8 @@ def machine(result: dict[str, Any]) -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
-        where = f"{torch.get_num_threads()} CPU thread(s) with {torch.backends.cpu.get_cpu_capability()}"
+        threads = torch.get_num_threads()
+        where = f"{threads} CPU thread{'s' if threads > 1 else ''} with {torch.backends.cpu.get_cpu_capability()}"
     return (
         f"dla_fast {__version__}, torch {torch.__version__}, {where}; aggregate runs on: {', '.join(result['serves'])}"
     )
