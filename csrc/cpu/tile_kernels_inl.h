@@ -170,7 +170,7 @@ void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, S
         s1[i] = first ? h : s1[i] + h;
       }
       if constexpr (ROWS) {
-        A t0 = 0, t1 = 0;
+        double t0 = 0, t1 = 0;
 #pragma omp simd reduction(+ : t0, t1)
         for (int64_t i = 0; i < n; ++i) {
           t0 += s0[i];
