@@ -34,10 +34,11 @@ std::vector<int64_t> AggregateInputs::output_sizes() const {
 
 namespace {
 
-// Rows of a channels_last tile: a multiple of the register tile that leaves every thread a few tiles.
+// Rows of a channels_last tile: a multiple of the register tile; small enough that the last tiles of a call keep every
+// thread busy.
 int64_t tile_rows(int64_t total) {
-  const int64_t wanted = divide_up(total, 4 * static_cast<int64_t>(at::get_num_threads()));
-  return std::clamp<int64_t>(round_up(wanted, 6), 24, 96);
+  const int64_t wanted = divide_up(total, 8 * static_cast<int64_t>(at::get_num_threads()));
+  return std::clamp<int64_t>(round_up(wanted, 6), 24, 60);
 }
 
 // Tiles times groups of output panels: as many tasks as keep the threads busy when there are few pixels.
@@ -54,7 +55,7 @@ struct Tasks {
 template <class T, class A>
 Scratch<A> pack_weight(const T* weight, int64_t out_channels, int64_t in_channels) {
   const int64_t panels = divide_up(out_channels, kPanel);
-  Scratch<A> packed(panels * in_channels * kPanel);
+  Scratch<A> packed(panels * in_channels * kPanel, out_channels % kPanel != 0);
   const int64_t blocks = divide_up(in_channels, kPanel);
   parallel(panels * blocks, kPanel * kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -75,33 +76,33 @@ void forward_channels_last(const AggregateInputs& in, const T* weight, const Epi
   const int64_t total = in.total(), rows_max = tile_rows(total), depth = in.in_channels;
   const Tasks tasks(divide_up(total, rows_max), divide_up(in.out_channels, kPanel));
   const Scratch<A> packed = pack_weight<T, A>(weight, in.out_channels, depth);
-  parallel(tasks.count(), rows_max * depth * divide_up(in.out_channels, tasks.groups) / 16,
-           [&](int64_t begin, int64_t end) {
-             const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
-             std::vector<Segment<A>> segments(in.xs.size());
-             for (int64_t task = begin; task < end; ++task) {
-               const int64_t tile = task / tasks.groups, group = task % tasks.groups;
-               const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
-               for (size_t i = 0; i < in.xs.size(); ++i) {
-                 const int64_t channels = in.xs[i].size(1);
-                 const T* x = in.xs[i].template const_data_ptr<T>() + first * channels;
-                 if constexpr (std::is_same_v<T, A>) {
-                   segments[i] = {x, channels, channels};
-                 } else {
-                   A* to = wide.get() + in.offsets[i];
-                   k.load({x, channels}, {to, depth}, rows, channels);
-                   segments[i] = {to, depth, channels};
-                 }
-               }
-               const int64_t panel_end = tasks.panels * (group + 1) / tasks.groups;
-               for (int64_t panel = tasks.panels * group / tasks.groups; panel < panel_end; ++panel) {
-                 const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
-                 k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
-                         packed.get() + panel * depth * kPanel, kPanel, z.get(), kPanel, false});
-                 epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{z.get(), kPanel});
-               }
-             }
-           });
+  parallel_queue(tasks.count(), rows_max * depth * divide_up(in.out_channels, tasks.groups) / 16,
+                 [&](const auto& take) {
+                   const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
+                   std::vector<Segment<A>> segments(in.xs.size());
+                   for (int64_t task = take(); task >= 0; task = take()) {
+                     const int64_t tile = task / tasks.groups, group = task % tasks.groups;
+                     const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
+                     for (size_t i = 0; i < in.xs.size(); ++i) {
+                       const int64_t channels = in.xs[i].size(1);
+                       const T* x = in.xs[i].template const_data_ptr<T>() + first * channels;
+                       if constexpr (std::is_same_v<T, A>) {
+                         segments[i] = {x, channels, channels};
+                       } else {
+                         A* to = wide.get() + in.offsets[i];
+                         k.load({x, channels}, {to, depth}, rows, channels);
+                         segments[i] = {to, depth, channels};
+                       }
+                     }
+                     const int64_t panel_end = tasks.panels * (group + 1) / tasks.groups;
+                     for (int64_t panel = tasks.panels * group / tasks.groups; panel < panel_end; ++panel) {
+                       const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
+                       k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
+                               packed.get() + panel * depth * kPanel, kPanel, z.get(), kPanel, false});
+                       epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{z.get(), kPanel});
+                     }
+                   }
+                 });
 }
 
 // The same for contiguous tensors: a tile is kPanel pixels of one image, whose inputs are packed side by side.
@@ -120,28 +121,27 @@ void forward_contiguous(const AggregateInputs& in, const T* weight, const Epilog
     k.load({weight, depth}, {wide.get(), depth}, in.out_channels, depth);
     w = wide.get();
   }
-  parallel(tasks.count(), kPanel * depth * divide_up(in.out_channels, tasks.groups) / 16,
-           [&](int64_t begin, int64_t end) {
-             const Scratch<A> z(block * kPanel), x_panel(depth * kPanel);
-             for (int64_t task = begin; task < end; ++task) {
-               const int64_t tile = task / tasks.groups, group = task % tasks.groups;
-               const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
-               const int64_t cols = std::min(kPanel, in.pixels - pixel);
-               for (size_t i = 0; i < in.xs.size(); ++i) {
-                 const int64_t channels = in.xs[i].size(1);
-                 const T* x = in.xs[i].template const_data_ptr<T>() + image * channels * in.pixels + pixel;
-                 k.load({x, in.pixels}, {x_panel.get() + in.offsets[i] * kPanel, kPanel}, channels, cols);
-               }
-               const int64_t block_end = tasks.panels * (group + 1) / tasks.groups;
-               for (int64_t b = tasks.panels * group / tasks.groups; b < block_end; ++b) {
-                 const int64_t channel = b * block, rows = std::min(block, in.out_channels - channel);
-                 const Segment<A> segment = {w + channel * depth, depth, depth};
-                 k.gemm({rows, cols, &segment, 1, false, x_panel.get(), kPanel, z.get(), kPanel, false});
-                 epilogue(Shape{rows, cols, true}, tile, image * in.out_channels * in.pixels + pixel, channel,
-                          Strided<const A>{z.get(), kPanel});
-               }
-             }
-           });
+  parallel_queue(tasks.count(), kPanel * depth * divide_up(in.out_channels, tasks.groups) / 16, [&](const auto& take) {
+    const Scratch<A> z(block * kPanel), x_panel(depth * kPanel, in.pixels % kPanel != 0);
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const int64_t tile = task / tasks.groups, group = task % tasks.groups;
+      const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
+      const int64_t cols = std::min(kPanel, in.pixels - pixel);
+      for (size_t i = 0; i < in.xs.size(); ++i) {
+        const int64_t channels = in.xs[i].size(1);
+        const T* x = in.xs[i].template const_data_ptr<T>() + image * channels * in.pixels + pixel;
+        k.load({x, in.pixels}, {x_panel.get() + in.offsets[i] * kPanel, kPanel}, channels, cols);
+      }
+      const int64_t block_end = tasks.panels * (group + 1) / tasks.groups;
+      for (int64_t b = tasks.panels * group / tasks.groups; b < block_end; ++b) {
+        const int64_t channel = b * block, rows = std::min(block, in.out_channels - channel);
+        const Segment<A> segment = {w + channel * depth, depth, depth};
+        k.gemm({rows, cols, &segment, 1, false, x_panel.get(), kPanel, z.get(), kPanel, false});
+        epilogue(Shape{rows, cols, true}, tile, image * in.out_channels * in.pixels + pixel, channel,
+                 Strided<const A>{z.get(), kPanel});
+      }
+    }
+  });
 }
 
 template <class T, class Epilogue>

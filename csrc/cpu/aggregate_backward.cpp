@@ -60,7 +60,7 @@ struct Backward {
   void channels_last(const T* weight, Scratch<A>& dw, int64_t slices) const {
     const int64_t total = in.total(), n = in.out_channels, depth = in.in_channels;
     const int64_t per_slice = divide_up(total, slices);
-    const int64_t rows_max = std::min<int64_t>(divide_up(per_slice, divide_up(per_slice, 96)), total);
+    const int64_t rows_max = std::min<int64_t>(divide_up(per_slice, divide_up(per_slice, 128)), total);
     const int64_t ld = round_up(n, kPad) + kPad;
     // W_i in panels of kPanel input channels, [N][kPanel] each: the right-hand sides of dx_i.
     std::vector<int64_t> panel_at(in.xs.size() + 1, 0);
@@ -69,7 +69,7 @@ struct Backward {
       panel_at[i + 1] = panel_at[i] + divide_up(in.xs[i].size(1), kPanel);
       widest = std::max(widest, round_up(in.xs[i].size(1), kPad));
     }
-    const Scratch<A> packed(any_dx() ? panel_at.back() * n * kPanel : 0);
+    const Scratch<A> packed(any_dx() ? panel_at.back() * n * kPanel : 0, true);
     if (any_dx()) {
       parallel(static_cast<int64_t>(in.xs.size()), n * depth / static_cast<int64_t>(in.xs.size()),
                [&](int64_t begin, int64_t end) {
@@ -83,11 +83,11 @@ struct Backward {
                });
     }
     at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> dz(rows_max * ld), du(residual ? rows_max * n : 0), wide(rows_max * widest),
+      const Scratch<A> dz(rows_max * ld), du(residual ? rows_max * n : 0), wide(rows_max * widest, true),
           dx_tile(rows_max * kPanel);
       for (int64_t slice = begin; slice < end; ++slice) {
-        const int64_t last = std::min(total, (slice + 1) * per_slice);
-        for (int64_t first = slice * per_slice; first < last; first += rows_max) {
+        const int64_t start = total * slice / slices, last = total * (slice + 1) / slices;
+        for (int64_t first = start; first < last; first += rows_max) {
           const int64_t rows = std::min(rows_max, last - first);
           k.apply(Shape{rows, n, false}, norm.from(0), m0.data(), m1.data(), {dy + first * n, n}, {z + first * n, n},
                   {residual ? x(0) + first * n : nullptr, n}, {dz.get(), ld}, {residual ? du.get() : nullptr, n});
@@ -106,7 +106,7 @@ struct Backward {
             if (need_dw) {
               const Strided<const A> b = operand(x(i) + first * channels, rows, channels, wide.get());
               k.gemm({n, channels, &across, 1, true, b.data, b.ld, dw.get() + slice * n * depth + in.offsets[i], depth,
-                      true});
+                      first > start});
             }
           }
         }
@@ -123,7 +123,8 @@ struct Backward {
     const Scratch<A> w(n * ld_w);
     k.load({weight, depth}, {w.get(), ld_w}, n, depth);
     at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> dz(n * ld), du(residual ? n * kPanel : 0), across(kPanel * widest), dx_tile(widest * kPanel);
+      const Scratch<A> dz(n * ld, true), du(residual ? n * kPanel : 0), across(kPanel * widest, true),
+          dx_tile(widest * kPanel);
       for (int64_t slice = begin; slice < end; ++slice) {
         for (int64_t tile = tiles * slice / slices; tile < tiles * (slice + 1) / slices; ++tile) {
           const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
@@ -142,7 +143,7 @@ struct Backward {
               k.load_transposed({x(i) + x_at, pixels}, {across.get(), ld_x}, channels, cols);
               const Segment<A> segment = {dz.get(), ld, cols};
               k.gemm({n, channels, &segment, 1, false, across.get(), ld_x, dw.get() + slice * n * depth + in.offsets[i],
-                      depth, true});
+                      depth, tile > tiles * slice / slices});
             }
           }
         }
@@ -171,15 +172,15 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
   }
   Tensor dweight = need_dw ? at::empty_like(weight) : at::empty({0}, options);
   const int64_t size = in.out_channels * in.in_channels;
-  // A slice must be worth a thread, and costs a private dW.
-  const int64_t worth = std::min(in.total() / 24, in.total() * size / (1 << 18));
-  const int64_t slices = std::clamp<int64_t>(worth, 1, at::get_num_threads());
+  // A slice must be worth a thread, since it costs a private dW, and must have a tile, since its first one writes that.
+  const int64_t tiles = in.channels_last ? in.total() / 24 : in.images * divide_up(in.pixels, kPanel);
+  const int64_t slices = std::clamp<int64_t>(std::min(tiles, in.total() * size / (1 << 18)), 1, at::get_num_threads());
   DLA_DISPATCH_FLOATING(weight.scalar_type(), "aggregate_backward", [&] {
     using A = acc_t<scalar_t>;
     const NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const std::vector<A> m0 = batch_term<A>(sum_dy, count, in.out_channels),
                          m1 = batch_term<A>(sum_dy_xhat, count, in.out_channels);
-    Scratch<A> dw(need_dw ? slices * size : 0);
+    Scratch<A> dw(need_dw ? slices * size : 0, in.total() == 0);
     const Backward<scalar_t, A> run = {
         in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
     if (in.total() > 0 && in.out_channels > 0) {

@@ -9,6 +9,8 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <atomic>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -57,13 +59,34 @@ void parallel(int64_t tasks, int64_t values, const F& f) {
   at::parallel_for(0, tasks, std::max<int64_t>(1, enough / std::max<int64_t>(values, 1)), f);
 }
 
-// 64-byte aligned working memory, zeroed once so that the padding of panels never holds slow denormals.
+// Runs f() on every thread, which takes tasks from a common counter until none is left: threads that the machine holds
+// up take fewer. For tasks whose results do not depend on who computes them.
+template <class F>
+void parallel_queue(int64_t tasks, int64_t values, const F& f) {
+  std::atomic<int64_t> next{0};
+  const int64_t enough = 32768 / std::max<int64_t>(values, 1);
+  const int64_t threads = std::clamp<int64_t>(tasks / std::max<int64_t>(enough, 1), 1, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    f([&]() -> int64_t {
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      return task < tasks ? task : -1;
+    });
+  });
+}
+
+// 64-byte aligned working memory; zeroed where it has padding that is read, so that this never holds slow denormals.
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t n)
+  explicit Scratch(int64_t n, bool zero = false)
       : data_(static_cast<A*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(A), std::align_val_t(64)))) {
-    std::fill_n(data_, std::max<int64_t>(n, 1), A(0));
+    if (zero) {
+      std::fill_n(data_, n, A(0));
+    } else {
+#if defined(__SANITIZE_ADDRESS__)
+      std::fill_n(data_, n, std::numeric_limits<A>::quiet_NaN());  // reading it uninitialised then shows
+#endif
+    }
   }
   Scratch(Scratch&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   ~Scratch() { ::operator delete[](data_, std::align_val_t(64)); }

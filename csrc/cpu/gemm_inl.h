@@ -75,6 +75,12 @@ inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
   A* c = g.c + i0 * g.ldc + j0;
   const A* b = g.b + j0;
   bool add = g.add;
+  if (add) {
+    // c may lie far away (a weight gradient): fetched now, it is there when the products are done.
+    for (int i = 0; i < MR; ++i) {
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
+    }
+  }
   int64_t depth = 0;
   for (int64_t s = 0; s < g.segment_count; ++s) {
     const Segment<A>& segment = g.segments[s];

@@ -21,22 +21,56 @@ void load(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
   }
 }
 
+#if DLA_VECTOR_BYTES >= 32
+// Eight rows of eight floats, transposed in registers.
+inline void transpose8(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * ld_src);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(dst + i * ld_dst, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(dst + (i + 4) * ld_dst, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#endif
+
 template <class T, class A>
 void load_transposed(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
-  constexpr int64_t block = 16;
-  A buffer[block][block];
-  for (int64_t c0 = 0; c0 < cols; c0 += block) {
-    const int64_t nc = cols - c0 < block ? cols - c0 : block;
-    for (int64_t r0 = 0; r0 < rows; r0 += block) {
-      const int64_t nr = rows - r0 < block ? rows - r0 : block;
-      for (int64_t r = 0; r < nr; ++r) {
-        A wide[block];
-        const A* s = read<T, A>(src.data + (r0 + r) * src.ld + c0, wide, nc);
-        for (int64_t c = 0; c < nc; ++c) buffer[c][r] = s[c];
+  constexpr int64_t block = 8;
+  A wide[block * block];
+  for (int64_t r0 = 0; r0 < rows; r0 += block) {
+    const int64_t nr = rows - r0 < block ? rows - r0 : block;
+    for (int64_t c0 = 0; c0 < cols; c0 += block) {
+      const int64_t nc = cols - c0 < block ? cols - c0 : block;
+      const A* from = nullptr;
+      int64_t ld = block;
+      if constexpr (std::is_same_v<T, A>) {
+        from = src.data + r0 * src.ld + c0;
+        ld = src.ld;
+      } else {
+        for (int64_t r = 0; r < nr; ++r) widen_row(src.data + (r0 + r) * src.ld + c0, wide + r * block, nc);
+        from = wide;
       }
+      A* to = dst.data + c0 * dst.ld + r0;
+#if DLA_VECTOR_BYTES >= 32
+      if constexpr (std::is_same_v<A, float>) {
+        if (nr == block && nc == block) {
+          transpose8(from, ld, to, dst.ld);
+          continue;
+        }
+      }
+#endif
       for (int64_t c = 0; c < nc; ++c) {
-        A* d = dst.data + (c0 + c) * dst.ld + r0;
-        for (int64_t r = 0; r < nr; ++r) d[r] = buffer[c][r];
+        for (int64_t r = 0; r < nr; ++r) to[c * dst.ld + r] = from[r * ld + c];
       }
     }
   }
