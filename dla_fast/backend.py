@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +30,13 @@ def _disabled() -> bool:
 def _backend_from_environment() -> str:
     name = os.environ.get("DLA_FAST_BACKEND", "") or "auto"
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"DLA_FAST_BACKEND: unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
+        # Not an error: doctor, which tells what is wrong, must still start.
+        warnings.warn(
+            f"DLA_FAST_BACKEND: unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}; using auto",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        name = "auto"
     return "reference" if _disabled() else name
 
 

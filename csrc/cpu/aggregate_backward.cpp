@@ -60,7 +60,7 @@ struct Backward {
   void channels_last(const T* weight, Scratch<A>& dw, int64_t slices) const {
     const int64_t total = in.total(), n = in.out_channels, depth = in.in_channels;
     const int64_t per_slice = divide_up(total, slices);
-    const int64_t rows_max = std::min<int64_t>(divide_up(per_slice, divide_up(per_slice, 128)), total);
+    const int64_t rows_max = round_up(divide_up(per_slice, divide_up(per_slice, 126)), 6);
     const int64_t ld = round_up(n, kPad) + kPad;
     // W_i in panels of kPanel input channels, [N][kPanel] each: the right-hand sides of dx_i.
     std::vector<int64_t> panel_at(in.xs.size() + 1, 0);
@@ -69,7 +69,7 @@ struct Backward {
       panel_at[i + 1] = panel_at[i] + divide_up(in.xs[i].size(1), kPanel);
       widest = std::max(widest, round_up(in.xs[i].size(1), kPad));
     }
-    const Scratch<A> packed(any_dx() ? panel_at.back() * n * kPanel : 0, true);
+    const Scratch<A> packed(any_dx() ? panel_at.back() * n * kPanel : 0, depth != panel_at.back() * kPanel);
     if (any_dx()) {
       parallel(static_cast<int64_t>(in.xs.size()), n * depth / static_cast<int64_t>(in.xs.size()),
                [&](int64_t begin, int64_t end) {

@@ -109,6 +109,7 @@ inline const T* at(Strided<const T> m, int64_t r, int64_t c) {
   return m.data == nullptr ? nullptr : m.data + r * m.ld + c;
 }
 
+// The loops below say simd because the compiler cannot know that outputs and parameters never overlap.
 template <class Z, class T, class A, Act ACT, bool ROWS>
 void tail_tile(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Strided<const T> residual, Strided<T> y) {
   A zb[kChunk], rb[kChunk], yb[kChunk];
@@ -122,10 +123,12 @@ void tail_tile(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Stri
       if constexpr (std::is_same_v<T, A>) yr = out;
       if (residual.data != nullptr) {
         const A* rr = read<T, A>(at(residual, r, c), rb, n);
+#pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i] + rr[i], norm.slope);
         }
       } else {
+#pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i], norm.slope);
         }
@@ -165,8 +168,10 @@ void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
             m2[r] += squares;
           }
         } else if (pass == 0) {
+#pragma omp simd
           for (int64_t i = 0; i < n; ++i) mean[c + i] += zr[i];
         } else {
+#pragma omp simd
           for (int64_t i = 0; i < n; ++i) {
             const A d = zr[i] - mean[c + i];
             delta[c + i] += d;
@@ -196,6 +201,7 @@ void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, S
       const A* zr = read<T, A>(at(z, r, c), zb, n);
       const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
       const bool first = ROWS || r % depth == 0;
+#pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
         const A d = zr[i] - center[i];
         const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
@@ -213,6 +219,7 @@ void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, S
         sum_dy[r] += t0;
         sum_dy_xhat[r] += t1;
       } else if (r % depth == depth - 1 || r == shape.rows - 1) {
+#pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           sum_dy[c + i] += s0[i];
           sum_dy_xhat[c + i] += s1[i];
@@ -236,6 +243,7 @@ void apply_tile(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const
       const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
       A* out = dz.data + r * dz.ld + c;
       A* ur = du.data == nullptr ? ub : du.data + r * du.ld + c;
+#pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
         const A d = zr[i] - center[i];
         const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
