@@ -68,9 +68,10 @@ Scratch<A> pack_weight(const T* weight, int64_t out_channels, int64_t in_channel
   return packed;
 }
 
-// Calls epilogue(shape, first pixel offset, first channel, z tile) for every tile of z = sum_i W_i x_i.
-template <class T, class Epilogue>
-void forward_channels_last(const AggregateInputs& in, const T* weight, const Epilogue& epilogue) {
+// Calls epilogue(shape, tile, first, channel, z tile) for every tile of z = sum_i W_i x_i. The tile lies where
+// target(first, channel, scratch) says: in scratch memory, or at its place in the output.
+template <class T, class Target, class Epilogue>
+void forward_channels_last(const AggregateInputs& in, const T* weight, const Target& target, const Epilogue& epilogue) {
   using A = acc_t<T>;
   const auto& k = kernels<T>();
   const int64_t total = in.total(), rows_max = tile_rows(total), depth = in.in_channels;
@@ -97,17 +98,18 @@ void forward_channels_last(const AggregateInputs& in, const T* weight, const Epi
                      const int64_t panel_end = tasks.panels * (group + 1) / tasks.groups;
                      for (int64_t panel = tasks.panels * group / tasks.groups; panel < panel_end; ++panel) {
                        const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
+                       const Strided<A> to = target(first, channel, Strided<A>{z.get(), kPanel});
                        k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
-                               packed.get() + panel * depth * kPanel, kPanel, z.get(), kPanel, false});
-                       epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{z.get(), kPanel});
+                               packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false});
+                       epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{to.data, to.ld});
                      }
                    }
                  });
 }
 
 // The same for contiguous tensors: a tile is kPanel pixels of one image, whose inputs are packed side by side.
-template <class T, class Epilogue>
-void forward_contiguous(const AggregateInputs& in, const T* weight, const Epilogue& epilogue) {
+template <class T, class Target, class Epilogue>
+void forward_contiguous(const AggregateInputs& in, const T* weight, const Target& target, const Epilogue& epilogue) {
   using A = acc_t<T>;
   constexpr int64_t block = 96;
   const auto& k = kernels<T>();
@@ -136,22 +138,23 @@ void forward_contiguous(const AggregateInputs& in, const T* weight, const Epilog
       for (int64_t b = tasks.panels * group / tasks.groups; b < block_end; ++b) {
         const int64_t channel = b * block, rows = std::min(block, in.out_channels - channel);
         const Segment<A> segment = {w + channel * depth, depth, depth};
-        k.gemm({rows, cols, &segment, 1, false, x_panel.get(), kPanel, z.get(), kPanel, false});
-        epilogue(Shape{rows, cols, true}, tile, image * in.out_channels * in.pixels + pixel, channel,
-                 Strided<const A>{z.get(), kPanel});
+        const int64_t first = image * in.out_channels * in.pixels + pixel;
+        const Strided<A> to = target(first, channel, Strided<A>{z.get(), kPanel});
+        k.gemm({rows, cols, &segment, 1, false, x_panel.get(), kPanel, to.data, to.ld, false});
+        epilogue(Shape{rows, cols, true}, tile, first, channel, Strided<const A>{to.data, to.ld});
       }
     }
   });
 }
 
-template <class T, class Epilogue>
-void forward(const AggregateInputs& in, const Tensor& weight, const Epilogue& epilogue) {
+template <class T, class Target, class Epilogue>
+void forward(const AggregateInputs& in, const Tensor& weight, const Target& target, const Epilogue& epilogue) {
   if (in.total() == 0 || in.out_channels == 0) return;
   const Tensor w = weight.contiguous();
   if (in.channels_last) {
-    forward_channels_last<T>(in, w.const_data_ptr<T>(), epilogue);
+    forward_channels_last<T>(in, w.const_data_ptr<T>(), target, epilogue);
   } else {
-    forward_contiguous<T>(in, w.const_data_ptr<T>(), epilogue);
+    forward_contiguous<T>(in, w.const_data_ptr<T>(), target, epilogue);
   }
 }
 
@@ -175,11 +178,13 @@ Tensor aggregate_inference(at::TensorList xs, const Tensor& weight, const Option
     const NormVectors<A> norm(running_mean, running_var, conv_bias, bn_weight, bn_bias, eps, act, slope);
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
     const scalar_t* skip = residual ? in.xs[0].const_data_ptr<scalar_t>() : nullptr;
-    forward<scalar_t>(in, weight, [&](const Shape& shape, int64_t, int64_t first, int64_t channel, Strided<const A> z) {
-      const Strided<const scalar_t> r =
-          residual ? tile_of(skip, in, first, channel) : Strided<const scalar_t>{nullptr, 0};
-      kernels<scalar_t>().tail_accumulated(shape, norm.from(channel), z, r, tile_of(out, in, first, channel));
-    });
+    const auto scratch = [](int64_t, int64_t, Strided<A> tile) { return tile; };
+    forward<scalar_t>(
+        in, weight, scratch, [&](const Shape& shape, int64_t, int64_t first, int64_t channel, Strided<const A> z) {
+          const Strided<const scalar_t> r =
+              residual ? tile_of(skip, in, first, channel) : Strided<const scalar_t>{nullptr, 0};
+          kernels<scalar_t>().tail_accumulated(shape, norm.from(channel), z, r, tile_of(out, in, first, channel));
+        });
   });
   return y;
 }
@@ -199,10 +204,14 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_stage(at::TensorList xs, const Tens
         in.channels_last ? divide_up(in.total(), tile_rows(in.total())) : in.images * divide_up(in.pixels, kPanel);
     MomentPartials<A> partials(tiles, channels);
     scalar_t* out = z.mutable_data_ptr<scalar_t>();
-    forward<scalar_t>(in, weight,
+    const auto in_place = [&](int64_t first, int64_t channel, auto tile) {
+      if constexpr (std::is_same_v<scalar_t*, decltype(tile.data)>) tile = tile_of(out, in, first, channel);
+      return tile;
+    };
+    forward<scalar_t>(in, weight, in_place,
                       [&](const Shape& shape, int64_t tile, int64_t first, int64_t channel, Strided<const A> acc) {
                         const Strided<scalar_t> to = tile_of(out, in, first, channel);
-                        k.store(acc, to, shape.rows, shape.cols);
+                        if constexpr (!std::is_same_v<scalar_t, A>) k.store(acc, to, shape.rows, shape.cols);
                         if (!moments) return;
                         const int64_t at = tile * channels + channel;
                         k.moments(shape, {to.data, to.ld}, &partials.mean[at], &partials.m2[at], &partials.delta[at]);

@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z_in, const OptionalTensor& run
     const Tiling tiling(z, channels_last);
     MomentPartials<A> partials(tiling.groups, tiling.channels);
     const scalar_t* data = z.const_data_ptr<scalar_t>();
-    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
+      for (int64_t i = take(); i >= 0; i = take()) {
         const Tile t = tiling[i];
         const int64_t at = t.group * tiling.channels + t.channel;
         kernels<scalar_t>().moments(t.shape, {data + t.offset, tiling.ld()}, &partials.mean[at], &partials.m2[at],
@@ -73,8 +73,8 @@ Tensor tail(const Tensor& z_in, const Tensor& mean, const Tensor& var, const Opt
     const Tiling tiling(z, channels_last);
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     scalar_t* yp = y.mutable_data_ptr<scalar_t>();
-    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
+      for (int64_t i = take(); i >= 0; i = take()) {
         const Tile t = tiling[i];
         kernels<scalar_t>().tail(t.shape, norm.from(t.channel), {zp + t.offset, tiling.ld()},
                                  part<scalar_t>(residual, t.offset, tiling.ld()), {yp + t.offset, tiling.ld()});
@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
     double* second = first + tiling.groups * channels;
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     const scalar_t* dp = dy.const_data_ptr<scalar_t>();
-    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
+      for (int64_t i = take(); i >= 0; i = take()) {
         const Tile t = tiling[i];
         const int64_t at = t.group * channels + t.channel;
         kernels<scalar_t>().reduce(t.shape, norm.from(t.channel), {dp + t.offset, tiling.ld()},
@@ -148,10 +148,10 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
     scalar_t* out = dz.mutable_data_ptr<scalar_t>();
     scalar_t* dup = residual_grad ? du.mutable_data_ptr<scalar_t>() : nullptr;
     const auto& k = kernels<scalar_t>();
-    parallel(tiling.count(), tiling.block_rows * tiling.block_cols, [&](int64_t begin, int64_t end) {
+    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
       const int64_t size = tiling.block_rows * tiling.block_cols;
       const Scratch<A> dz_tile(size), du_tile(residual_grad ? size : 0);
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = take(); i >= 0; i = take()) {
         const Tile t = tiling[i];
         const int64_t ld = tiling.ld(), cols = t.shape.cols;
         k.apply(t.shape, norm.from(t.channel), m0.data() + t.channel, m1.data() + t.channel, {dp + t.offset, ld},

@@ -64,6 +64,11 @@ class Rates:
     bytes_per_s: float
     flops_per_s: float
 
+    def describe(self) -> str:
+        """The rates in words."""
+        gigabytes, gigaflops = self.bytes_per_s / 1e9, self.flops_per_s / 1e9
+        return f"floor from {gigabytes:.1f} GB/s copied and {gigaflops:.0f} GFLOP/s of the library's best product"
+
 
 class EagerNode(nn.Module):
     """The node op by op, as networks write it: concat, convolution, norm, in-place residual and activation."""
@@ -220,9 +225,7 @@ def geometric_mean(values: list[float]) -> float:
 
 def render(records: list[dict[str, Any]], rates: Rates) -> str:
     """The result as a table per mode, worst cases first, each with its geometric means."""
-    lines = [
-        f"floor from {rates.bytes_per_s / 1e9:.1f} GB/s copied and {rates.flops_per_s / 1e9:.0f} GFLOP/s of the library's best product"
-    ]
+    lines = [rates.describe()]
     for mode in MODES:
         rows = _speedups(records, mode)
         if not rows:
