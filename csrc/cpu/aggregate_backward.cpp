@@ -57,7 +57,15 @@ struct Backward {
     if constexpr (!std::is_same_v<T, A>) k.store({scratch, g.n}, {to, ld}, g.m, g.n);
   }
 
-  void channels_last(const T* weight, Scratch<A>& dw, int64_t slices) const {
+  // Whether operand() needs no scratch for any input.
+  bool operands_in_place() const {
+    return std::is_same_v<T, A> &&
+           std::all_of(in.xs.begin(), in.xs.end(), [](const Tensor& t) { return t.size(1) * sizeof(A) % 64 == 0; });
+  }
+
+  // With few pixels and many channels (`whole`) dz is kept for all pixels and dW computed from it at the end: a dW for
+  // every thread, read and written once per tile, would cost more. Else dz lives in a tile and feeds both products.
+  void channels_last(const T* weight, Scratch<A>& dw, int64_t slices, bool whole) const {
     const int64_t total = in.total(), n = in.out_channels, depth = in.in_channels;
     const int64_t per_slice = divide_up(total, slices);
     const int64_t rows_max = round_up(divide_up(per_slice, divide_up(per_slice, 126)), 6);
@@ -82,6 +90,41 @@ struct Backward {
                  }
                });
     }
+    // dz of a tile of pixels, and from it the tile of every dx_i.
+    const auto pixels = [&](int64_t first, int64_t rows, A* dz, A* du, A* dx_tile) {
+      k.apply(Shape{rows, n, false}, norm.from(0), m0.data(), m1.data(), {dy + first * n, n}, {z + first * n, n},
+              {residual ? x(0) + first * n : nullptr, n}, {dz, ld}, {residual ? du : nullptr, n});
+      const Segment<A> segment = {dz, ld, n};
+      for (size_t i = 0; i < in.xs.size(); ++i) {
+        const int64_t channels = in.xs[i].size(1);
+        for (int64_t c = 0; need_dx[i] && c < channels; c += kPanel) {
+          const A* b = packed.get() + (panel_at[i] + c / kPanel) * n * kPanel;
+          const Gemm<A> g = {rows, std::min(kPanel, channels - c), &segment, 1, false, b, kPanel, nullptr, 0, false};
+          write_dx(g, residual && i == 0 ? du + c : nullptr, n, dx(i) + first * channels + c, channels, dx_tile);
+        }
+      }
+    };
+    if (whole) {
+      constexpr int64_t tile = 60, block = 48;
+      const int64_t blocks = divide_up(n, block), inputs = static_cast<int64_t>(in.xs.size());
+      const Scratch<A> dz(total * ld);
+      parallel_queue(divide_up(total, tile), tile * n * depth / 16, [&](const auto& take) {
+        const Scratch<A> du(residual ? tile * n : 0), dx_tile(tile * kPanel);
+        for (int64_t i = take(); i >= 0; i = take()) {
+          pixels(i * tile, std::min(tile, total - i * tile), dz.get() + i * tile * ld, du.get(), dx_tile.get());
+        }
+      });
+      parallel_queue(inputs * blocks, total * block * depth / inputs / 16, [&](const auto& take) {
+        for (int64_t task = take(); task >= 0; task = take()) {
+          const int64_t i = task / blocks, row = task % blocks * block, channels = in.xs[i].size(1);
+          const Segment<A> across = {dz.get() + row, ld, total};
+          const Strided<const A> b = operand(x(i), total, channels, nullptr);
+          k.gemm({std::min(block, n - row), channels, &across, 1, true, b.data, b.ld,
+                  dw.get() + row * depth + in.offsets[i], depth, false});
+        }
+      });
+      return;
+    }
     at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
       const Scratch<A> dz(rows_max * ld), du(residual ? rows_max * n : 0), wide(rows_max * widest, true),
           dx_tile(rows_max * kPanel);
@@ -89,25 +132,13 @@ struct Backward {
         const int64_t start = total * slice / slices, last = total * (slice + 1) / slices;
         for (int64_t first = start; first < last; first += rows_max) {
           const int64_t rows = std::min(rows_max, last - first);
-          k.apply(Shape{rows, n, false}, norm.from(0), m0.data(), m1.data(), {dy + first * n, n}, {z + first * n, n},
-                  {residual ? x(0) + first * n : nullptr, n}, {dz.get(), ld}, {residual ? du.get() : nullptr, n});
-          const Segment<A> forwards = {dz.get(), ld, n}, across = {dz.get(), ld, rows};
-          for (size_t i = 0; i < in.xs.size(); ++i) {
+          pixels(first, rows, dz.get(), du.get(), dx_tile.get());
+          const Segment<A> across = {dz.get(), ld, rows};
+          for (size_t i = 0; need_dw && i < in.xs.size(); ++i) {
             const int64_t channels = in.xs[i].size(1);
-            for (int64_t c = 0; need_dx[i] && c < channels; c += kPanel) {
-              const Gemm<A> g = {rows,      std::min(kPanel, channels - c),
-                                 &forwards, 1,
-                                 false,     packed.get() + (panel_at[i] + c / kPanel) * n * kPanel,
-                                 kPanel,    nullptr,
-                                 0,         false};
-              write_dx(g, residual && i == 0 ? du.get() + c : nullptr, n, dx(i) + first * channels + c, channels,
-                       dx_tile.get());
-            }
-            if (need_dw) {
-              const Strided<const A> b = operand(x(i) + first * channels, rows, channels, wide.get());
-              k.gemm({n, channels, &across, 1, true, b.data, b.ld, dw.get() + slice * n * depth + in.offsets[i], depth,
-                      first > start});
-            }
+            const Strided<const A> b = operand(x(i) + first * channels, rows, channels, wide.get());
+            k.gemm({n, channels, &across, 1, true, b.data, b.ld, dw.get() + slice * n * depth + in.offsets[i], depth,
+                    first > start});
           }
         }
       }
@@ -180,12 +211,14 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
     const NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const std::vector<A> m0 = batch_term<A>(sum_dy, count, in.out_channels),
                          m1 = batch_term<A>(sum_dy_xhat, count, in.out_channels);
-    Scratch<A> dw(need_dw ? slices * size : 0, in.total() == 0);
     const Backward<scalar_t, A> run = {
         in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
+    const bool whole = need_dw && run.operands_in_place() && slices * in.in_channels > in.total();
+    const int64_t sums = whole ? 1 : slices;
+    Scratch<A> dw(need_dw ? sums * size : 0, in.total() == 0);
     if (in.total() > 0 && in.out_channels > 0) {
       if (in.channels_last) {
-        run.channels_last(w.const_data_ptr<scalar_t>(), dw, slices);
+        run.channels_last(w.const_data_ptr<scalar_t>(), dw, slices, whole);
       } else {
         run.contiguous(w.const_data_ptr<scalar_t>(), dw, slices);
       }
@@ -194,7 +227,7 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
       // A 1x1 weight's values lie in the same order in every memory format it can have.
       scalar_t* out = dweight.mutable_data_ptr<scalar_t>();
       at::parallel_for(0, size, 16384, [&](int64_t begin, int64_t end) {
-        for (int64_t s = 1; s < slices; ++s) {
+        for (int64_t s = 1; s < sums; ++s) {
           for (int64_t i = begin; i < end; ++i) dw.get()[i] += dw.get()[s * size + i];
         }
         run.k.store({dw.get() + begin, 0}, {out + begin, 0}, 1, end - begin);

@@ -94,30 +94,28 @@ void MomentPartials<A>::finalise(Tensor& mean_out, Tensor& var_out) const {
     std::fill_n(var_data, channels, A(0));
     return;
   }
-  at::parallel_for(0, channels, std::max<int64_t>(1, 65536 / std::max<int64_t>(groups, 1)),
-                   [&](int64_t c0, int64_t c1) {
-                     std::vector<double> m(c1 - c0, 0.0), s(c1 - c0, 0.0);
-                     for (int64_t g = 0; g < groups; ++g) {
-                       const double n = static_cast<double>(count[g]);
-                       for (int64_t c = c0; c < c1; ++c)
-                         m[c - c0] += n * mean[g * channels + c] + delta[g * channels + c];
-                     }
-                     for (double& v : m) v /= total;
-                     for (int64_t g = 0; g < groups; ++g) {
-                       const double n = static_cast<double>(count[g]);
-                       for (int64_t c = c0; c < c1; ++c) {
-                         const double rest = delta[g * channels + c];
-                         const double off = mean[g * channels + c] + rest / n - m[c - c0];
-                         s[c - c0] += m2[g * channels + c] - rest * rest / n + n * off * off;
-                       }
-                     }
-                     for (int64_t c = c0; c < c1; ++c) {
-                       mean_data[c] = static_cast<A>(m[c - c0]);
-                       // A maximum that lets NaN through.
-                       const double v = s[c - c0] / total;
-                       var_data[c] = static_cast<A>(v < 0 ? 0 : v);
-                     }
-                   });
+  parallel(channels, 8 * groups, [&](int64_t c0, int64_t c1) {
+    std::vector<double> m(c1 - c0, 0.0), s(c1 - c0, 0.0);
+    for (int64_t g = 0; g < groups; ++g) {
+      const double n = static_cast<double>(count[g]);
+      for (int64_t c = c0; c < c1; ++c) m[c - c0] += n * mean[g * channels + c] + delta[g * channels + c];
+    }
+    for (double& v : m) v /= total;
+    for (int64_t g = 0; g < groups; ++g) {
+      const double n = static_cast<double>(count[g]), inverse = 1 / n;
+      for (int64_t c = c0; c < c1; ++c) {
+        const double rest = delta[g * channels + c];
+        const double off = mean[g * channels + c] + rest * inverse - m[c - c0];
+        s[c - c0] += m2[g * channels + c] - rest * rest * inverse + n * off * off;
+      }
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+      mean_data[c] = static_cast<A>(m[c - c0]);
+      // A maximum that lets NaN through.
+      const double v = s[c - c0] / total;
+      var_data[c] = static_cast<A>(v < 0 ? 0 : v);
+    }
+  });
 }
 
 template struct MomentPartials<float>;
