@@ -320,13 +320,13 @@ def test_thread_counts_agree(served):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_parity_of_deep_nodes(served, poisoned, dtype, threads):
     """Few pixels, many channels: the weight gradient is computed from all pixels at once."""
     torch.set_num_threads(threads)
     try:
-        size = {"channels": (64, 128, 16), "out_channels": 64, "height": 7, "width": 7}
+        size = {"channels": (64, 130, 16, 200), "out_channels": 64, "height": 13, "width": 13}
         draws = itertools.product((False, True), (True, False), range(3))
         check(Spec(dtype=dtype, residual=res, training=mode, seed=seed, **size) for res, mode, seed in draws)
     finally:

@@ -57,12 +57,6 @@ struct Backward {
     if constexpr (!std::is_same_v<T, A>) k.store({scratch, g.n}, {to, ld}, g.m, g.n);
   }
 
-  // Whether operand() needs no scratch for any input.
-  bool operands_in_place() const {
-    return std::is_same_v<T, A> &&
-           std::all_of(in.xs.begin(), in.xs.end(), [](const Tensor& t) { return t.size(1) * sizeof(A) % 64 == 0; });
-  }
-
   // With few pixels and many channels (`whole`) dz is kept for all pixels and dW computed from it at the end: a dW for
   // every thread, read and written once per tile, would cost more. Else dz lives in a tile and feeds both products.
   void channels_last(const T* weight, Scratch<A>& dw, int64_t slices, bool whole) const {
@@ -105,8 +99,7 @@ struct Backward {
       }
     };
     if (whole) {
-      constexpr int64_t tile = 60, block = 48;
-      const int64_t blocks = divide_up(n, block), inputs = static_cast<int64_t>(in.xs.size());
+      constexpr int64_t tile = 60, depth_block = 192;
       const Scratch<A> dz(total * ld);
       parallel_queue(divide_up(total, tile), tile * n * depth / 16, [&](const auto& take) {
         const Scratch<A> du(residual ? tile * n : 0), dx_tile(tile * kPanel);
@@ -114,13 +107,19 @@ struct Backward {
           pixels(i * tile, std::min(tile, total - i * tile), dz.get() + i * tile * ld, du.get(), dx_tile.get());
         }
       });
-      parallel_queue(inputs * blocks, total * block * depth / inputs / 16, [&](const auto& take) {
+      parallel_queue(panel_at.back(), total * n * kPanel / 16, [&](const auto& take) {
+        const Scratch<A> x_block(depth_block * kPanel, true);
         for (int64_t task = take(); task >= 0; task = take()) {
-          const int64_t i = task / blocks, row = task % blocks * block, channels = in.xs[i].size(1);
-          const Segment<A> across = {dz.get() + row, ld, total};
-          const Strided<const A> b = operand(x(i), total, channels, nullptr);
-          k.gemm({std::min(block, n - row), channels, &across, 1, true, b.data, b.ld,
-                  dw.get() + row * depth + in.offsets[i], depth, false});
+          const int64_t i = std::upper_bound(panel_at.begin(), panel_at.end(), task) - panel_at.begin() - 1;
+          const int64_t c = (task - panel_at[i]) * kPanel, channels = in.xs[i].size(1);
+          const int64_t cols = std::min(kPanel, channels - c);
+          // Packed, since rows a power of two apart would evict each other from the cache.
+          for (int64_t first = 0; first < total; first += depth_block) {
+            const int64_t rows = std::min(depth_block, total - first);
+            k.load({x(i) + first * channels + c, channels}, {x_block.get(), kPanel}, rows, cols);
+            const Segment<A> across = {dz.get() + first * ld, ld, rows};
+            k.gemm({n, cols, &across, 1, true, x_block.get(), kPanel, dw.get() + in.offsets[i] + c, depth, first > 0});
+          }
         }
       });
       return;
@@ -213,7 +212,7 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
                          m1 = batch_term<A>(sum_dy_xhat, count, in.out_channels);
     const Backward<scalar_t, A> run = {
         in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
-    const bool whole = need_dw && run.operands_in_place() && slices * in.in_channels > in.total();
+    const bool whole = in.channels_last && need_dw && slices * in.in_channels > in.total();
     const int64_t sums = whole ? 1 : slices;
     Scratch<A> dw(need_dw ? sums * size : 0, in.total() == 0);
     if (in.total() > 0 && in.out_channels > 0) {
