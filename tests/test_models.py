@@ -31,15 +31,6 @@ PARAMETERS = {
 NAMES = list(PARAMETERS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Maps this small gain nothing from more, and threads that wait for one another on a busy machine cost minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomise(model: nn.Module) -> nn.Module:
     """Norms with parameters and statistics that cannot be taken for one another or for the identity."""
     with torch.no_grad():

@@ -14,15 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dla_fast.nn import AggregationNode, BasicBlock, Bottleneck, ConvLevel, Projection, SplitBottleneck, Tree
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Maps this small gain nothing from more, and threads that wait for one another on a busy machine cost minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomise(module: nn.Module) -> nn.Module:
     """Norms with parameters and statistics that cannot be taken for one another or for the identity."""
     with torch.no_grad():

@@ -29,15 +29,6 @@ ROOTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small maps gain nothing from two threads, and on a busy machine two wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fused_calls(monkeypatch):
     """Grows by one with every call that takes the fused path."""

@@ -45,7 +45,7 @@ class Case:
     def floor_ms(self, mode: str, batch: int, itemsize: int, rates: Rates) -> float:
         """The least time the machine could take: max of traffic over copy bandwidth and flops over matmul rate.
 
-        Traffic and flops per pixel are those of the table in DESIGN: inference K + N; training K + N, 2N for the
+        Values moved per pixel, with K input and N output channels: inference K + N; training K + N, 2N for the
         tail, 2N + 2N + 2K backward; a residual is read once more in the tail and costs 2N in the backward.
         """
         k, n = sum(self.in_channels), self.out_channels
