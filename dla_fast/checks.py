@@ -81,12 +81,11 @@ def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm:
     v = check_tensor(name, value)
     if v.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), got {_shape(v)}")
-    allowed = {like.dtype}
-    if norm and like.dtype in (torch.float16, torch.bfloat16):
-        allowed.add(torch.float32)
-    if v.dtype not in allowed:
-        want = " or ".join(sorted(str(d) for d in allowed))
-        raise TypeError(f"{name}: expected {want} beside {like.dtype} activations, got {v.dtype}")
+    if v.dtype != like.dtype:
+        half = norm and like.dtype in (torch.float16, torch.bfloat16)
+        if not half or v.dtype != torch.float32:
+            want = f"{like.dtype} or torch.float32" if half else str(like.dtype)
+            raise TypeError(f"{name}: expected {want} beside {like.dtype} activations, got {v.dtype}")
     if v.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} as the activations have, got {v.device}")
 

@@ -128,9 +128,8 @@ def aggregate(
             residual=residual,
             act=act,
         )
-    namespace = ops.namespace(serving)
     if training or _needs_grad(*xs, weight, conv_bias, bn_weight, bn_bias):
-        return namespace.aggregate(
+        return ops.differentiable(serving, "aggregate")(
             xs,
             weight,
             conv_bias,
@@ -145,9 +144,10 @@ def aggregate(
             name,
             slope,
         )[0]
-    return namespace.aggregate_inference(
+    y: Tensor = ops.namespace(serving).aggregate_inference(
         xs, weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, eps, residual, name, slope
     )
+    return y
 
 
 def merge(
@@ -306,12 +306,14 @@ def batch_norm_act(
             residual=residual,
             act=act,
         )
-    namespace = ops.namespace(serving)
     if training or _needs_grad(x, residual, bn_weight, bn_bias):
-        return namespace.batch_norm_act(
+        return ops.differentiable(serving, "batch_norm_act")(
             x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope
         )[0]
-    return namespace.tail(x, running_mean, running_var, bn_weight, bn_bias, residual, eps, name, slope)
+    y: Tensor = ops.namespace(serving).tail(
+        x, running_mean, running_var, bn_weight, bn_bias, residual, eps, name, slope
+    )
+    return y
 
 
 def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:

@@ -196,7 +196,7 @@ def test_kernels_serve_the_gradients(served, monkeypatch):
             functional.aggregate(xs, *params, *buffers, training=False)
     space = f"dla_fast_{served}"
     names = [n for n in seen if n.startswith(space)]
-    expected = ["aggregate", "tail_backward_reduce", "aggregate_backward", "aggregate_inference"]
+    expected = ["aggregate_stage", "tail", "tail_backward_reduce", "aggregate_backward", "aggregate_inference"]
     assert names == [f"{space}::{n}" for n in expected]
 
 

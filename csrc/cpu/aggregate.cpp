@@ -28,18 +28,16 @@ AggregateInputs::AggregateInputs(at::TensorList inputs, const Tensor& weight)
                     weight.size(1));
 }
 
+int64_t tile_rows(int64_t total) {
+  const int64_t wanted = divide_up(total, 8 * static_cast<int64_t>(at::get_num_threads()));
+  return std::clamp<int64_t>(round_up(wanted, 6), 24, 60);
+}
+
 std::vector<int64_t> AggregateInputs::output_sizes() const {
   return {images, out_channels, xs[0].size(2), xs[0].size(3)};
 }
 
 namespace {
-
-// Rows of a channels_last tile: a multiple of the register tile; small enough that the last tiles of a call keep every
-// thread busy.
-int64_t tile_rows(int64_t total) {
-  const int64_t wanted = divide_up(total, 8 * static_cast<int64_t>(at::get_num_threads()));
-  return std::clamp<int64_t>(round_up(wanted, 6), 24, 60);
-}
 
 // Tiles times groups of output panels: as many tasks as keep the threads busy when there are few pixels.
 struct Tasks {

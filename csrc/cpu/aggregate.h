@@ -39,4 +39,8 @@ struct AggregateInputs {
   std::vector<int64_t> output_sizes() const;
 };
 
+// Rows of a channels_last tile: a multiple of the register tile; small enough that the last tiles of a call keep every
+// thread busy.
+int64_t tile_rows(int64_t total);
+
 }  // namespace dla_fast::cpu

@@ -84,27 +84,30 @@ struct Backward {
                  }
                });
     }
-    // dz of a tile of pixels, and from it the tile of every dx_i.
-    const auto pixels = [&](int64_t first, int64_t rows, A* dz, A* du, A* dx_tile) {
+    // dz of a tile of pixels, and from it the tile of every dx_i; x_i comes into the cache meanwhile where it is next.
+    const auto pixels = [&](int64_t first, int64_t rows, A* dz, A* du, A* dx_tile, bool x_next) {
       k.apply(Shape{rows, n, false}, norm.from(0), m0.data(), m1.data(), {dy + first * n, n}, {z + first * n, n},
               {residual ? x(0) + first * n : nullptr, n}, {dz, ld}, {residual ? du : nullptr, n});
       const Segment<A> segment = {dz, ld, n};
       for (size_t i = 0; i < in.xs.size(); ++i) {
         const int64_t channels = in.xs[i].size(1);
+        Ahead ahead = x_next ? Ahead::of<const T>({x(i) + first * channels, channels}, rows, channels) : Ahead{};
         for (int64_t c = 0; need_dx[i] && c < channels; c += kPanel) {
           const A* b = packed.get() + (panel_at[i] + c / kPanel) * n * kPanel;
-          const Gemm<A> g = {rows, std::min(kPanel, channels - c), &segment, 1, false, b, kPanel, nullptr, 0, false};
+          const Gemm<A> g = {rows,  std::min(kPanel, channels - c), &segment, 1, false, b, kPanel, nullptr, 0, false,
+                             &ahead};
           write_dx(g, residual && i == 0 ? du + c : nullptr, n, dx(i) + first * channels + c, channels, dx_tile);
         }
       }
     };
     if (whole) {
-      constexpr int64_t tile = 60, depth_block = 192;
+      constexpr int64_t depth_block = 256;
+      const int64_t tile = tile_rows(total);
       const Scratch<A> dz(total * ld);
       parallel_queue(divide_up(total, tile), tile * n * depth / 16, [&](const auto& take) {
         const Scratch<A> du(residual ? tile * n : 0), dx_tile(tile * kPanel);
         for (int64_t i = take(); i >= 0; i = take()) {
-          pixels(i * tile, std::min(tile, total - i * tile), dz.get() + i * tile * ld, du.get(), dx_tile.get());
+          pixels(i * tile, std::min(tile, total - i * tile), dz.get() + i * tile * ld, du.get(), dx_tile.get(), false);
         }
       });
       parallel_queue(panel_at.back(), total * n * kPanel / 16, [&](const auto& take) {
@@ -118,7 +121,10 @@ struct Backward {
             const int64_t rows = std::min(depth_block, total - first);
             k.load({x(i) + first * channels + c, channels}, {x_block.get(), kPanel}, rows, cols);
             const Segment<A> across = {dz.get() + first * ld, ld, rows};
-            k.gemm({n, cols, &across, 1, true, x_block.get(), kPanel, dw.get() + in.offsets[i] + c, depth, first > 0});
+            Ahead next = Ahead::of<const T>({x(i) + (first + rows) * channels + c, channels},
+                                            std::min(depth_block, total - first - rows), cols);
+            k.gemm({n, cols, &across, 1, true, x_block.get(), kPanel, dw.get() + in.offsets[i] + c, depth, first > 0,
+                    &next});
           }
         }
       });
@@ -131,13 +137,16 @@ struct Backward {
         const int64_t start = total * slice / slices, last = total * (slice + 1) / slices;
         for (int64_t first = start; first < last; first += rows_max) {
           const int64_t rows = std::min(rows_max, last - first);
-          pixels(first, rows, dz.get(), du.get(), dx_tile.get());
+          pixels(first, rows, dz.get(), du.get(), dx_tile.get(), need_dw);
           const Segment<A> across = {dz.get(), ld, rows};
+          const int64_t next = first + rows, next_rows = std::min(rows_max, last - next);
+          Ahead ahead[2] = {Ahead::of<const T>({z + next * n, n}, next_rows, n),
+                            Ahead::of<const T>({dy + next * n, n}, next_rows, n)};
           for (size_t i = 0; need_dw && i < in.xs.size(); ++i) {
             const int64_t channels = in.xs[i].size(1);
             const Strided<const A> b = operand(x(i) + first * channels, rows, channels, wide.get());
             k.gemm({n, channels, &across, 1, true, b.data, b.ld, dw.get() + slice * n * depth + in.offsets[i], depth,
-                    first > start});
+                    first > start, &ahead[i % 2]});
           }
         }
       }
@@ -212,7 +221,7 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
                          m1 = batch_term<A>(sum_dy_xhat, count, in.out_channels);
     const Backward<scalar_t, A> run = {
         in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
-    const bool whole = in.channels_last && need_dw && slices * in.in_channels > in.total();
+    const bool whole = in.channels_last && need_dw && 2 * slices * in.in_channels > 3 * in.total();
     const int64_t sums = whole ? 1 : slices;
     Scratch<A> dw(need_dw ? sums * size : 0, in.total() == 0);
     if (in.total() > 0 && in.out_channels > 0) {

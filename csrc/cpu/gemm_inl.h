@@ -37,19 +37,42 @@ inline void store_lanes(A* p, typename VectorOf<A>::type v, int64_t n) {
 // chain, and c is in cache.
 constexpr int64_t kDepth = 128;
 
+// Asks for the next lines of what the caller will read after this product.
+inline void fetch(Ahead& ahead, int lines) {
+  for (; lines > 0 && ahead.rows > 0; --lines) {
+    __builtin_prefetch(ahead.at + 64 * ahead.line, 0, 2);
+    if (++ahead.line >= ahead.lines) {
+      ahead.line = 0;
+      ahead.at += ahead.stride;
+      --ahead.rows;
+    }
+  }
+}
+
 template <class A, int MR, int NV, bool TRANSPOSED>
 inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
-                                                      int64_t lda, const A* b, int64_t ldb, int64_t count) {
+                                                      int64_t lda, const A* b, int64_t ldb, int64_t count,
+                                                      Ahead* ahead) {
   using V = VectorOf<A>;
-  for (int64_t p = 0; p < count; ++p) {
-    typename V::type bv[NV];
+  constexpr int64_t line = 64 / sizeof(A);
+  for (int64_t p0 = 0; p0 < count; p0 += line) {
+    if constexpr (!TRANSPOSED) {
+      // The next rows of a: memory is too far for the processor to begin on them by itself.
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + p * ldb + j * V::lanes);
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(a + (MR + i) * lda + p0, 0, 2);
+    }
+    if (ahead != nullptr) fetch(*ahead, MR);
+    const int64_t end = count - p0 < line ? count : p0 + line;
+    for (int64_t p = p0; p < end; ++p) {
+      typename V::type bv[NV];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
+      for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + p * ldb + j * V::lanes);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
+      for (int i = 0; i < MR; ++i) {
+        const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
+      }
     }
   }
 }
@@ -75,11 +98,9 @@ inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
   A* c = g.c + i0 * g.ldc + j0;
   const A* b = g.b + j0;
   bool add = g.add;
-  if (add) {
-    // c may lie far away (a weight gradient): fetched now, it is there when the products are done.
-    for (int i = 0; i < MR; ++i) {
-      for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
-    }
+  // c may lie far away: fetched now, it is there when the products are done.
+  for (int i = 0; i < MR; ++i) {
+    for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
   }
   int64_t depth = 0;
   for (int64_t s = 0; s < g.segment_count; ++s) {
@@ -87,7 +108,8 @@ inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
     const A* a = segment.a + (TRANSPOSED ? i0 : i0 * segment.lda);
     for (int64_t p = 0; p < segment.k;) {
       const int64_t count = segment.k - p < kDepth - depth ? segment.k - p : kDepth - depth;
-      accumulate<A, MR, NV, TRANSPOSED>(acc, a + (TRANSPOSED ? p * segment.lda : p), segment.lda, b, g.ldb, count);
+      accumulate<A, MR, NV, TRANSPOSED>(acc, a + (TRANSPOSED ? p * segment.lda : p), segment.lda, b, g.ldb, count,
+                                        g.ahead);
       b += count * g.ldb;
       p += count;
       depth += count;

@@ -21,6 +21,12 @@ enum class Act : int { identity, relu, silu, leaky_relu, hardswish };
 // Width of a packed panel of the right-hand matrix, in elements: a multiple of every vector length there is.
 constexpr int64_t kPanel = 64;
 
+template <class T>
+struct Strided {
+  T* data;
+  int64_t ld;
+};
+
 // One input of a sum of products: M x k values read through lda (element (i, p) at a[i * lda + p], or at
 // a[p * lda + i] when the left-hand side is transposed).
 template <class A>
@@ -28,6 +34,19 @@ struct Segment {
   const A* a;
   int64_t lda;
   int64_t k;
+};
+
+// Memory that is wanted soon: rows of so many cache lines, `stride` bytes apart. A product fetches it in passing and
+// moves this on.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t stride = 0, rows = 0, lines = 0, line = 0;
+
+  template <class T>
+  static Ahead of(Strided<const T> m, int64_t rows, int64_t cols) {
+    return {reinterpret_cast<const char*>(m.data), m.ld * static_cast<int64_t>(sizeof(T)), rows,
+            (cols * static_cast<int64_t>(sizeof(T)) + 63) / 64};
+  }
 };
 
 // c[M x N] (+)= sum over segments of a_s[M x k_s] * b_s[k_s x N]; the b_s lie one below the other in b.
@@ -43,6 +62,7 @@ struct Gemm {
   A* c;
   int64_t ldc;
   bool add;
+  Ahead* ahead = nullptr;
 };
 
 // u = (z - center) * scale + shift + residual, x_hat = (z - center) * rstd, y = act(u).
@@ -59,12 +79,6 @@ struct Norm {
 struct Shape {
   int64_t rows, cols;
   bool channels_are_rows;
-};
-
-template <class T>
-struct Strided {
-  T* data;
-  int64_t ld;
 };
 
 template <class T>

@@ -7,6 +7,7 @@ autograd formulas are written once, here, in Python; a backend brings kernels (C
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from dla_fast._extension import STATUS
 from dla_fast.ops import aggregate, batch_norm_act, tail
 
-__all__ = ["NAMESPACES", "STATUS", "missing", "namespace"]
+__all__ = ["NAMESPACES", "STATUS", "differentiable", "missing", "namespace"]
 
 # Backend -> the dispatch key its kernels are registered under. A backend joins the package by a line here.
 NAMESPACES = {"cpu": "CPU"}
@@ -26,6 +27,7 @@ UNITS = {
 }
 
 _libraries: list[torch.library.Library] = []
+_eager: dict[tuple[str, str], Callable[..., tuple[torch.Tensor, ...]]] = {}
 
 
 def _define(backend: str, key: str) -> None:
@@ -34,8 +36,9 @@ def _define(backend: str, key: str) -> None:
     for part in (tail, aggregate, batch_norm_act):
         for schema in part.SCHEMAS:
             library.define(schema)
-    for part in (tail, aggregate, batch_norm_act):
-        part.register(library, backend, key)
+    tail.register(library, backend)
+    for op, part in {"aggregate": aggregate, "batch_norm_act": batch_norm_act}.items():
+        _eager[backend, op] = part.register(library, backend, key)
 
 
 for _backend, _key in NAMESPACES.items():
@@ -45,6 +48,11 @@ for _backend, _key in NAMESPACES.items():
 def namespace(backend: str) -> Any:
     """The operators of a backend."""
     return getattr(torch.ops, f"dla_fast_{backend}")
+
+
+def differentiable(backend: str, op: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The differentiable operator of a unit: a node of the graph where one is being captured, else called eagerly."""
+    return getattr(namespace(backend), op) if torch.compiler.is_compiling() else _eager[backend, op]
 
 
 def missing(backend: str, op: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,7 +80,9 @@ class _Aggregate:
     """The differentiable operator of one backend: kernel and autograd formula."""
 
     def __init__(self, namespace: Any) -> None:
-        self.ops = namespace
+        self.aggregate_stage = namespace.aggregate_stage.default
+        self.aggregate_backward = namespace.aggregate_backward.default
+        self.tail, self.tail_backward_reduce = namespace.tail.default, namespace.tail_backward_reduce.default
 
     def forward(
         self,
@@ -98,11 +101,11 @@ class _Aggregate:
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if training:
-            z, mean, var = self.ops.aggregate_stage(xs, weight, conv_bias, running_mean, running_var, momentum, True)
+            z, mean, var = self.aggregate_stage(xs, weight, conv_bias, running_mean, running_var, momentum, True)
         else:
-            z, _, _ = self.ops.aggregate_stage(xs, weight, None, None, None, 0.0, False)
+            z, _, _ = self.aggregate_stage(xs, weight, None, None, None, 0.0, False)
             mean, var = frozen_statistics(running_mean, running_var, conv_bias, z)
-        y = self.ops.tail(z, mean, var, bn_weight, bn_bias, xs[0] if residual else None, eps, act, slope)
+        y = self.tail(z, mean, var, bn_weight, bn_bias, xs[0] if residual else None, eps, act, slope)
         return y, z, mean, var
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,11 +125,11 @@ class _Aggregate:
         tail = (bn_weight, bn_bias, residual, ctx.eps, ctx.act, ctx.slope)
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.training or need_gamma or need_beta or need_bias:
-            sums = self.ops.tail_backward_reduce(dy, z, mean, var, *tail)
+            sums = self.tail_backward_reduce(dy, z, mean, var, *tail)
         dxs: list[Tensor | None] = [None] * ctx.inputs
         dw = None
         if any(need_dx) or need_dw:
-            made, dw = self.ops.aggregate_backward(
+            made, dw = self.aggregate_backward(
                 dy,
                 xs,
                 weight,
@@ -175,7 +178,7 @@ class _Aggregate:
         return run
 
 
-def register(library: torch.library.Library, backend: str, key: str) -> None:
+def register(library: torch.library.Library, backend: str, key: str) -> Callable[..., tuple[Tensor, ...]]:
     """Register fakes, flop formulas, the differentiable kernel and its autograd for a backend's namespace."""
     namespace = getattr(torch.ops, f"dla_fast_{backend}")
     for name, fake, flops in (
@@ -188,4 +191,4 @@ def register(library: torch.library.Library, backend: str, key: str) -> None:
         register_flop_formula(getattr(namespace, name))(flops)
     op = _Aggregate(namespace)
     library.impl("aggregate", op.forward, key)
-    register_autograd(library, namespace.aggregate.default, op, differentiable=5, lists=(0,))
+    return register_autograd(library, namespace.aggregate.default, op, differentiable=5, listed=True)

@@ -7,6 +7,7 @@ Autograd key by hand: a ``torch.autograd.Function`` in ``setup_context`` style a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,9 @@ from dla_fast.ops.layout import accumulation_dtype
 
 
 class Differentiable(Protocol):
-    """What an operator brings: how to remember its inputs, and its backward."""
+    """What an operator brings: its kernel, how to remember its inputs, and its backward."""
+
+    def forward(self, *args: Any) -> tuple[Tensor, ...]: ...
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
 
@@ -24,64 +27,64 @@ class Differentiable(Protocol):
 
 
 def register_autograd(
-    library: torch.library.Library, op: Any, formula: Differentiable, *, differentiable: int, lists: Sequence[int] = ()
-) -> None:
+    library: torch.library.Library, op: Any, formula: Differentiable, *, differentiable: int, listed: bool
+) -> Callable[..., tuple[Tensor, ...]]:
     """Register ``formula`` at the Autograd key of ``op``.
 
     Args:
         library: the library that defines the operator.
         op: the overload, whose first output is the differentiable one.
-        formula: see :class:`Differentiable`; its backward returns one gradient per flattened differentiable input.
+        formula: see :class:`Differentiable`; its backward returns one gradient per differentiable input, those of a
+            list one by one.
         differentiable: how many leading arguments can have a gradient; the rest is handed through as it is.
-        lists: which of those arguments are lists of tensors.
+        listed: whether the first argument is a list of tensors.
+
+    Returns:
+        The operator for eager calls: the same kernels and formula, called from here instead of through the dispatcher,
+        whose two round trips cost more than the launch of a kernel.
     """
+
+    def nest(flat: Sequence[Any]) -> tuple[Any, ...]:
+        if not listed:
+            return tuple(flat)
+        count = len(flat) - differentiable + 1
+        return (list(flat[:count]), *flat[count:])
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(keyset: Any, rest: tuple[Any, ...], lengths: tuple[int, ...], *flat: Any) -> Any:
+        def forward(run: Callable[..., Any], rest: tuple[Any, ...], *flat: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *_nest(flat, lengths), *rest)
+                return run(*nest(flat), *rest)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            _, rest, lengths, *flat = inputs
             ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)
-            formula.setup_context(ctx, (*_nest(flat, lengths), *rest), output)
+            formula.setup_context(ctx, (*nest(inputs[2:]), *inputs[1]), output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            needed = list(ctx.needs_input_grad[3:])
             if grads[0] is None:
                 return (None,) * len(ctx.needs_input_grad)
-            return (None, None, None, *formula.backward(ctx, grads[0], needed))
+            return (None, None, *formula.backward(ctx, grads[0], list(ctx.needs_input_grad[2:])))
+
+    def call(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if torch.is_grad_enabled():
+            flat = (*args[0], *args[1:differentiable]) if listed else args[:differentiable]
+            if any(t is not None and t.requires_grad for t in flat):
+                return Function.apply(run, args[differentiable:], *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
-        head, rest = args[:differentiable], args[differentiable:]
-        flat: list[Any] = []
-        lengths: list[int] = []
-        for i, arg in enumerate(head):
-            flat.extend(arg if i in lists else (arg,))
-            lengths.append(len(arg) if i in lists else -1)
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
-            return Function.apply(keyset, rest, tuple(lengths), *flat)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return call(partial(op.redispatch, keyset & torch._C._after_autograd_keyset), args)
+
+    def eager(*args: Any) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = call(formula.forward, args)
+        return result
 
     library.impl(op._schema.name.split("::")[1], autograd_kernel, "Autograd", with_keyset=True)
-
-
-def _nest(flat: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-    out: list[Any] = []
-    start = 0
-    for length in lengths:
-        if length < 0:
-            out.append(flat[start])
-            start += 1
-        else:
-            out.append(list(flat[start : start + length]))
-            start += length
-    return out
+    return eager
 
 
 def frozen_statistics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ class _BatchNormAct:
     """The differentiable operator of one backend: kernel and autograd formula."""
 
     def __init__(self, namespace: Any) -> None:
-        self.ops = namespace
+        self.moments, self.tail = namespace.moments.default, namespace.tail.default
+        self.tail_backward_reduce = namespace.tail_backward_reduce.default
+        self.tail_backward_apply = namespace.tail_backward_apply.default
 
     def forward(
         self,
@@ -50,10 +53,10 @@ class _BatchNormAct:
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if training:
-            mean, var = self.ops.moments(x, running_mean, running_var, momentum)
+            mean, var = self.moments(x, running_mean, running_var, momentum)
         else:
             mean, var = frozen_statistics(running_mean, running_var, None, x)
-        return self.ops.tail(x, mean, var, bn_weight, bn_bias, residual, eps, act, slope), mean, var
+        return self.tail(x, mean, var, bn_weight, bn_bias, residual, eps, act, slope), mean, var
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, bn_weight, bn_bias, residual, _, _, ctx.training, _, ctx.eps, ctx.act, ctx.slope = inputs
@@ -69,12 +72,12 @@ class _BatchNormAct:
         options = (ctx.eps, ctx.act, ctx.slope)
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if (ctx.training and need_dx) or need_gamma or need_beta:
-            sums = self.ops.tail_backward_reduce(dy, x, *tail, *options)
+            sums = self.tail_backward_reduce(dy, x, *tail, *options)
         dx = dresidual = None
         if need_dx or need_residual:
             count = float(x.shape[0] * x.shape[2] * x.shape[3])
             batch = sums if ctx.training else (None, None)
-            dx, dresidual = self.ops.tail_backward_apply(dy, x, *tail, *batch, count, *options, need_residual)
+            dx, dresidual = self.tail_backward_apply(dy, x, *tail, *batch, count, *options, need_residual)
         _, dgamma, dbeta = norm_gradients(ctx, sums, var, None, bn_weight, bn_bias, (False, need_gamma, need_beta))
         return [dx if need_dx else None, dgamma, dbeta, dresidual if need_residual else None]
 
@@ -98,11 +101,11 @@ class _BatchNormAct:
         return run
 
 
-def register(library: torch.library.Library, backend: str, key: str) -> None:
+def register(library: torch.library.Library, backend: str, key: str) -> Callable[..., tuple[Tensor, ...]]:
     """Register fake, flop formula, kernel and autograd for a backend's namespace."""
     namespace = getattr(torch.ops, f"dla_fast_{backend}")
     torch.library.register_fake(f"dla_fast_{backend}::batch_norm_act", _fake, lib=library)
     register_flop_formula(namespace.batch_norm_act)(_flops)
     op = _BatchNormAct(namespace)
     library.impl("batch_norm_act", op.forward, key)
-    register_autograd(library, namespace.batch_norm_act.default, op, differentiable=4)
+    return register_autograd(library, namespace.batch_norm_act.default, op, differentiable=4, listed=False)

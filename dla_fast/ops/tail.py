@@ -63,7 +63,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def register(library: torch.library.Library, backend: str, key: str) -> None:
+def register(library: torch.library.Library, backend: str) -> None:
     """Register fakes and flop formulas for a backend's namespace."""
     namespace = getattr(torch.ops, f"dla_fast_{backend}")
     for name, fake in _FAKES.items():
