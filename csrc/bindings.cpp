@@ -4,7 +4,9 @@
 #include <torch/library.h>
 
 #include "cpu/aggregate.h"
+#include "cpu/merge.h"
 #include "cpu/tail.h"
+#include "cpu/upsample.h"
 
 namespace dla_fast {
 
@@ -16,6 +18,12 @@ TORCH_LIBRARY_IMPL(dla_fast_cpu, CPU, m) {
   m.impl("aggregate_inference", &cpu::aggregate_inference);
   m.impl("aggregate_stage", &cpu::aggregate_stage);
   m.impl("aggregate_backward", &cpu::aggregate_backward);
+  m.impl("merge_inference", &cpu::merge_inference);
+  m.impl("merge_stage", &cpu::merge_stage);
+  m.impl("merge_backward", &cpu::merge_backward);
+  m.impl("upsample", &cpu::upsample);
+  m.impl("upsample_add", &cpu::upsample_add);
+  m.impl("upsample_backward", &cpu::upsample_backward);
 }
 
 }  // namespace dla_fast

@@ -213,7 +213,7 @@ def merge(
             raise ValueError(f"xs[{i}]: expected (N, H, W) = {sizes[0]} after upsampling as xs[0] has, got {sizes[i]}")
     x, channels = xs[0], weight.shape[0]
     checks.check_vector("conv_bias", conv_bias, channels, x, norm=False)
-    parse_act(act)
+    name, slope = parse_act(act)
     checks.check_batch_norm(
         bn_weight,
         bn_bias,
@@ -225,21 +225,45 @@ def merge(
         like=x,
         values_per_channel=sizes[0][0] * sizes[0][1] * sizes[0][2],
     )
-    _serving("merge", x)
-    return reference.merge(
-        xs,
-        weight,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        conv_bias=conv_bias,
-        upsample=ups,
-        act=act,
+    serving = _serving("merge", x)
+    if serving == "reference":
+        return reference.merge(
+            xs,
+            weight,
+            bn_weight,
+            bn_bias,
+            running_mean,
+            running_var,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            conv_bias=conv_bias,
+            upsample=ups,
+            act=act,
+        )
+    up_weights = [up[0] for up in ups if up is not None]
+    factors = [1 if up is None else up[1] for up in ups]
+    if training or _needs_grad(*xs, *up_weights, weight, conv_bias, bn_weight, bn_bias):
+        return ops.differentiable(serving, "merge")(
+            xs,
+            up_weights,
+            weight,
+            conv_bias,
+            bn_weight,
+            bn_bias,
+            running_mean,
+            running_var,
+            factors,
+            training,
+            momentum,
+            eps,
+            name,
+            slope,
+        )[0]
+    y: Tensor = ops.namespace(serving).merge_inference(
+        xs, up_weights, weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, factors, eps, name, slope
     )
+    return y
 
 
 def batch_norm_act(
@@ -335,8 +359,10 @@ def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     x, weight = _autocast([x, weight])
     checks.check_tensor("x", x, rank=4)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
-    _serving("upsample", x)
-    return reference.upsample(x, weight, factor)
+    serving = _serving("upsample", x)
+    if serving == "reference":
+        return reference.upsample(x, weight, factor)
+    return ops.differentiable(serving, "upsample")(x, weight, factor)
 
 
 def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor:
@@ -361,5 +387,7 @@ def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     size = (*x.shape[:2], checks.upsampled(x.shape[2], factor), checks.upsampled(x.shape[3], factor))
     checks.check_residual(skip, size, x, "skip")
-    _serving("upsample_add", x)
-    return reference.upsample_add(x, skip, weight, factor)
+    serving = _serving("upsample_add", x)
+    if serving == "reference":
+        return reference.upsample_add(x, skip, weight, factor)
+    return ops.differentiable(serving, "upsample_add")(x, skip, weight, factor)

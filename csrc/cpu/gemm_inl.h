@@ -96,7 +96,7 @@ template <class A, int MR, int NV, bool TRANSPOSED>
 inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
   typename VectorOf<A>::type acc[MR][NV] = {};
   A* c = g.c + i0 * g.ldc + j0;
-  const A* b = g.b + j0;
+  const A* b = g.b == nullptr ? nullptr : g.b + j0;
   bool add = g.add;
   // c may lie far away: fetched now, it is there when the products are done.
   for (int i = 0; i < MR; ++i) {
@@ -106,6 +106,7 @@ inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
   for (int64_t s = 0; s < g.segment_count; ++s) {
     const Segment<A>& segment = g.segments[s];
     const A* a = segment.a + (TRANSPOSED ? i0 : i0 * segment.lda);
+    if (segment.b != nullptr) b = segment.b + j0;
     for (int64_t p = 0; p < segment.k;) {
       const int64_t count = segment.k - p < kDepth - depth ? segment.k - p : kDepth - depth;
       accumulate<A, MR, NV, TRANSPOSED>(acc, a + (TRANSPOSED ? p * segment.lda : p), segment.lda, b, g.ldb, count,

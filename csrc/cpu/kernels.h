@@ -28,12 +28,14 @@ struct Strided {
 };
 
 // One input of a sum of products: M x k values read through lda (element (i, p) at a[i * lda + p], or at
-// a[p * lda + i] when the left-hand side is transposed).
+// a[p * lda + i] when the left-hand side is transposed). Its right-hand side is b, or where that is null lies below
+// that of the segment before.
 template <class A>
 struct Segment {
   const A* a;
   int64_t lda;
   int64_t k;
+  const A* b = nullptr;
 };
 
 // Memory that is wanted soon: rows of so many cache lines, `stride` bytes apart. A product fetches it in passing and
@@ -49,7 +51,8 @@ struct Ahead {
   }
 };
 
-// c[M x N] (+)= sum over segments of a_s[M x k_s] * b_s[k_s x N]; the b_s lie one below the other in b.
+// c[M x N] (+)= sum over segments of a_s[M x k_s] * b_s[k_s x N]; the b_s lie one below the other in b, or where each
+// segment says.
 // b must be readable up to the next multiple of 64 bytes in each row; only N columns of c are touched.
 template <class A>
 struct Gemm {
@@ -81,6 +84,33 @@ struct Shape {
   bool channels_are_rows;
 };
 
+// One row of a depthwise transposed convolution with kernel 2f, stride f, padding f / 2. Output row o takes two
+// low-resolution rows, near = (o + f / 2) / f and far = near - 1 (null where there is none), with the kernel's rows
+// (o + f / 2) % f and that plus f. channels_last: rows [width][channels], kernel rows [2f][channels]. Else one channel:
+// rows [width], kernel rows [2f].
+template <class A>
+struct UpRow {
+  const A *near, *far, *weight_near, *weight_far;
+  const A* skip;  // a row to add, or null
+  A* out;
+  int64_t width, channels, factor;
+  int64_t begin, end;  // output columns; `out` and `skip` point at the first
+  A* scratch;          // up_row: zeros, `channels` of them; up_row_plane: (width + 1) * (factor + 1) + 2 * (width + 2)
+};
+
+// What one low-resolution row gives and takes in the backward of that: dx of the row, and its part of dw, from the 2f
+// rows of dy it went into (null outside the map).
+template <class A>
+struct UpRowBackward {
+  const A* const* dy;
+  const A* x;
+  const A* weight;  // [2f][2f][channels], or [2f][2f] of one channel
+  A* dx;            // null where it is not needed, like dw
+  double* dw;       // like weight; added to
+  int64_t width, out_width, channels, factor;
+  A* scratch;  // up_row_plane_backward: (width + 1) * factor
+};
+
 template <class T>
 struct Kernels {
   using A = acc_t<T>;
@@ -101,6 +131,10 @@ struct Kernels {
   // dz = scale * (dy' - mean_dy - x_hat * mean_dy_xhat); du = dy' where its data is not null.
   void (*apply)(const Shape&, const Norm<A>&, const A* mean_dy, const A* mean_dy_xhat, Strided<const T> dy,
                 Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du);
+  void (*up_row)(const UpRow<A>&);
+  void (*up_row_plane)(const UpRow<A>&);
+  void (*up_row_backward)(const UpRowBackward<A>&);
+  void (*up_row_plane_backward)(const UpRowBackward<A>&);
 };
 
 enum class Isa : int { generic, avx2, avx512 };

@@ -8,6 +8,8 @@ namespace {
 
 #include "scalars_inl.h"
 
+#include "upsample_inl.h"
+
 template <class T, class A>
 void load(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -317,9 +319,19 @@ struct Apply {
 template <class T>
 const Kernels<T>& kernels() {
   using A = acc_t<T>;
-  static const Kernels<T> table = {&gemm<A>,       &load<T, A>,          &load_transposed<T, A>,
-                                   &store<T, A>,   &Tail<T, T, A>::call, &Tail<A, T, A>::call,
-                                   &moments<T, A>, &Reduce<T, A>::call,  &Apply<T, A>::call};
+  static const Kernels<T> table = {&gemm<A>,
+                                   &load<T, A>,
+                                   &load_transposed<T, A>,
+                                   &store<T, A>,
+                                   &Tail<T, T, A>::call,
+                                   &Tail<A, T, A>::call,
+                                   &moments<T, A>,
+                                   &Reduce<T, A>::call,
+                                   &Apply<T, A>::call,
+                                   &up_row<A>,
+                                   &up_row_plane<A>,
+                                   &up_row_backward<A>,
+                                   &up_row_plane_backward<A>};
   return table;
 }
 

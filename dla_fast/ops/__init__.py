@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dla_fast._extension import STATUS
-from dla_fast.ops import aggregate, batch_norm_act, tail
+from dla_fast.ops import aggregate, batch_norm_act, merge, tail, upsample
 
 __all__ = ["NAMESPACES", "STATUS", "differentiable", "missing", "namespace"]
 
@@ -23,22 +23,26 @@ NAMESPACES = {"cpu": "CPU"}
 # Unit -> the operators a backend needs kernels of to serve it.
 UNITS = {
     "aggregate": ("aggregate_inference", "aggregate_stage", "aggregate_backward", "tail", "tail_backward_reduce"),
+    "merge": ("merge_inference", "merge_stage", "merge_backward", "tail", "tail_backward_reduce"),
     "batch_norm_act": ("moments", "tail", "tail_backward_reduce", "tail_backward_apply"),
+    "upsample": ("upsample", "upsample_backward"),
+    "upsample_add": ("upsample_add", "upsample_backward"),
 }
 
 _libraries: list[torch.library.Library] = []
-_eager: dict[tuple[str, str], Callable[..., tuple[torch.Tensor, ...]]] = {}
+_eager: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def _define(backend: str, key: str) -> None:
     library = torch.library.Library(f"dla_fast_{backend}", "DEF")
     _libraries.append(library)
-    for part in (tail, aggregate, batch_norm_act):
+    parts = (tail, aggregate, batch_norm_act, upsample, merge)
+    for part in parts:
         for schema in part.SCHEMAS:
             library.define(schema)
-    tail.register(library, backend)
-    for op, part in {"aggregate": aggregate, "batch_norm_act": batch_norm_act}.items():
-        _eager[backend, op] = part.register(library, backend, key)
+    for part in parts:
+        for op, eager in part.register(library, backend, key).items():
+            _eager[backend, op] = eager
 
 
 for _backend, _key in NAMESPACES.items():
@@ -50,7 +54,7 @@ def namespace(backend: str) -> Any:
     return getattr(torch.ops, f"dla_fast_{backend}")
 
 
-def differentiable(backend: str, op: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+def differentiable(backend: str, op: str) -> Callable[..., Any]:
     """The differentiable operator of a unit: a node of the graph where one is being captured, else called eagerly."""
     return getattr(namespace(backend), op) if torch.compiler.is_compiling() else _eager[backend, op]
 

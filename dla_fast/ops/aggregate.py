@@ -178,7 +178,7 @@ class _Aggregate:
         return run
 
 
-def register(library: torch.library.Library, backend: str, key: str) -> Callable[..., tuple[Tensor, ...]]:
+def register(library: torch.library.Library, backend: str, key: str) -> dict[str, Callable[..., Any]]:
     """Register fakes, flop formulas, the differentiable kernel and its autograd for a backend's namespace."""
     namespace = getattr(torch.ops, f"dla_fast_{backend}")
     for name, fake, flops in (
@@ -191,4 +191,4 @@ def register(library: torch.library.Library, backend: str, key: str) -> Callable
         register_flop_formula(getattr(namespace, name))(flops)
     op = _Aggregate(namespace)
     library.impl("aggregate", op.forward, key)
-    return register_autograd(library, namespace.aggregate.default, op, differentiable=5, listed=True)
+    return {"aggregate": register_autograd(library, namespace.aggregate.default, op, differentiable=5, lists=1)}

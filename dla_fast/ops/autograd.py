@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -19,69 +20,72 @@ from dla_fast.ops.layout import accumulation_dtype
 class Differentiable(Protocol):
     """What an operator brings: its kernel, how to remember its inputs, and its backward."""
 
-    def forward(self, *args: Any) -> tuple[Tensor, ...]: ...
+    def forward(self, *args: Any) -> Any: ...
 
-    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]: ...
 
 
 def register_autograd(
-    library: torch.library.Library, op: Any, formula: Differentiable, *, differentiable: int, listed: bool
-) -> Callable[..., tuple[Tensor, ...]]:
+    library: torch.library.Library, op: Any, formula: Differentiable, *, differentiable: int, lists: int = 0
+) -> Callable[..., Any]:
     """Register ``formula`` at the Autograd key of ``op``.
 
     Args:
         library: the library that defines the operator.
-        op: the overload, whose first output is the differentiable one.
+        op: the overload, whose first or only output is the differentiable one.
         formula: see :class:`Differentiable`; its backward returns one gradient per differentiable input, those of a
             list one by one.
         differentiable: how many leading arguments can have a gradient; the rest is handed through as it is.
-        listed: whether the first argument is a list of tensors.
+        lists: how many of those, from the first on, are lists of tensors.
 
     Returns:
         The operator for eager calls: the same kernels and formula, called from here instead of through the dispatcher,
         whose two round trips cost more than the launch of a kernel.
     """
 
-    def nest(flat: Sequence[Any]) -> tuple[Any, ...]:
-        if not listed:
-            return tuple(flat)
-        count = len(flat) - differentiable + 1
-        return (list(flat[:count]), *flat[count:])
+    def nest(flat: Sequence[Any], lengths: tuple[int, ...]) -> tuple[Any, ...]:
+        nested: list[Any] = []
+        start = 0
+        for length in lengths:
+            nested.append(list(flat[start : start + length]))
+            start += length
+        return (*nested, *flat[start:])
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(run: Callable[..., Any], rest: tuple[Any, ...], *flat: Any) -> Any:
+        def forward(run: Callable[..., Any], rest: tuple[Any, ...], lengths: tuple[int, ...], *flat: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                return run(*nest(flat), *rest)
+                return run(*nest(flat, lengths), *rest)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.mark_non_differentiable(*output[1:])
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)
-            formula.setup_context(ctx, (*nest(inputs[2:]), *inputs[1]), output)
+            formula.setup_context(ctx, (*nest(inputs[3:], inputs[2]), *inputs[1]), output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             if grads[0] is None:
                 return (None,) * len(ctx.needs_input_grad)
-            return (None, None, *formula.backward(ctx, grads[0], list(ctx.needs_input_grad[2:])))
+            return (None, None, None, *formula.backward(ctx, grads[0], list(ctx.needs_input_grad[3:])))
 
     def call(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
-            flat = (*args[0], *args[1:differentiable]) if listed else args[:differentiable]
+            flat = (*chain.from_iterable(args[:lists]), *args[lists:differentiable])
             if any(t is not None and t.requires_grad for t in flat):
-                return Function.apply(run, args[differentiable:], *flat)
+                lengths = tuple(map(len, args[:lists]))
+                return Function.apply(run, args[differentiable:], lengths, *flat)
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
         return call(partial(op.redispatch, keyset & torch._C._after_autograd_keyset), args)
 
-    def eager(*args: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = call(formula.forward, args)
-        return result
+    def eager(*args: Any) -> Any:
+        return call(formula.forward, args)
 
     library.impl(op._schema.name.split("::")[1], autograd_kernel, "Autograd", with_keyset=True)
     return eager

@@ -101,11 +101,11 @@ class _BatchNormAct:
         return run
 
 
-def register(library: torch.library.Library, backend: str, key: str) -> Callable[..., tuple[Tensor, ...]]:
+def register(library: torch.library.Library, backend: str, key: str) -> dict[str, Callable[..., Any]]:
     """Register fake, flop formula, kernel and autograd for a backend's namespace."""
     namespace = getattr(torch.ops, f"dla_fast_{backend}")
     torch.library.register_fake(f"dla_fast_{backend}::batch_norm_act", _fake, lib=library)
     register_flop_formula(namespace.batch_norm_act)(_flops)
     op = _BatchNormAct(namespace)
     library.impl("batch_norm_act", op.forward, key)
-    return register_autograd(library, namespace.batch_norm_act.default, op, differentiable=4, listed=False)
+    return {"batch_norm_act": register_autograd(library, namespace.batch_norm_act.default, op, differentiable=4)}

@@ -63,8 +63,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def register(library: torch.library.Library, backend: str) -> None:
-    """Register fakes and flop formulas for a backend's namespace."""
+def register(library: torch.library.Library, backend: str, key: str) -> dict[str, Callable[..., Any]]:
+    """Register fakes and flop formulas for a backend's namespace; nothing here is differentiable on its own."""
     namespace = getattr(torch.ops, f"dla_fast_{backend}")
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"dla_fast_{backend}::{name}", fake, lib=library)
@@ -74,3 +74,4 @@ def register(library: torch.library.Library, backend: str) -> None:
             return _per_value * math.prod(shapes[_which])
 
         register_flop_formula(getattr(namespace, name))(flops)
+    return {}

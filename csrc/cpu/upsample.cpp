@@ -1,0 +1,190 @@
+// The learned upsampling and its backward, CPU.
+//
+// Per low-resolution value: forward reads 1 and writes f^2 (upsample_add reads f^2 more), 8f^2 flops; backward reads
+// 1 + f^2 and writes 1, 16f^2 flops. Every output is a sum of 2 x 2 products, so all of it is bound by memory. A task
+// is a row (channels_last) or a plane (contiguous); in the backward the rows of dy that a row of x went into give its
+// dx and their part of dw while they are in cache.
+
+#include "upsample.h"
+
+#include <algorithm>
+
+namespace dla_fast::cpu {
+namespace {
+
+template <class T>
+struct Maps {
+  const T *x, *dy_or_skip;
+  T* out;
+  int64_t images, channels, height, width, out_height, out_width, factor;
+
+  int64_t planes(bool channels_last) const { return channels_last ? images : images * channels; }
+  int64_t depth(bool channels_last) const { return channels_last ? channels : 1; }
+};
+
+template <class T>
+void forward(const Maps<T>& m, const Tensor& weight, bool channels_last) {
+  using A = acc_t<T>;
+  const auto& k = kernels<T>();
+  const int64_t f = m.factor, depth = m.depth(channels_last), in_row = m.width * depth, out_row = m.out_width * depth;
+  const Scratch<A> w = pack_up_weight<T, A>(weight, f, channels_last);
+  const int64_t weight_row = 2 * f * depth;
+  parallel_queue(m.planes(channels_last) * m.out_height, 2 * out_row, [&](const auto& take) {
+    const Scratch<A> near(in_row), far(in_row), skip(out_row), out(out_row),
+        work(std::max(depth, (m.width + 1) * (f + 1) + 2 * (m.width + 2)), true);
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const int64_t plane = task / m.out_height, o = task % m.out_height;
+      const int64_t i = (o + f / 2) / f, ky = (o + f / 2) % f;
+      const T* x = m.x + plane * m.height * in_row;
+      const A* taps = w.get() + (channels_last ? 0 : plane % m.channels * 4 * f * f);
+      const int64_t at = (plane * m.out_height + o) * out_row;
+      UpRow<A> u = {};
+      u.near = row_of<T, A>(i < m.height ? x + i * in_row : nullptr, in_row, near.get());
+      u.far = row_of<T, A>(i > 0 ? x + (i - 1) * in_row : nullptr, in_row, far.get());
+      u.weight_near = taps + ky * weight_row;
+      u.weight_far = taps + (ky + f) * weight_row;
+      u.skip = row_of<T, A>(m.dy_or_skip == nullptr ? nullptr : m.dy_or_skip + at, out_row, skip.get());
+      if constexpr (std::is_same_v<T, A>) {
+        u.out = m.out + at;
+      } else {
+        u.out = out.get();
+      }
+      u.width = m.width;
+      u.channels = depth;
+      u.factor = f;
+      u.end = m.out_width;
+      u.scratch = work.get();
+      channels_last ? k.up_row(u) : k.up_row_plane(u);
+      if constexpr (!std::is_same_v<T, A>) k.store({out.get(), out_row}, {m.out + at, out_row}, 1, out_row);
+    }
+  });
+}
+
+template <class T>
+void backward(const Maps<T>& m, const Tensor& weight, bool channels_last, T* dx, T* dw_out) {
+  using A = acc_t<T>;
+  const auto& k = kernels<T>();
+  const int64_t f = m.factor, depth = m.depth(channels_last), in_row = m.width * depth, out_row = m.out_width * depth;
+  const int64_t taps = 4 * f * f, planes = m.planes(channels_last);
+  const Scratch<A> w = pack_up_weight<T, A>(weight, f, channels_last);
+  // Sums of dw over fixed slices of the rows (channels_last) or the images, added in order: the same on any number of
+  // threads. A slice of contiguous maps is one channel, over all images.
+  const int64_t rows = planes * m.height;
+  const int64_t slices = channels_last ? std::clamp<int64_t>(rows / 8, 1, 16) : m.channels;
+  std::vector<double> dw(dw_out == nullptr ? 0 : (channels_last ? slices * taps * depth : m.channels * taps), 0.0);
+  parallel_queue(slices, 4 * m.images * m.channels * m.out_height * m.out_width / slices, [&](const auto& take) {
+    const Scratch<A> wide_x(in_row), wide_dy(std::is_same_v<T, A> ? 0 : 2 * f * out_row), wide_dx(in_row),
+        work((m.width + 1) * f);
+    std::vector<const A*> dy(2 * f);
+    for (int64_t slice = take(); slice >= 0; slice = take()) {
+      const int64_t begin = channels_last ? rows * slice / slices : 0;
+      const int64_t end = channels_last ? rows * (slice + 1) / slices : m.images * m.height;
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t row = channels_last ? r : (r / m.height * m.channels + slice) * m.height + r % m.height;
+        const int64_t plane = row / m.height, i = row % m.height;
+        for (int64_t ky = 0; ky < 2 * f; ++ky) {
+          const int64_t o = i * f - f / 2 + ky;
+          const bool inside = o >= 0 && o < m.out_height;
+          dy[ky] = row_of<T, A>(inside ? m.dy_or_skip + (plane * m.out_height + o) * out_row : nullptr, out_row,
+                                wide_dy.get() + ky * out_row);
+        }
+        UpRowBackward<A> u = {};
+        u.dy = dy.data();
+        u.x = row_of<T, A>(m.x + row * in_row, in_row, wide_x.get());
+        u.weight = w.get() + (channels_last ? 0 : slice * taps);
+        if (dx != nullptr) {
+          if constexpr (std::is_same_v<T, A>) {
+            u.dx = dx + row * in_row;
+          } else {
+            u.dx = wide_dx.get();
+          }
+        }
+        u.dw = dw_out == nullptr ? nullptr : dw.data() + slice * taps * depth;
+        u.width = m.width;
+        u.out_width = m.out_width;
+        u.channels = depth;
+        u.factor = f;
+        u.scratch = work.get();
+        channels_last ? k.up_row_backward(u) : k.up_row_plane_backward(u);
+        if constexpr (!std::is_same_v<T, A>) {
+          if (dx != nullptr) k.store({wide_dx.get(), in_row}, {dx + row * in_row, in_row}, 1, in_row);
+        }
+      }
+    }
+  });
+  if (dw_out == nullptr) return;
+  for (int64_t c = 0; c < m.channels; ++c) {
+    for (int64_t t = 0; t < taps; ++t) {
+      double sum = 0;
+      if (channels_last) {
+        for (int64_t s = 0; s < slices; ++s) sum += dw[(s * taps + t) * depth + c];
+      } else {
+        sum = dw[c * taps + t];
+      }
+      dw_out[c * taps + t] = static_cast<T>(static_cast<A>(sum));
+    }
+  }
+}
+
+template <class T>
+Maps<T> maps(const Tensor& x, int64_t factor) {
+  return {x.const_data_ptr<T>(),
+          nullptr,
+          nullptr,
+          x.size(0),
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          upsampled(x.size(2), factor),
+          upsampled(x.size(3), factor),
+          factor};
+}
+
+Tensor run(const Tensor& x_in, const OptionalTensor& skip_in, const Tensor& weight, int64_t factor) {
+  const bool channels_last = is_channels_last(x_in);
+  const auto format = format_of(channels_last);
+  const Tensor x = x_in.contiguous(format);
+  Tensor y = at::empty({x.size(0), x.size(1), upsampled(x.size(2), factor), upsampled(x.size(3), factor)},
+                       x.options().memory_format(format));
+  const OptionalTensor skip = skip_in.has_value() ? OptionalTensor(skip_in->contiguous(format)) : std::nullopt;
+  if (y.numel() == 0) return y;
+  DLA_DISPATCH_FLOATING(x.scalar_type(), "upsample", [&] {
+    Maps<scalar_t> m = maps<scalar_t>(x, factor);
+    m.dy_or_skip = skip.has_value() ? skip->const_data_ptr<scalar_t>() : nullptr;
+    m.out = y.mutable_data_ptr<scalar_t>();
+    forward(m, weight, channels_last);
+  });
+  return y;
+}
+
+}  // namespace
+
+Tensor upsample(const Tensor& x, const Tensor& weight, int64_t factor) {
+  return run(x, std::nullopt, weight, factor);
+}
+
+Tensor upsample_add(const Tensor& x, const Tensor& skip, const Tensor& weight, int64_t factor) {
+  return run(x, skip, weight, factor);
+}
+
+std::tuple<Tensor, Tensor> upsample_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight,
+                                             int64_t factor, bool need_dx, bool need_dw) {
+  const bool channels_last = is_channels_last(x_in);
+  const auto format = format_of(channels_last);
+  const Tensor x = x_in.contiguous(format), dy = dy_in.contiguous(format);
+  const auto options = x.options().memory_format(std::nullopt);
+  Tensor dx = need_dx ? at::empty(x.sizes(), options.memory_format(format)) : at::empty({0}, options);
+  Tensor dw = need_dw ? at::empty(weight.sizes(), options) : at::empty({0}, options);
+  if (dy.numel() == 0) {
+    return {std::move(dx), need_dw ? dw.zero_() : dw};
+  }
+  DLA_DISPATCH_FLOATING(x.scalar_type(), "upsample_backward", [&] {
+    Maps<scalar_t> m = maps<scalar_t>(x, factor);
+    m.dy_or_skip = dy.const_data_ptr<scalar_t>();
+    backward(m, weight, channels_last, need_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr,
+             need_dw ? dw.mutable_data_ptr<scalar_t>() : nullptr);
+  });
+  return {dx, dw};
+}
+
+}  // namespace dla_fast::cpu
