@@ -36,7 +36,7 @@ asan: install ## run the kernels' tests under AddressSanitizer
 	cd $(ASAN) && DLA_FAST_SANITIZE=address DLA_FAST_BUILD_EXT=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(ASAN) && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
-	  tests/test_aggregate.py tests/test_batch_norm_act.py -k "not compile and not vmap"
+	  tests/test_aggregate.py tests/test_batch_norm_act.py tests/test_merge.py tests/test_upsample.py -k "not compile and not vmap"
 
 bench: install ## run the benchmarks; results go to benchmarks/out
 	@mkdir -p benchmarks/out

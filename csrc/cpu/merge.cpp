@@ -4,71 +4,65 @@
 // stage the same, and the tail moves 2N more; 18KN flops for a 3x3 kernel. A task takes a tile of output rows: the
 // patches of the inputs that it needs are gathered (or upsampled) into scratch memory with their halo, one product per
 // input and kernel row accumulates into z, and the tail or the moments follow while it is in cache. So neither the
-// concat nor the upsampled map exists. The backward forms dz once and leaves dx and dW of each input to the library's
-// convolution, whose blocking for dW is better than a private dW per thread would be.
+// concat nor the upsampled map exists.
 
 #include "merge.h"
-
-#include <ATen/ops/convolution_backward.h>
 
 #include <algorithm>
 #include <array>
 
 #include "aggregate.h"
-#include "tail.h"
 #include "upsample.h"
 
 namespace dla_fast::cpu {
+
+MergeInputs::MergeInputs(at::TensorList inputs, at::TensorList up_weights, at::IntArrayRef factors_in,
+                         const Tensor& weight)
+    : channels_last(is_channels_last(weight)), out_channels(weight.size(0)), factors(factors_in.vec()) {
+  TORCH_CHECK_VALUE(!inputs.empty() && inputs.size() == factors.size(), "xs: expected one factor per input");
+  bool all = true;
+  for (const Tensor& x : inputs) all = all && is_channels_last(x);
+  channels_last = channels_last || all;
+  images = inputs[0].size(0);
+  height = factors[0] > 1 ? upsampled(inputs[0].size(2), factors[0]) : inputs[0].size(2);
+  width = factors[0] > 1 ? upsampled(inputs[0].size(3), factors[0]) : inputs[0].size(3);
+  in_channels = 0;
+  size_t up = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    xs.push_back(inputs[i].contiguous(format_of(channels_last)));
+    offsets.push_back(in_channels);
+    in_channels += inputs[i].size(1);
+    TORCH_CHECK_VALUE(factors[i] == 1 || up < up_weights.size(), "up_weights: expected one per upsampled input");
+    ups.push_back(factors[i] > 1 ? up_weights[up++] : Tensor());
+  }
+  TORCH_CHECK_VALUE(in_channels == weight.size(1), "weight: expected ", in_channels, " input channels, got ",
+                    weight.size(1));
+}
+
+Tensor MergeInputs::full(size_t i) const {
+  return factors[i] > 1 ? upsample(xs[i], ups[i], factors[i]) : xs[i];
+}
+
+std::vector<Tensor> MergeInputs::all_full() const {
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < xs.size(); ++i) out.push_back(full(i));
+  return out;
+}
+
+Tensor MergeInputs::output(const Tensor& weight) const {
+  return at::empty({images, out_channels, height, width}, weight.options().memory_format(format_of(channels_last)));
+}
+
 namespace {
 
 constexpr int64_t kTaps = 3;
 constexpr int64_t kOutBlock = 96;  // output channels of a contiguous tile
 
-struct Inputs {
-  bool channels_last;
-  int64_t images, height, width, in_channels, out_channels;
-  std::vector<Tensor> xs, ups;  // an undefined up-weight where the input is taken as it is
-  std::vector<int64_t> factors, offsets;
-
-  Inputs(at::TensorList inputs, at::TensorList up_weights, at::IntArrayRef factors_in, const Tensor& weight)
-      : channels_last(is_channels_last(weight)), out_channels(weight.size(0)), factors(factors_in.vec()) {
-    TORCH_CHECK_VALUE(!inputs.empty() && inputs.size() == factors.size(), "xs: expected one factor per input");
-    bool all = true;
-    for (const Tensor& x : inputs) all = all && is_channels_last(x);
-    channels_last = channels_last || all;
-    images = inputs[0].size(0);
-    height = factors[0] > 1 ? upsampled(inputs[0].size(2), factors[0]) : inputs[0].size(2);
-    width = factors[0] > 1 ? upsampled(inputs[0].size(3), factors[0]) : inputs[0].size(3);
-    in_channels = 0;
-    size_t up = 0;
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      xs.push_back(inputs[i].contiguous(format_of(channels_last)));
-      offsets.push_back(in_channels);
-      in_channels += inputs[i].size(1);
-      TORCH_CHECK_VALUE(factors[i] == 1 || up < up_weights.size(), "up_weights: expected one per upsampled input");
-      ups.push_back(factors[i] > 1 ? up_weights[up++] : Tensor());
-    }
-    TORCH_CHECK_VALUE(in_channels == weight.size(1), "weight: expected ", in_channels, " input channels, got ",
-                      weight.size(1));
-  }
-
-  bool empty() const { return images * height * width * out_channels == 0; }
-  Tensor full(size_t i) const { return factors[i] > 1 ? upsample(xs[i], ups[i], factors[i]) : xs[i]; }
-  std::vector<Tensor> all_full() const {
-    std::vector<Tensor> out;
-    for (size_t i = 0; i < xs.size(); ++i) out.push_back(full(i));
-    return out;
-  }
-  Tensor output(const Tensor& weight) const {
-    return at::empty({images, out_channels, height, width}, weight.options().memory_format(format_of(channels_last)));
-  }
-};
-
 // Tiles of rows x cols output pixels; every output row of a tile is a group of the moments.
 struct Tiles {
   int64_t cols, chunks, rows, row_blocks, panels, groups, images;
 
-  Tiles(const Inputs& in) : images(in.images) {
+  Tiles(const MergeInputs& in) : images(in.images) {
     const int64_t widest = in.channels_last ? 48 : kPanel, threads = at::get_num_threads();
     chunks = divide_up(in.width, widest);
     cols = in.channels_last ? std::min(round_up(divide_up(in.width, chunks), 6), widest) : widest;
@@ -88,7 +82,7 @@ class Forward {
   using A = acc_t<T>;
 
  public:
-  Forward(const Inputs& in, const Tensor& weight)
+  Forward(const MergeInputs& in, const Tensor& weight)
       : in_(in),
         tiles_(in),
         packed_(in.channels_last ? tiles_.panels * kTaps * kTaps * in.in_channels * kPanel : 0,
@@ -172,14 +166,14 @@ class Forward {
   // Widened rows of one input, and what its upsampling needs.
   struct Work {
     Scratch<A> near, far, scratch;
-    Work(const Inputs& in, size_t i)
+    Work(const MergeInputs& in, size_t i)
         : near(row(in, i)),
           far(row(in, i)),
           scratch(in.factors[i] == 1 ? 0
                                      : std::max(in.xs[i].size(1), (in.xs[i].size(3) + 1) * (in.factors[i] + 1) +
                                                                       2 * in.xs[i].size(3) + 4),
                   true) {}
-    static int64_t row(const Inputs& in, size_t i) {
+    static int64_t row(const MergeInputs& in, size_t i) {
       if (in.factors[i] == 1 || std::is_same_v<T, A>) return 0;
       return in.xs[i].size(3) * (in.channels_last ? in.xs[i].size(1) : 1);
     }
@@ -269,18 +263,12 @@ class Forward {
     kernels<T>().gemm(g);
   }
 
-  const Inputs& in_;
+  const MergeInputs& in_;
   Tiles tiles_;
   Scratch<A> packed_;
   Tensor flat_;
   std::vector<Scratch<A>> ups_;
 };
-
-// A gradient as the fakes promise it, whatever strides the library chose.
-Tensor in_layout(const Tensor& t, at::MemoryFormat format) {
-  Tensor out = at::empty(t.sizes(), t.options().memory_format(format));
-  return out.strides() == t.strides() ? t : out.copy_(t);
-}
 
 }  // namespace
 
@@ -288,7 +276,7 @@ Tensor merge_inference(at::TensorList xs, at::TensorList up_weights, const Tenso
                        const OptionalTensor& conv_bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                        const Tensor& running_mean, const Tensor& running_var, at::IntArrayRef factors, double eps,
                        std::string_view act, double slope) {
-  const Inputs in(xs, up_weights, factors, weight);
+  const MergeInputs in(xs, up_weights, factors, weight);
   if (weight.size(2) == 1) {
     return aggregate_inference(in.all_full(), weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, eps,
                                false, act, slope);
@@ -313,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_stage(at::TensorList xs, at::TensorList
                                                const OptionalTensor& conv_bias, const OptionalTensor& running_mean,
                                                const OptionalTensor& running_var, at::IntArrayRef factors,
                                                double momentum, bool moments) {
-  const Inputs in(xs, up_weights, factors, weight);
+  const MergeInputs in(xs, up_weights, factors, weight);
   if (weight.size(2) == 1) {
     return aggregate_stage(in.all_full(), weight, conv_bias, running_mean, running_var, momentum, moments);
   }
@@ -350,56 +338,6 @@ std::tuple<Tensor, Tensor, Tensor> merge_stage(at::TensorList xs, at::TensorList
     update_running(running_mean, running_var, mean, var, conv_bias, momentum, in.images * in.height * in.width);
   }
   return {z, mean, var};
-}
-
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_backward(
-    const Tensor& dy, at::TensorList xs, at::TensorList up_weights, const Tensor& weight, const Tensor& z,
-    const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-    const OptionalTensor& sum_dy, const OptionalTensor& sum_dy_xhat, at::IntArrayRef factors, double count, double eps,
-    std::string_view act, double slope, const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw) {
-  const Inputs in(xs, up_weights, factors, weight);
-  const auto format = format_of(in.channels_last);
-  const auto options = weight.options().memory_format(std::nullopt);
-  // Of each input: whether its gradient is wanted at full resolution, and that of its up-weight.
-  c10::List<bool> need_full;
-  std::vector<bool> need_up;
-  for (size_t i = 0, up = 0; i < in.xs.size(); ++i) {
-    need_up.push_back(in.factors[i] > 1 && need_dup.get(up++));
-    need_full.push_back(need_dx.get(i) || need_up[i]);
-  }
-  std::vector<Tensor> dxs, dups;
-  Tensor dw;
-  if (weight.size(2) == 1) {
-    std::tie(dxs, dw) = aggregate_backward(dy, in.all_full(), weight, z, mean, var, bn_weight, bn_bias, sum_dy,
-                                           sum_dy_xhat, count, eps, false, act, slope, need_full, need_dw);
-  } else {
-    dw = need_dw ? at::empty_like(weight) : at::empty({0}, options);
-    const Tensor dz = std::get<0>(tail_backward_apply(dy, z, mean, var, bn_weight, bn_bias, std::nullopt, sum_dy,
-                                                      sum_dy_xhat, count, eps, act, slope, false))
-                          .contiguous(format);
-    for (size_t i = 0; i < in.xs.size(); ++i) {
-      Tensor dx = at::empty({0}, options);
-      if (need_full.get(i) || need_dw) {
-        const int64_t channels = in.xs[i].size(1);
-        const Tensor part = weight.narrow(1, in.offsets[i], channels).contiguous(format);
-        auto [dx_i, dw_i, unused] = at::convolution_backward(dz, in.full(i), part, std::nullopt, {1, 1}, {1, 1}, {1, 1},
-                                                             false, {0, 0}, 1, {need_full.get(i), need_dw, false});
-        if (need_full.get(i)) dx = in_layout(dx_i, format);
-        if (need_dw) dw.narrow(1, in.offsets[i], channels).copy_(dw_i);
-      }
-      dxs.push_back(std::move(dx));
-    }
-  }
-  for (size_t i = 0; i < in.xs.size(); ++i) {
-    if (in.factors[i] == 1) continue;
-    Tensor dx = at::empty({0}, options), dup = at::empty({0}, options);
-    if (need_full.get(i)) {
-      std::tie(dx, dup) = upsample_backward(dxs[i], in.xs[i], in.ups[i], in.factors[i], need_dx.get(i), need_up[i]);
-    }
-    dxs[i] = dx.dim() == 4 ? in_layout(dx, format) : std::move(dx);
-    dups.push_back(std::move(dup));
-  }
-  return {std::move(dxs), std::move(dups), dw};
 }
 
 }  // namespace dla_fast::cpu

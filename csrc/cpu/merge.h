@@ -29,4 +29,18 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_backward(
     const OptionalTensor& sum_dy, const OptionalTensor& sum_dy_xhat, at::IntArrayRef factors, double count, double eps,
     std::string_view act, double slope, const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw);
 
+// The inputs of a node in the layout it computes in, and how each is upsampled.
+struct MergeInputs {
+  bool channels_last;
+  int64_t images, height, width, in_channels, out_channels;
+  std::vector<Tensor> xs, ups;  // an undefined up-weight where the input is taken as it is
+  std::vector<int64_t> factors, offsets;
+
+  MergeInputs(at::TensorList xs, at::TensorList up_weights, at::IntArrayRef factors, const Tensor& weight);
+  bool empty() const { return images * height * width * out_channels == 0; }
+  Tensor full(size_t i) const;  // input i at the output's size
+  std::vector<Tensor> all_full() const;
+  Tensor output(const Tensor& weight) const;
+};
+
 }  // namespace dla_fast::cpu
