@@ -67,7 +67,7 @@ struct Tiles {
     chunks = divide_up(in.width, widest);
     cols = in.channels_last ? std::min(round_up(divide_up(in.width, chunks), 6), widest) : widest;
     chunks = divide_up(in.width, cols);
-    constexpr int64_t patch = 1 << 16;  // values, of all inputs together
+    constexpr int64_t patch = 1 << 17;  // values, of all inputs together
     rows = std::clamp<int64_t>(patch / ((cols + 2) * std::max<int64_t>(in.in_channels, 1)) - 2, 1, 8);
     rows = std::clamp<int64_t>(images * in.height * chunks / (4 * threads), 1, rows);
     row_blocks = divide_up(in.height, rows);
