@@ -4,11 +4,11 @@ P low-resolution values (pixels times channels), b bytes a value. Output o of a 
 o' // F - 1 with the kernel's rows o' % F and that plus F, where o' = o + F // 2. So *position* (i, j), 0 <= i <= H and
 0 <= j <= W, stands for the F x F outputs that take x at i, i - 1 and j, j - 1.
 
-``upsample_kernel`` holds those four values and writes the F x F phases from registers: (1 + F^2) P b bytes, F^2 P b more
-where a map is added, 8 F^2 P flops. ``backward_kernel`` takes a tile of x: for each of the 4 F^2 taps one tile of dy gives
-its part of dx, and of dW, summed over the tile: (2 + F^2) P b bytes for both, 16 F^2 P flops; a value of dy is met four
-times, by neighbours. Beside that 16 F^2 bytes a tile and channel for the parts of dW, read again by
-``weight_gradient_kernel``, which adds them in double.
+``upsample_kernel`` holds those four values and writes the F x F phases from registers: (1 + F^2) P b bytes, and F^2 P b
+more where a map is added; 8 F^2 P flops. ``backward_kernel`` takes a tile of x: for each of the 4 F^2 taps one tile of
+dy gives its part of dx, and of dW, summed over the tile: (2 + F^2) P b bytes for both, 16 F^2 P flops; a value of dy is
+met four times, by neighbours. It writes 16 F^2 bytes a tile and channel besides, the parts of dW, which
+``weight_gradient_kernel`` reads again and adds in double.
 
 - x, dx: (images, H, W, C) channels_last, or (images, C, H, W), as CL says; y, skip, dy the same with H', W'
 - w, dw: (C, 1, 2F, 2F)
@@ -17,7 +17,7 @@ times, by neighbours. Beside that 16 F^2 bytes a tile and channel for the parts 
 Sums run in a fixed order, so results are bitwise the same from run to run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import triton
@@ -96,9 +96,7 @@ def backward_kernel(
     acc = tl.zeros((BM, BN), ACC)
     for tap in range(4 * F * F):
         top, left = i * F - F // 2 + tap // (2 * F), j * F - F // 2 + tap % (2 * F)
-        grad = load_input(
-            dy, image, top, left, out_column, rows, cols, out_height, out_width, channels, CL, EVEN, ACC
-        )
+        grad = load_input(dy, image, top, left, out_column, rows, cols, out_height, out_width, channels, CL, EVEN, ACC)
         if dx is not None:
             acc += grad * tl.load(w + c * (4 * F * F) + tap, mask=cols, other=0.0).to(ACC)[None, :]
         if partial is not None:
@@ -120,6 +118,28 @@ def weight_gradient_kernel(partial, dw, channels, taps, tiles, BC: tl.constexpr,
     tl.store(dw + r % channels * taps + r // channels, tl.sum(total, 1).to(dw.dtype.element_ty), mask=rows)
 
 
+_LARGE = 2**31
+# (channels, low-resolution side at 512x512, factor): the steps of the IDA ladders.
+_STEPS = ((64, 64, 2), (128, 32, 2), (256, 16, 2), (64, 32, 4), (64, 16, 8))
+
+
+def _choose(kernel: str, m: int, channels: int, x: Tensor, channels_last: bool) -> config.TileConfig:
+    """The measured configuration, else tiles whose values and partial results stay in registers."""
+    arch = config.arch_of(x.device)
+    measured = config.TABLE.get(config.key(arch, kernel, x.dtype, m, 0, channels))
+    if measured is not None:
+        return measured
+    wide = x.dtype == torch.float64
+    if kernel == "upsample":
+        # Four values a position are held, and f x f written.
+        values, most = 1024 if wide else 2048, 64
+    else:
+        # Many pixels, since a tile leaves a partial dW behind: 64 f^2 bytes beside the 2 (2 + f^2) BM of its maps.
+        values, most = 4096 if wide else 8192, 32
+    block_n = config.power_of_two(channels, 1, most if channels_last else 8)
+    return config.TileConfig(config.power_of_two(m, 1, values // block_n), block_n, 0, 8 if values > 4096 else 4, 1)
+
+
 def _sides(x: Tensor, factor: int) -> tuple[int, int]:
     return checks.upsampled(x.shape[2], factor), checks.upsampled(x.shape[3], factor)
 
@@ -131,7 +151,7 @@ def _constexprs(cfg: config.TileConfig, x: Tensor, channels_last: bool, largest:
         "CL": channels_last,
         "EVEN": x.shape[1] % cfg.block_n == 0,
         "ACC": host.accumulator(x.dtype),
-        "I64": largest >= host.LARGE,
+        "I64": largest >= _LARGE,
         "F": factor,
     }
 
@@ -146,7 +166,7 @@ def _upsample(x: Tensor, skip: Tensor | None, weight: Tensor, factor: int) -> Te
     if y.numel() == 0:
         return y
     total = images * (height + 1) * (width + 1)
-    cfg = config.choose("upsample", total, factor, channels, x.dtype, config.arch_of(x.device), 0, cl)
+    cfg = _choose("upsample", total, channels, x, cl)
     # A tile may reach past the last pixel before its mask says so.
     constexprs = _constexprs(cfg, x, cl, (total + 1024) * factor**2 * channels, factor)
     grid = (triton.cdiv(total, cfg.block_m), triton.cdiv(channels, cfg.block_n))
@@ -208,7 +228,7 @@ def upsample_backward(
     total, taps = images * height * width, 4 * factor**2
     if x.numel() == 0:
         return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw.zero_()
-    cfg = config.choose("upsample_backward", total, factor, channels, x.dtype, config.arch_of(x.device), 0, cl)
+    cfg = _choose("upsample_backward", total, channels, x, cl)
     tiles = triton.cdiv(total, cfg.block_m)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     partial = x.new_empty((taps, channels, tiles), dtype=accumulate) if need_dw else None
@@ -223,10 +243,21 @@ def upsample_backward(
     return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw
 
 
+def _examples() -> Iterator[tuple[examples.Example, int]]:
+    for channels, side, factor in _STEPS:
+        for dtype, channels_last in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
+            yield examples.Example((channels,), channels, side, 16, dtype, channels_last), factor
+    yield examples.Example((64,), 64, 64, 16, torch.float16, True), 2
+    yield examples.Example((64,), 64, 64, 16, torch.float32, True), 2
+    # Masked in every direction, and float64.
+    yield examples.Example((24,), 24, 9, 2, torch.float64, True), 3
+    yield examples.Example((24,), 24, 9, 2, torch.float64, False), 2
+
+
 def specialisations() -> Iterable[launch.Specialisation]:
     """What ships: the steps of the IDA ladders in both layouts, and float64 for gradient checks."""
     found = []
-    for example, factor in examples.upsamplings():
+    for example, factor in _examples():
         x = examples.tensor(example, example.out_channels)
         weight = torch.empty(example.out_channels, 1, 2 * factor, 2 * factor, dtype=example.dtype, device="meta")
         with launch.record() as launches:
