@@ -18,7 +18,6 @@ Sums run in a fixed order, so results are bitwise the same from run to run.
 import itertools
 from collections.abc import Iterable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
