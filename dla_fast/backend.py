@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from dla_fast import ops
+from dla_fast.ops import triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # What ``auto`` tries, best first.
@@ -90,6 +91,8 @@ def can_run(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
     reason = ops.missing(backend, op)
     if reason is not None:
         return reason
+    if backend == "triton":
+        return triton.refuses(device, dtype)
     wanted = "cpu" if backend == "cpu" else "cuda"
     if device != wanted:
         return f"runs on {wanted} tensors, not {device}"
@@ -97,7 +100,9 @@ def can_run(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
 
 
 def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
-    return next((name for name in PREFERENCE if can_run(name, op, device, dtype) is None), "reference")
+    # The interpreter serves only those who ask for it: it is there to check kernels, and slow.
+    names = [name for name in PREFERENCE if name != "triton" or device != "cpu"]
+    return next((name for name in names if can_run(name, op, device, dtype) is None), "reference")
 
 
 # What does not change while the process runs, asked once: a call should not pay for it.

@@ -2,7 +2,8 @@
 
 A backend is an operator namespace, ``torch.ops.dla_fast_<backend>``. The schemas, the fakes, the flop formulas and the
 autograd formulas are written once, here, in Python; a backend brings kernels (C++ registers those of
-``dla_fast_cpu``). So the operators exist, and can be traced, without a compiled extension.
+``dla_fast_cpu``, Triton's are Python functions imported on the first call). So the operators exist, and can be traced,
+without a compiled extension.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 
 from dla_fast._extension import STATUS
-from dla_fast.ops import aggregate, batch_norm_act, merge, tail, upsample
+from dla_fast.ops import aggregate, batch_norm_act, merge, tail, triton, upsample
 
 __all__ = ["NAMESPACES", "STATUS", "differentiable", "missing", "namespace"]
 
 # Backend -> the dispatch key its kernels are registered under. A backend joins the package by a line here.
-NAMESPACES = {"cpu": "CPU"}
+NAMESPACES = {"cpu": "CPU", "triton": triton.KEY}
 
 # Unit -> the operators a backend needs kernels of to serve it.
 UNITS = {
@@ -47,6 +48,7 @@ def _define(backend: str, key: str) -> None:
 
 for _backend, _key in NAMESPACES.items():
     _define(_backend, _key)
+triton.register(_libraries[-1])
 
 
 def namespace(backend: str) -> Any:
@@ -65,6 +67,8 @@ def missing(backend: str, op: str) -> str | None:
         return f"this version of dla_fast has no {backend} kernels"
     if op not in UNITS:
         return f"this version of dla_fast has no {backend} kernel for {op}"
+    if backend == "triton":
+        return triton.missing()
     return _missing[backend, op]
 
 
@@ -78,4 +82,4 @@ def _find_missing(backend: str, key: str, op: str) -> str | None:
 
 
 # Asked once: kernels are registered when the extension is loaded, which the import above has done.
-_missing = {(backend, op): _find_missing(backend, key, op) for backend, key in NAMESPACES.items() for op in UNITS}
+_missing = {("cpu", op): _find_missing("cpu", NAMESPACES["cpu"], op) for op in UNITS}

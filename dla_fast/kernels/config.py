@@ -1,0 +1,159 @@
+"""Tile configurations: a measured table where there is one, a heuristic behind it, and never a search in a call.
+
+:func:`choose` is asked with what decides a kernel's speed, (kernel, M, K, N, dtype, architecture), and answers from
+:data:`TABLE` or computes. ``TABLE`` is empty until a GPU has been measured; :func:`install` fills it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+# What the heuristic was worked out for, and what is assumed where no device is there to ask.
+DEFAULT_ARCH = 90
+# Programs that keep a large GPU busy; decides how far a small problem is split.
+PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one program and how it is run.
+
+    Attributes:
+        block_m: pixels of a tile.
+        block_n: output channels of a tile.
+        block_k: input channels of a step; 0 where nothing is multiplied.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __str__(self) -> str:
+        tile = "x".join(str(b) for b in (self.block_m, self.block_n, self.block_k) if b)
+        return f"{tile}w{self.num_warps}s{self.num_stages}"
+
+
+# (architecture, kernel, dtype, bucket of M, K, N) -> configuration.
+Key = tuple[int, str, str, int, int, int]
+TABLE: dict[Key, TileConfig] = {}
+
+
+def bucket(m: int) -> int:
+    """Pixels as the table keeps them: the power of two not below."""
+    return 1 << max(0, m - 1).bit_length()
+
+
+def key(arch: int, kernel: str, dtype: torch.dtype, m: int, k: int, n: int) -> Key:
+    """The table's key of a problem."""
+    return arch, kernel, str(dtype).removeprefix("torch."), bucket(m), k, n
+
+
+def install(entries: Mapping[Key, TileConfig]) -> None:
+    """Put measured configurations into the table; calls after this use them."""
+    TABLE.update(entries)
+    choose.cache_clear()
+
+
+@lru_cache(maxsize=256)
+def arch_of(device: torch.device) -> int:
+    """The architecture of a device as a number, 90 for sm_90; the default where there is no such device."""
+    if device.type != "cuda":
+        return DEFAULT_ARCH
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The power of two not below ``n``, held between two others."""
+    return min(max(1 << max(0, n - 1).bit_length(), least), most)
+
+
+def channel_block(channels: tuple[int, ...], most: int) -> int:
+    """A step through the channels of every input: the largest power of two that divides them all, if 16 does."""
+    common = math.gcd(*channels, most)
+    return common if common >= 16 else power_of_two(max(channels, default=1), 16, min(most, 32))
+
+
+def _gemm(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
+    """Forward product: all output channels in one tile where they fit, so that inputs are read once."""
+    if dtype == torch.float64:
+        return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 64), min(step, 16), 4, 2)
+    wide = 256 if dtype.itemsize == 2 else 128
+    block_n = power_of_two(n, 16, wide)
+    block_m = power_of_two(m, 16, 128)
+    while block_m > 32 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS:
+        block_m //= 2
+    large = block_m * block_n >= 128 * 128
+    return TileConfig(block_m, block_n, min(step, 64 if dtype.itemsize == 2 else 32), 8 if large else 4, 3)
+
+
+def _backward(kernel: str, m: int, k: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
+    """Tiles of the backward products; block_n of ``fused`` must hold every output channel."""
+    if kernel == "fused":
+        block_n = power_of_two(n, 16, 1024)
+        half = dtype.itemsize == 2
+        block_m = power_of_two(m, 16, 64 if half or block_n <= 64 else 32)
+        return TileConfig(block_m, block_n, min(step, 64), 8 if block_n >= 128 else 4, 2)
+    if dtype == torch.float64:
+        return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 32), min(step, 32), 4, 1)
+    half = dtype.itemsize == 2
+    if kernel == "dx":
+        return TileConfig(power_of_two(m, 16, 128), power_of_two(n, 16, 32), min(step, 128), 8, 2)
+    return TileConfig(power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, 128), min(step, 128), 8, 2)
+
+
+def fits_fused(k: int, n: int, dtype: torch.dtype) -> bool:
+    """Whether one pass may make dx and dW: a tile's dW and dz must stay in registers and shared memory."""
+    return n <= (256 if dtype.itemsize == 2 else 128 if dtype.itemsize == 4 else 32) and n * k * 4 <= 128 * 1024
+
+
+def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> TileConfig:
+    """Passes over every value: tiles that are long along memory."""
+    values = 2048 if dtype == torch.float64 else 4096
+    if channels_last:
+        block_n = power_of_two(n, 1, 64)
+        return TileConfig(power_of_two(m, 1, values // block_n), block_n, 0, 4, 1)
+    block_m = power_of_two(m, 1, 512)
+    return TileConfig(block_m, power_of_two(n, 1, values // block_m), 0, 4, 1)
+
+
+@lru_cache(maxsize=1024)
+def merge(groups: int, channels: int) -> TileConfig:
+    """For adding up partial results: block_m groups at once, and block_n channels where there are few groups."""
+    at_once = power_of_two(groups, 1, 1024)
+    return TileConfig(at_once, power_of_two(channels, 1, min(32, 1024 // at_once)), 0, 4, 1)
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    kernel: str, m: int, k: int, n: int, dtype: torch.dtype, arch: int, step: int = 0, channels_last: bool = True
+) -> TileConfig:
+    """The configuration of a kernel for a problem.
+
+    Args:
+        kernel: "forward", "fused", "dx", "dw", or "elementwise".
+        m: pixels, over all images.
+        k: input channels, over all inputs; 0 where nothing is multiplied.
+        n: output channels.
+        dtype: of the tensors.
+        arch: see :func:`arch_of`.
+        step: the largest step through input channels, see :func:`channel_block`.
+        channels_last: layout.
+    """
+    measured = TABLE.get(key(arch, kernel, dtype, m, k, n))
+    if measured is not None:
+        return measured
+    if kernel == "forward":
+        return _gemm(m, n, step, dtype)
+    if kernel == "elementwise":
+        return _elementwise(m, n, channels_last, dtype)
+    return _backward(kernel, m, k, n, step, dtype)

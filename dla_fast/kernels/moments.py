@@ -1,0 +1,188 @@
+"""Moments of every channel: per tile, then merged.
+
+``moments_kernel`` reads z once (M pixels, C channels, b bytes a value: MCb bytes, about 4 flops a value) and writes,
+for each group of tiles of pixels and each channel, a shift, the sum of squares around it, and the sum of differences
+from it. ``finalise_kernel`` merges them by the formula of Chan, Golub and LeVeque (1979), in double: 12 bytes a group
+and channel (24 in double), read twice, the second time from cache. It also moves the running statistics.
+
+- z: (M, C) channels_last, or (images, C, pixels) contiguous, as CL says
+- partial: (3, C, groups), accumulation dtype: shift, M2, rest. A group stands for ``size`` pixels, the last for fewer
+- mean, var: (C,), accumulation dtype; bias: (C,) or None; running_mean, running_var: (C,) or None, any dtype
+
+Sums run in a fixed order, so results are bitwise the same from run to run.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dla_fast.kernels import config, examples, host, launch
+from dla_fast.kernels.tile import along, at, inside, pixel_range
+
+# Tiles that a program takes one after the other: fewer partial results, which cost bytes of their own.
+_TILES_PER_GROUP = 8
+
+
+@triton.jit
+def moments_kernel(
+    z, partial, total, pixels, channels, groups,
+    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    if I64:
+        group = group.to(tl.int64)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    cols = c < channels
+    column = along(c, pixels, CL, I64)[None, :]
+    # Sums are taken around the mean of the group's first tile: any value near the others would do.
+    m = pixel_range(group * TILES, BM, I64)
+    rows = m < total
+    first = tl.load(z + at(m, pixels, channels, CL)[:, None] + column, mask=inside(rows, cols, EVEN), other=0.0).to(ACC)
+    shift = tl.sum(first, 0) / tl.minimum(total - group * TILES * BM, BM).to(ACC)
+    off = tl.where(rows[:, None], first - shift[None, :], 0.0)
+    rest = off
+    squares = off * off
+    for tile in range(1, TILES):
+        m = pixel_range(group * TILES + tile, BM, I64)
+        rows = m < total
+        value = tl.load(z + at(m, pixels, channels, CL)[:, None] + column, mask=inside(rows, cols, EVEN), other=0.0)
+        off = tl.where(rows[:, None], value.to(ACC) - shift[None, :], 0.0)
+        rest += off
+        squares += off * off
+    to = partial + c * groups + group
+    tl.store(to, shift, mask=cols)
+    tl.store(to + channels * groups, tl.sum(squares, 0), mask=cols)
+    tl.store(to + 2 * channels * groups, tl.sum(rest, 0), mask=cols)
+
+
+@triton.jit
+def finalise_kernel(
+    partial, mean, var, bias, running_mean, running_var, momentum: tl.float64, total, channels, groups, size,
+    BC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    cols = c < channels
+    plane = channels * groups
+    many = tl.full((), 0.0, tl.float64) + total
+    sums = tl.zeros((BC, BT), tl.float64)
+    for first in range(0, groups, BT):
+        g = first + tl.arange(0, BT)
+        mask = cols[:, None] & (g < groups)[None, :]
+        at = partial + c[:, None] * groups + g[None, :]
+        count = tl.minimum(total - g.to(tl.int64) * size, size).to(tl.float64)[None, :]
+        shift = tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        sums += tl.where(mask, count * shift + tl.load(at + 2 * plane, mask=mask, other=0.0).to(tl.float64), 0.0)
+    mu = tl.sum(sums, 1) / many
+    sums = tl.zeros((BC, BT), tl.float64)
+    for first in range(0, groups, BT):
+        g = first + tl.arange(0, BT)
+        mask = cols[:, None] & (g < groups)[None, :]
+        at = partial + c[:, None] * groups + g[None, :]
+        count = tl.where(g < groups, tl.minimum(total - g.to(tl.int64) * size, size), 1).to(tl.float64)[None, :]
+        shift = tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        m2 = tl.load(at + plane, mask=mask, other=0.0).to(tl.float64)
+        rest = tl.load(at + 2 * plane, mask=mask, other=0.0).to(tl.float64)
+        off = shift + rest / count - mu[:, None]
+        sums += tl.where(mask, m2 - rest * rest / count + count * off * off, 0.0)
+    sigma2 = tl.sum(sums, 1) / many
+    # A maximum that lets NaN through.
+    sigma2 = tl.where(sigma2 < 0, 0.0, sigma2)
+    # What the caller sees is what the running statistics move towards, rounding included.
+    mu = mu.to(mean.dtype.element_ty)
+    sigma2 = sigma2.to(var.dtype.element_ty)
+    tl.store(mean + c, mu, mask=cols)
+    tl.store(var + c, sigma2, mask=cols)
+    if running_mean is not None:
+        target = mu.to(tl.float64)
+        if bias is not None:
+            target += tl.load(bias + c, mask=cols, other=0.0).to(tl.float64)
+        before = tl.load(running_mean + c, mask=cols, other=0.0).to(tl.float64)
+        after = (1 - momentum) * before + momentum * target
+        tl.store(running_mean + c, after.to(running_mean.dtype.element_ty), mask=cols)
+        unbiased = sigma2.to(tl.float64) * (many / (many - 1.0))
+        before = tl.load(running_var + c, mask=cols, other=0.0).to(tl.float64)
+        after = (1 - momentum) * before + momentum * unbiased
+        tl.store(running_var + c, after.to(running_var.dtype.element_ty), mask=cols)
+
+
+def finalise(
+    partial: Tensor,
+    total: int,
+    size: int,
+    mean: Tensor,
+    var: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> None:
+    """Merge partial moments into ``mean`` and ``var`` and move the running statistics: one launch.
+
+    Args:
+        partial: (3, C, groups), see the module.
+        total: pixels; with none the moments are 0 and the running statistics stay.
+        size: pixels of a group.
+        mean: (C,), written.
+        var: (C,), written: the biased variance.
+        bias: (C,) or None, added to what the running mean moves towards.
+        running_mean: (C,) or None, updated in place.
+        running_var: (C,) or None, updated in place.
+        momentum: weight of this batch.
+    """
+    _, channels, groups = partial.shape
+    if total == 0:
+        mean.zero_()
+        var.zero_()
+        return
+    cfg = config.merge(groups, channels)
+    args = (partial, mean, var, bias, running_mean, running_var, float(momentum), total, channels, groups, size)
+    grid = (triton.cdiv(channels, cfg.block_n),)
+    launch.launch(finalise_kernel, grid, args, {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
+
+
+def moments(
+    z: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel: two launches.
+
+    Args:
+        z: (N, C, H, W), floating.
+        running_mean: (C,), updated in place, or None.
+        running_var: see ``running_mean``.
+        momentum: weight of this batch in them.
+
+    Returns:
+        Two (C,) tensors in the accumulation dtype.
+    """
+    shape = host.Map.of(z)
+    z = host.arranged(z, shape.channels_last)
+    mean, var = host.vectors(z, shape.channels)
+    groups = triton.cdiv(shape.tiles, _TILES_PER_GROUP)
+    partial = mean.new_empty(3, shape.channels, groups)
+    launch.launch(
+        moments_kernel,
+        (groups, shape.blocks),
+        (z, partial, shape.total, shape.pixels, shape.channels, groups),
+        shape.constexprs() | {"TILES": min(_TILES_PER_GROUP, max(shape.tiles, 1))},
+        shape.cfg,
+    )
+    size = _TILES_PER_GROUP * shape.cfg.block_m
+    finalise(partial, shape.total, size, mean, var, None, running_mean, running_var, momentum)
+    return mean, var
+
+
+def specialisations() -> Iterable[launch.Specialisation]:
+    """What ships: both kernels for the maps of the DLA networks, and the finalisation behind every training node."""
+    found = []
+    for example in examples.maps():
+        z = examples.tensor(example, example.out_channels)
+        v = torch.empty(example.out_channels, device="meta")
+        with launch.record() as launches:
+            moments(z, v, v, 0.1)
+            moments(z, None, None, 0.1)
+        found += [launch.specialisation("moments", example.dtype, one, example.label) for one in launches]
+    return launch.distinct(found)

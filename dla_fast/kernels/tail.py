@@ -1,0 +1,280 @@
+"""The normalisation tail y = act(gamma * (z - mean) / sigma + beta + residual), and its backward.
+
+M pixels over all images, C channels, b bytes a value, R = 1 with a residual and else 0. About 10 flops a value, so each
+pass is bound by memory:
+
+``tail_kernel`` reads z (and the residual), writes y: (2 + R) MCb bytes.
+``reduce_kernel`` reads dy and z (and the residual): (2 + R) MCb bytes; per group of tiles and channel it writes
+sum(g) and sum(g * x_hat), g the gradient before the activation. ``reduce_sum_kernel`` adds the groups in double.
+``apply_kernel`` reads dy and z (and the residual), writes dz (and g, the residual's gradient): (3 + R + R) MCb bytes.
+
+- z, y, dy, dz, residual, g: (M, C) channels_last, or (images, C, pixels) contiguous, as CL says
+- mean, var: (C,), any dtype; gamma, beta: (C,) or None; sum_dy, sum_dy_xhat: (C,), accumulation dtype, or None
+- partial: (2, C, groups), accumulation dtype
+
+Sums run in a fixed order, so results are bitwise the same from run to run.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dla_fast.kernels import config, examples, host, launch
+from dla_fast.kernels.tile import (
+    activate,
+    along,
+    at,
+    dz_of,
+    inside,
+    per_channel,
+    pixel_range,
+    pre_activation_gradient,
+    reciprocal_deviation,
+)
+
+# Tiles that a program takes one after the other at most, its sums in registers.
+_TILES_PER_GROUP = 16
+
+
+@triton.jit
+def tail_kernel(
+    z, y, residual, mean, var, gamma, beta, total, pixels, channels,
+    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    m = pixel_range(tl.program_id(0), BM, I64)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    cols = c < channels
+    mask = inside(m < total, cols, EVEN)
+    offset = at(m, pixels, channels, CL)[:, None] + along(c, pixels, CL, I64)[None, :]
+    scale = per_channel(gamma, c, cols, 1.0, ACC) * reciprocal_deviation(per_channel(var, c, cols, 1.0, ACC), EPS)
+    off = tl.load(z + offset, mask=mask, other=0.0).to(ACC) - per_channel(mean, c, cols, 0.0, ACC)[None, :]
+    u = off * scale[None, :] + per_channel(beta, c, cols, 0.0, ACC)[None, :]
+    if residual is not None:
+        u += tl.load(residual + offset, mask=mask, other=0.0).to(ACC)
+    tl.store(y + offset, activate(u, ACT, SLOPE).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def reduce_kernel(
+    dy, z, residual, partial, mean, var, gamma, beta, total, pixels, channels, groups,
+    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    cols = c < channels
+    column = along(c, pixels, CL, I64)[None, :]
+    first = tl.zeros((BM, BN), ACC)
+    second = tl.zeros((BM, BN), ACC)
+    for tile in range(0, TILES):
+        m = pixel_range(group * TILES + tile, BM, I64)
+        mask = inside(m < total, cols, EVEN)
+        offset = at(m, pixels, channels, CL)[:, None] + column
+        grad, x_hat, _ = pre_activation_gradient(
+            dy, z, residual, offset, mask, mean, var, gamma, beta, c, cols, EPS, ACT, SLOPE, ACC
+        )
+        first += grad
+        second += grad * x_hat
+    to = partial + c * groups + group
+    tl.store(to, tl.sum(first, 0), mask=cols)
+    tl.store(to + channels * groups, tl.sum(second, 0), mask=cols)
+
+
+@triton.jit
+def reduce_sum_kernel(partial, sum_dy, sum_dy_xhat, channels, groups, BC: tl.constexpr, BT: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    cols = c < channels
+    first = tl.zeros((BC, BT), tl.float64)
+    second = tl.zeros((BC, BT), tl.float64)
+    for start in range(0, groups, BT):
+        g = start + tl.arange(0, BT)
+        mask = cols[:, None] & (g < groups)[None, :]
+        at = partial + c[:, None] * groups + g[None, :]
+        first += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        second += tl.load(at + channels * groups, mask=mask, other=0.0).to(tl.float64)
+    tl.store(sum_dy + c, tl.sum(first, 1).to(sum_dy.dtype.element_ty), mask=cols)
+    tl.store(sum_dy_xhat + c, tl.sum(second, 1).to(sum_dy_xhat.dtype.element_ty), mask=cols)
+
+
+@triton.jit
+def apply_kernel(
+    dy, z, residual, dz, du, mean, var, gamma, beta, sum_dy, sum_dy_xhat, inverse_count: tl.float64,
+    total, pixels, channels,
+    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    m = pixel_range(tl.program_id(0), BM, I64)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    cols = c < channels
+    mask = inside(m < total, cols, EVEN)
+    offset = at(m, pixels, channels, CL)[:, None] + along(c, pixels, CL, I64)[None, :]
+    value, grad = dz_of(
+        dy, z, residual, offset, mask, mean, var, gamma, beta, sum_dy, sum_dy_xhat, inverse_count, c, cols,
+        EPS, ACT, SLOPE, ACC,
+    )  # fmt: skip
+    tl.store(dz + offset, value.to(dz.dtype.element_ty), mask=mask)
+    if du is not None:
+        tl.store(du + offset, grad.to(du.dtype.element_ty), mask=mask)
+
+
+def _options(shape: host.Map, eps: float, act: str, slope: float) -> dict[str, object]:
+    return shape.constexprs() | {"EPS": eps, "ACT": act, "SLOPE": slope}
+
+
+def _optional(t: Tensor | None, channels_last: bool) -> Tensor | None:
+    return None if t is None else host.arranged(t, channels_last)
+
+
+def tail(
+    z: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+    slope: float,
+) -> Tensor:
+    """y of the tail: one launch.
+
+    Args:
+        z: (N, C, H, W), floating.
+        mean: (C,), any floating dtype, like the norm's other vectors.
+        var: (C,), biased, without eps.
+        bn_weight: (C,) or None.
+        bn_bias: (C,) or None.
+        residual: shape and dtype of ``z``, or None.
+        eps: added to the variance.
+        act: name of the activation.
+        slope: of leaky_relu.
+
+    Returns:
+        Shape, dtype and layout of ``z``.
+    """
+    shape = host.Map.of(z)
+    z, residual = host.arranged(z, shape.channels_last), _optional(residual, shape.channels_last)
+    y = host.like(z, shape.channels_last)
+    args = (z, y, residual, mean, var, bn_weight, bn_bias, shape.total, shape.pixels, shape.channels)
+    launch.launch(tail_kernel, (shape.tiles, shape.blocks), args, _options(shape, eps, act, slope), shape.cfg)
+    return y
+
+
+def tail_backward_reduce(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """sum(g) and sum(g * x_hat) of every channel, which are dbeta and dgamma: two launches.
+
+    Args:
+        dy: gradient of y, shape and dtype of ``z``.
+        z: as in :func:`tail`, like the rest.
+        mean: see :func:`tail`.
+        var: see :func:`tail`.
+        bn_weight: see :func:`tail`.
+        bn_bias: see :func:`tail`.
+        residual: see :func:`tail`.
+        eps: see :func:`tail`.
+        act: see :func:`tail`.
+        slope: see :func:`tail`.
+
+    Returns:
+        Two (C,) tensors in the accumulation dtype.
+    """
+    shape = host.Map.of(z)
+    cl = shape.channels_last
+    z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), _optional(residual, cl)
+    sums = host.vectors(z, shape.channels)
+    # At least as many programs as keep a large GPU busy, if there are so many tiles.
+    tiles = config.power_of_two(shape.tiles * shape.blocks // config.PROGRAMS, 1, _TILES_PER_GROUP)
+    groups = triton.cdiv(shape.tiles, tiles)
+    if groups == 0:
+        return sums[0].zero_(), sums[1].zero_()
+    partial = sums[0].new_empty(2, shape.channels, groups)
+    tensors = (dy, z, residual, partial, mean, var, bn_weight, bn_bias)
+    sizes = (shape.total, shape.pixels, shape.channels, groups)
+    constexprs = _options(shape, eps, act, slope) | {"TILES": tiles}
+    launch.launch(reduce_kernel, (groups, shape.blocks), (*tensors, *sizes), constexprs, shape.cfg)
+    cfg = config.merge(groups, shape.channels)
+    grid = (triton.cdiv(shape.channels, cfg.block_n),)
+    args = (partial, *sums, shape.channels, groups)
+    launch.launch(reduce_sum_kernel, grid, args, {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
+    return sums
+
+
+def tail_backward_apply(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    sum_dy: Tensor | None,
+    sum_dy_xhat: Tensor | None,
+    count: float,
+    eps: float,
+    act: str,
+    slope: float,
+    residual_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """dz, and the residual's gradient where it is asked for: one launch.
+
+    Args:
+        dy: gradient of y, shape and dtype of ``z``.
+        z: as in :func:`tail`, like what is not named here.
+        mean: see :func:`tail`.
+        var: see :func:`tail`.
+        bn_weight: see :func:`tail`.
+        bn_bias: see :func:`tail`.
+        residual: see :func:`tail`.
+        sum_dy: (C,), or None for frozen statistics, like ``sum_dy_xhat``.
+        sum_dy_xhat: see ``sum_dy``.
+        count: values per channel that the sums stand for.
+        eps: see :func:`tail`.
+        act: see :func:`tail`.
+        slope: see :func:`tail`.
+        residual_grad: whether the gradient of the residual is wanted.
+
+    Returns:
+        dz, shape, dtype and layout of ``z``; the residual's gradient likewise, or an empty tensor.
+    """
+    shape = host.Map.of(z)
+    cl = shape.channels_last
+    z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), _optional(residual, cl)
+    dz = host.like(z, cl)
+    du = host.like(z, cl) if residual_grad else None
+    norm = (mean, var, bn_weight, bn_bias, sum_dy, sum_dy_xhat, host.inverse(count))
+    args = (dy, z, residual, dz, du, *norm, shape.total, shape.pixels, shape.channels)
+    launch.launch(apply_kernel, (shape.tiles, shape.blocks), args, _options(shape, eps, act, slope), shape.cfg)
+    return dz, z.new_empty(0) if du is None else du
+
+
+def specialisations() -> Iterable[launch.Specialisation]:
+    """What ships of the tail: the maps of the DLA networks in both layouts, with and without residual."""
+    found = []
+    for example in examples.maps():
+        z = examples.tensor(example, example.out_channels)
+        v = host.vectors(z, example.out_channels)[0]
+        for act, with_residual in itertools.product(example.acts, example.residuals):
+            residual = z if with_residual else None
+            with launch.record() as launches:
+                tail(z, v, v, v, v, residual, 1e-5, act, 0.0)
+                sums = tail_backward_reduce(z, z, v, v, v, v, residual, 1e-5, act, 0.0)
+                tail_backward_apply(z, z, v, v, v, v, residual, *sums, 4.0, 1e-5, act, 0.0, with_residual)
+            for one in launches:
+                op = {tail_kernel: "tail", apply_kernel: "tail_backward_apply"}.get(one.kernel, "tail_backward_reduce")
+                found.append(launch.specialisation(op, example.dtype, one, example.label))
+    return launch.distinct(found)

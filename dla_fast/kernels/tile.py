@@ -1,0 +1,149 @@
+"""What the kernels share on the device: addresses of a tile, the norm of a channel block, activations, dz.
+
+A tile is (pixels, channels). Pixels are numbered through all images, so that small maps fill tiles too; a value lies at
+``at(m, ...)[:, None] + along(c, ...)[None, :]``, in either layout. ``m`` is int64 where a tensor passes 2^31 values.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pixel_range(first, BM: tl.constexpr, I64: tl.constexpr):
+    """Numbers of a tile's pixels, counted from ``first`` times its size."""
+    if I64:
+        first = first.to(tl.int64)
+    return first * BM + tl.arange(0, BM)
+
+
+@triton.jit
+def at(m, pixels, channels, CL: tl.constexpr):
+    """Offset of channel 0 at each pixel; ``pixels`` of an image."""
+    if CL:
+        offset = m * channels
+    else:
+        offset = m // pixels * channels * pixels + m % pixels
+    return offset
+
+
+@triton.jit
+def along(c, pixels, CL: tl.constexpr, I64: tl.constexpr):
+    """Offset of each channel from channel 0."""
+    if I64:
+        c = c.to(tl.int64)
+    if CL:
+        offset = c
+    else:
+        offset = c * pixels
+    return offset
+
+
+@triton.jit
+def inside(rows, cols, EVEN: tl.constexpr):
+    """Mask of a tile. EVEN: its columns all exist, so that only rows are asked."""
+    if EVEN:
+        mask = rows[:, None]
+    else:
+        mask = rows[:, None] & cols[None, :]
+    return mask
+
+
+@triton.jit
+def per_channel(pointer, c, mask, other: tl.constexpr, ACC: tl.constexpr):
+    """A vector's values for a block of channels; ``other`` where there is no vector."""
+    if pointer is None:
+        value = tl.full(c.shape, other, ACC)
+    else:
+        value = tl.load(pointer + c, mask=mask, other=other).to(ACC)
+    return value
+
+
+@triton.jit
+def reciprocal_deviation(var, EPS: tl.constexpr):
+    """1 / sqrt(var + eps), rounded as exactly as the dtype allows: it scales every value of a channel."""
+    if var.dtype == tl.float64:
+        value = 1.0 / tl.sqrt(var + EPS)
+    else:
+        value = tl.div_rn(1.0, tl.sqrt_rn(var + EPS))
+    return value
+
+
+# Comparisons are written so that NaN takes the branch that keeps it.
+@triton.jit
+def activate(u, ACT: tl.constexpr, SLOPE: tl.constexpr):
+    if ACT == "relu":
+        u = tl.where(u < 0, 0.0, u)
+    elif ACT == "leaky_relu":
+        u = tl.where(u > 0, u, u * SLOPE)
+    elif ACT == "silu":
+        u = u / (1.0 + tl.exp(-u))
+    elif ACT == "hardswish":
+        t = u + 3.0
+        t = tl.where(t < 0, 0.0, t)
+        u = u * tl.where(t > 6, 6.0, t) / 6.0
+    return u
+
+
+@triton.jit
+def activate_backward(u, dy, ACT: tl.constexpr, SLOPE: tl.constexpr):
+    if ACT == "relu":
+        dy = tl.where(u <= 0, 0.0, dy)
+    elif ACT == "leaky_relu":
+        dy = tl.where(u > 0, dy, dy * SLOPE)
+    elif ACT == "silu":
+        s = 1.0 / (1.0 + tl.exp(-u))
+        dy = dy * (s * (1.0 + u * (1.0 - s)))
+    elif ACT == "hardswish":
+        part = dy * (u / 3.0 + 0.5)
+        dy = tl.where(u < -3, 0.0, tl.where(u > 3, dy, part))
+    return dy
+
+
+@triton.jit
+def moments_of(value, rows, count, ACC: tl.constexpr):
+    """Per channel of a tile: its mean, the sum of squares around it, and the sum of what rounding the mean left.
+
+    ``value`` is zero outside ``rows``; ``count`` is how many rows there are.
+    """
+    mean = tl.sum(value, 0) / count
+    off = tl.where(rows[:, None], value - mean[None, :], 0.0)
+    return mean, tl.sum(off * off, 0), tl.sum(off, 0)
+
+
+@triton.jit
+def pre_activation_gradient(
+    dy, z, residual, offset, mask, mean, var, gamma, beta, c, cols,
+    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient g before the activation of a tile, with x_hat and gamma / sigma. All are zero outside the mask."""
+    rstd = reciprocal_deviation(per_channel(var, c, cols, 1.0, ACC), EPS)
+    scale = per_channel(gamma, c, cols, 1.0, ACC) * rstd
+    off = tl.load(z + offset, mask=mask, other=0.0).to(ACC) - per_channel(mean, c, cols, 0.0, ACC)[None, :]
+    grad = tl.load(dy + offset, mask=mask, other=0.0).to(ACC)
+    if ACT != "identity":
+        u = off * scale[None, :] + per_channel(beta, c, cols, 0.0, ACC)[None, :]
+        if residual is not None:
+            u += tl.load(residual + offset, mask=mask, other=0.0).to(ACC)
+        grad = tl.where(mask, activate_backward(u, grad, ACT, SLOPE), 0.0)
+    return grad, tl.where(mask, off * rstd[None, :], 0.0), scale
+
+
+@triton.jit
+def dz_of(
+    dy, z, residual, offset, mask, mean, var, gamma, beta, sum_dy, sum_dy_xhat, inverse_count, c, cols,
+    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dz = gamma / sigma * (g - mean(g) - x_hat * mean(g * x_hat)) of a tile, and g; both zero outside the mask.
+
+    The two means are those of the batch; without sums (frozen statistics) there are none.
+    """
+    grad, x_hat, scale = pre_activation_gradient(
+        dy, z, residual, offset, mask, mean, var, gamma, beta, c, cols, EPS, ACT, SLOPE, ACC
+    )
+    if sum_dy is not None:
+        m0 = (tl.load(sum_dy + c, mask=cols, other=0.0).to(tl.float64) * inverse_count).to(ACC)
+        m1 = (tl.load(sum_dy_xhat + c, mask=cols, other=0.0).to(tl.float64) * inverse_count).to(ACC)
+        value = tl.where(mask, grad - m0[None, :] - x_hat * m1[None, :], 0.0)
+    else:
+        value = grad
+    return value * scale[None, :], grad
