@@ -26,10 +26,16 @@ _KERNELS = {
     "aggregate_inference": "aggregate",
     "aggregate_stage": "aggregate",
     "aggregate_backward": "aggregate_backward",
+    "merge_inference": "merge",
+    "merge_stage": "merge",
+    "merge_backward": "merge_backward",
     "moments": "moments",
     "tail": "tail",
     "tail_backward_reduce": "tail",
     "tail_backward_apply": "tail",
+    "upsample": "upsample",
+    "upsample_add": "upsample",
+    "upsample_backward": "upsample",
 }
 
 
