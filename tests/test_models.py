@@ -86,7 +86,7 @@ def graft_projects(trees: nn.Module, tree_class: type) -> None:
 
 
 def test_names():
-    assert list_models() == NAMES
+    assert list_models(dense=False) == NAMES
     assert dla_fast.models.create_model is create_model
 
 

@@ -274,7 +274,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``bench``."""
     parser.add_argument("device", nargs="?", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
     parser.add_argument(
-        "--models", nargs="+", default=["dla34", "dla60", "dla102"], choices=models.list_models(), metavar="NAME"
+        "--models",
+        nargs="+",
+        default=["dla34", "dla60", "dla102"],
+        choices=models.list_models(dense=False),
+        metavar="NAME",
     )
     parser.add_argument("--size", type=int, default=224, help="input side in pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")

@@ -238,8 +238,8 @@ def upsample_backward(
     if partial is not None:
         cfg = config.merge(tiles, taps * channels)
         grid = (triton.cdiv(taps * channels, cfg.block_n),)
-        args = (partial, dw, channels, taps, tiles)
-        launch.launch(weight_gradient_kernel, grid, args, {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
+        sums = (partial, dw, channels, taps, tiles)
+        launch.launch(weight_gradient_kernel, grid, sums, {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
     return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw
 
 

@@ -1,4 +1,4 @@
-"""The ten classification networks by name."""
+"""The networks by name: ten that classify, six that predict densely."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from dla_fast.models.dense import DLASeg
 from dla_fast.models.dla import DLA
 from dla_fast.nn import BasicBlock, Bottleneck, SplitBottleneck
 from dla_fast.nn.tree import BlockFactory
@@ -39,12 +40,20 @@ _VARIANTS = {
 }
 
 
-def list_models() -> list[str]:
-    """The names that :func:`create_model` knows."""
-    return list(_VARIANTS)
+# Dense prediction, and the network each stands on.
+_DENSE = {f"{base}up": base for base in ("dla34", "dla60", "dla102", "dla169", "dla60x", "dla102x")}
 
 
-def create_model(name: str, **kwargs: Any) -> DLA:
+def list_models(dense: bool | None = None) -> list[str]:
+    """The names that :func:`create_model` knows.
+
+    Args:
+        dense: True for the dense-prediction networks alone, False for the classification networks, None for all.
+    """
+    return [*(_VARIANTS if dense is not True else ()), *(_DENSE if dense is not False else ())]
+
+
+def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
     """Build a DLA network with random weights.
 
     Deep Layer Aggregation (Yu, Wang, Shelhamer, Darrell, CVPR 2018), table 1. Load a checkpoint with
@@ -53,15 +62,24 @@ def create_model(name: str, **kwargs: Any) -> DLA:
     Args:
         name: one of :func:`list_models`.
         **kwargs: ``num_classes``, ``in_chans``, ``features_only``, ``output_stride``, ``drop_rate``, ``device``,
-            ``dtype``, as in :class:`DLA`.
+            ``dtype``, as in :class:`DLA`; for a dense-prediction network ``classes``, ``down_ratio``, ``in_chans``,
+            ``device`` and ``dtype``, as in :class:`DLASeg`.
 
     Raises:
         ValueError: an unknown name, or an option out of its range.
-        TypeError: an option that :class:`DLA` does not have.
+        TypeError: an option that the network does not have, or ``classes`` missing.
     """
-    variant = _VARIANTS.get(name)
-    if variant is None:
-        close = difflib.get_close_matches(str(name), _VARIANTS, n=1)
+    if name in _DENSE:
+        common = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
+        images = {"in_chans": kwargs.pop("in_chans")} if "in_chans" in kwargs else {}
+        return DLASeg(_classifier(_DENSE[name], features_only=True, **images, **common), **kwargs)
+    if name not in _VARIANTS:
+        close = difflib.get_close_matches(str(name), list_models(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"name: unknown model {name!r}; {hint}expected one of {', '.join(_VARIANTS)}")
+        raise ValueError(f"name: unknown model {name!r}; {hint}expected one of {', '.join(list_models())}")
+    return _classifier(name, **kwargs)
+
+
+def _classifier(name: str, **kwargs: Any) -> DLA:
+    variant = _VARIANTS[name]
     return DLA(variant.levels, variant.channels, variant.block, residual_root=variant.residual_root, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -22,7 +23,7 @@ def is_plain(bn: nn.Module) -> bool:
     return type(bn) is nn.BatchNorm2d and not is_observed(bn)
 
 
-def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
+def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
     """The keyword arguments a functional norm call needs, following ``nn.BatchNorm2d.forward`` to the letter.
 
     ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
@@ -43,7 +44,7 @@ def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
     }
 
 
-def count_batch(bn: nn.BatchNorm2d) -> None:
+def count_batch(bn: _NormBase) -> None:
     """Count a training batch in ``num_batches_tracked``, as ``nn.BatchNorm2d.forward`` does."""
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)

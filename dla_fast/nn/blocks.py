@@ -7,22 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dla_fast import functional
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_plain
-from dla_fast.reference.activation import ActSpec, activate
-
-
-def run_batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: ActSpec = "relu") -> Tensor:
-    """``act(bn(x) + residual)`` on the parameters of a batch norm."""
-    if residual is not None and residual.dtype != x.dtype:
-        # Autocast: the convolution before the norm has cast, a residual that comes from outside has not been.
-        residual = residual.to(x.dtype)
-    if not is_plain(bn):
-        y = bn(x)
-        return activate(y if residual is None else y + residual, act)
-    y = functional.batch_norm_act(x, residual=residual, act=act, **batch_norm_arguments(bn))
-    count_batch(bn)
-    return y
+from dla_fast.nn.batch_norm_act import run_batch_norm_act
 
 
 class ConvLevel(nn.Sequential):

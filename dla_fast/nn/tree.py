@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast.nn.aggregate import AggregationNode, run_aggregate
-from dla_fast.nn.blocks import is_plain
+from dla_fast.nn.batch_norm import is_plain
 
 BlockFactory = Callable[..., nn.Module]
 
