@@ -1,22 +1,27 @@
 """Checkpoints in and out: the key layout of this package (timm's) and that of the original code.
 
 They differ in one thing. The original gives every tree whose channels change a ``project`` layer, also trees deeper
-than one level, where it is computed and never used; here and in timm those are absent.
+than one level, where it is computed and never used; here and in timm those are absent. A dense-prediction network's
+checkpoint has its classification network under ``base.``; the rest of its keys are the same in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from dla_fast.models.dense import DLASeg
 from dla_fast.models.dla import DLA
-from dla_fast.models.registry import create_model
+from dla_fast.models.registry import create_model, list_models
+
+Network = TypeVar("Network", DLA, DLASeg)
 
 _PROJECT = ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var")
 _TOP = {name: i for i, name in enumerate(("base_layer", *(f"level{i}" for i in range(6)), "fc"))}
 _SHOWN = 6
+_BASE = "base."
 
 
 def _listing(keys: Iterable[str]) -> str:
@@ -39,12 +44,38 @@ def _read(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         if short in state:
             raise ValueError(f"state_dict: {short!r} is there twice, with and without the prefix 'module.'")
         state[short] = value[:, :, None, None] if short == "fc.weight" and value.dim() == 2 else value
-    if "base_layer.0.weight" not in state:
+    if "base_layer.0.weight" not in state and f"{_BASE}base_layer.0.weight" not in state:
         raise ValueError(
             f"state_dict: missing base_layer.0.weight, so this is no DLA network; its keys are "
             f"{_listing(state) or 'none at all'}"
         )
     return state
+
+
+def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """The classification network's part of a checkpoint, what a dense-prediction network has besides, and the prefix.
+
+    A detector's base may hold a head of its own, which nothing uses: that is left out.
+    """
+    if "base_layer.0.weight" in state:
+        return state, {}, ""
+    base = {key.removeprefix(_BASE): value for key, value in state.items() if key.startswith(_BASE)}
+    base = {key: value for key, value in base.items() if not key.startswith("fc.")}
+    return base, {key: value for key, value in state.items() if not key.startswith(_BASE)}, _BASE
+
+
+def _join(base: Mapping[str, Tensor], rest: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {**{prefix + key: value for key, value in base.items()}, **rest}
+
+
+def _network(name: str, state: Mapping[str, Tensor]) -> DLA | DLASeg:
+    """A network to compare keys with."""
+    options: dict[str, Any] = {}
+    if name in list_models(dense=True):
+        # Whatever the number of classes is, the keys are the same.
+        up = state.get("up.weight")
+        options = {"classes": 1, "down_ratio": 2 if up is None else up.shape[-1] // 2}
+    return create_model(name, device="meta", **options)
 
 
 def _deep_trees(state: Mapping[str, Tensor]) -> set[str]:
@@ -69,9 +100,9 @@ def _ordered(state: dict[str, Tensor], project: int) -> dict[str, Tensor]:
     return dict(sorted(state.items(), key=lambda item: path(item[0])))
 
 
-def _differences(state: Mapping[str, Tensor], model: DLA | str) -> str | None:
+def _differences(state: Mapping[str, Tensor], model: DLA | DLASeg | str) -> str | None:
     """What ``state`` lacks of the model's parameters and what it has beside them."""
-    network = create_model(model, device="meta") if isinstance(model, str) else model
+    network = _network(model, state) if isinstance(model, str) else model
     wanted = network.state_dict()
     # Counters are younger than the published checkpoints; batch norm starts them at zero.
     missing = [key for key in wanted if key not in state and not key.endswith(".num_batches_tracked")]
@@ -84,13 +115,13 @@ def _differences(state: Mapping[str, Tensor], model: DLA | str) -> str | None:
     return "; ".join(parts) or None
 
 
-def _check(state: Mapping[str, Tensor], model: DLA | str | None) -> None:
+def _check(state: Mapping[str, Tensor], model: DLA | DLASeg | str | None) -> None:
     differences = None if model is None else _differences(state, model)
     if differences is not None:
         raise ValueError(f"state_dict: keys do not fit the model: {differences}")
 
 
-def from_original(state_dict: Mapping[str, Any], model: DLA | str | None = None) -> dict[str, Tensor]:
+def from_original(state_dict: Mapping[str, Any], model: DLA | DLASeg | str | None = None) -> dict[str, Tensor]:
     """A checkpoint of the original code in this package's and timm's layout.
 
     Drops the ``project`` layers that are never used, unwraps ``{"state_dict": ...}``, strips DataParallel's ``module.``
@@ -105,14 +136,14 @@ def from_original(state_dict: Mapping[str, Any], model: DLA | str | None = None)
         ValueError: no DLA network's keys, or keys missing or unexpected.
         TypeError: not a mapping of names to tensors.
     """
-    state = _read(state_dict)
+    state, rest, prefix = _split(_read(state_dict))
     deep = _deep_trees(state)
     state = {key: value for key, value in state.items() if key.partition(".project.")[0] not in deep}
-    _check(state, model)
-    return _ordered(state, project=-1)
+    _check(_join(state, rest, prefix), model)
+    return _join(_ordered(state, project=-1), rest, prefix)
 
 
-def to_original(state_dict: Mapping[str, Any], model: DLA | str | None = None) -> dict[str, Tensor]:
+def to_original(state_dict: Mapping[str, Any], model: DLA | DLASeg | str | None = None) -> dict[str, Tensor]:
     """A checkpoint in the original code's layout, which loads there with ``strict=True``.
 
     The ``project`` layers that the original never uses become copies of the one that its tree does use, at the end of
@@ -127,9 +158,10 @@ def to_original(state_dict: Mapping[str, Any], model: DLA | str | None = None) -
         ValueError: as for :func:`from_original`, or a ``project`` layer that is there in part.
         TypeError: not a mapping of names to tensors.
     """
-    state = _read(state_dict)
+    state, rest, prefix = _split(_read(state_dict))
     deep = _deep_trees(state)
-    _check({key: value for key, value in state.items() if key.partition(".project.")[0] not in deep}, model)
+    used_keys = {key: value for key, value in state.items() if key.partition(".project.")[0] not in deep}
+    _check(_join(used_keys, rest, prefix), model)
     for tree in deep:
         used = tree
         while used in deep:
@@ -140,10 +172,10 @@ def to_original(state_dict: Mapping[str, Any], model: DLA | str | None = None) -
             raise ValueError(f"state_dict: missing {_listing(missing)}")
         for key, value in layer.items():
             state.setdefault(tree + key.removeprefix(used), value.clone())
-    return _ordered(state, project=3)
+    return _join(_ordered(state, project=3), rest, prefix)
 
 
-def load_state_dict(model: DLA, state_dict: Mapping[str, Any], strict: bool = True) -> DLA:
+def load_state_dict(model: Network, state_dict: Mapping[str, Any], strict: bool = True) -> Network:
     """Load a checkpoint of either layout into a network.
 
     Args:
