@@ -230,7 +230,7 @@ def test_dla34up_follows_the_network_op_by_op_in_training():
     losses = {"mine": [], "plain": []}
     for key, model in (("mine", mine), ("plain", plain)):
         model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=2e-5)
         for _ in range(20):
             optimizer.zero_grad()
             with use_backend("auto" if model is mine else "reference"):
@@ -241,7 +241,8 @@ def test_dla34up_follows_the_network_op_by_op_in_training():
             loss.backward()
             optimizer.step()
             losses[key].append(loss.item())
-    assert losses["mine"][-1] < losses["mine"][0]
+    # Far more than the bound below, so that wrong gradients could not pass.
+    assert losses["mine"][-1] < losses["mine"][0] * (1 - 1e-5)
     assert losses["mine"] == pytest.approx(losses["plain"], rel=1e-8)
     for (name, a), (_, b) in zip(mine.state_dict().items(), plain.state_dict().items(), strict=True):
         # A norm's vectors start at zero and one, so their scale is one.
