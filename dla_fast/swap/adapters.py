@@ -15,7 +15,16 @@ from torch.nn.utils import parametrize
 
 from dla_fast.checks import FLOATING
 from dla_fast.swap import verify
-from dla_fast.swap.nodes import CONV1X1, AggregateSpec, FusedAggregate, FusedNode, fused_act, is_observed
+from dla_fast.swap.ida_adapter import IDAAdapter
+from dla_fast.swap.nodes import (
+    CONV1X1,
+    AggregateSpec,
+    FusedAggregate,
+    FusedNode,
+    class_reason,
+    fused_act,
+    is_observed,
+)
 
 _NORMS = ("bn", "norm")
 _ACTS = ("relu", "act")
@@ -93,24 +102,6 @@ def act_reason(name: str, act: nn.Module) -> str | None:
     if fused_act(act) is None:
         return f"{name}: no kernel ends with {class_name(act)}"
     return child_reason(name, act, None)
-
-
-def class_reason(module: nn.Module) -> str | None:
-    """Why an instance cannot be given a subclass of its class."""
-    cls: Any = type(module)
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is a scripted module"
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance"
-    if parametrize.is_parametrized(module):
-        return "has parametrizations"
-    if (
-        cls.__reduce_ex__ is not object.__reduce_ex__
-        or cls.__reduce__ is not object.__reduce__
-        or hasattr(cls, "__getnewargs_ex__")
-    ):
-        return f"{cls.__name__} defines how it is pickled"
-    return None
 
 
 def takes_list(forward: Any) -> bool | None:
@@ -199,4 +190,4 @@ class RootAdapter:
         return verify.verify_aggregate(module, spec)
 
 
-ADAPTERS: tuple[Adapter, ...] = (RootAdapter(),)
+ADAPTERS: tuple[Adapter, ...] = (RootAdapter(), IDAAdapter())

@@ -9,15 +9,17 @@ original class.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dla_fast import backend
 from dla_fast.nn.aggregate import run_aggregate
@@ -40,6 +42,17 @@ _PLAIN = (Tensor, nn.Parameter)
 _HALF = (torch.float16, torch.bfloat16)
 # Two threads (DataParallel) that force a backend at once would restore each other's choice and leave one in force.
 _forcing = threading.RLock()
+
+
+@contextlib.contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """Force a backend for a call of one swapped module."""
+    if torch.compiler.is_compiling():
+        with backend.use_backend(name):
+            yield
+    else:
+        with _forcing, backend.use_backend(name):
+            yield
 
 
 class FusedNode(nn.Module):
@@ -87,6 +100,24 @@ def rebuild(node: type[FusedNode], original: type[nn.Module], spec: Any, *argume
     """An empty swapped module, which unpickling and copying fill."""
     cls = fused_class(node, original, spec)
     return cls.__new__(cls, *arguments)
+
+
+def class_reason(module: nn.Module) -> str | None:
+    """Why an instance cannot be given a subclass of its class."""
+    cls: Any = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a scripted module"
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if parametrize.is_parametrized(module):
+        return "has parametrizations"
+    if (
+        cls.__reduce_ex__ is not object.__reduce_ex__
+        or cls.__reduce__ is not object.__reduce__
+        or hasattr(cls, "__getnewargs_ex__")
+    ):
+        return f"{cls.__name__} defines how it is pickled"
+    return None
 
 
 def rebind(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -239,8 +270,5 @@ def run_fused(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> T
     assert act is not None
     if spec.backend in ("auto", backend.selected()):
         return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)
-    if torch.compiler.is_compiling():
-        with backend.use_backend(spec.backend):
-            return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)
-    with _forcing, backend.use_backend(spec.backend):
+    with forcing(spec.backend):
         return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from torch import nn
 
 from dla_fast import backend as backends
-from dla_fast.nn import AggregationNode
+from dla_fast.nn import AggregationNode, IDAUp
 from dla_fast.swap.adapters import ADAPTERS, Adapter
 from dla_fast.swap.nodes import FusedNode, fused_class, rebind, restore
 from dla_fast.swap.report import SwapEntry, SwapReport
+
+# This package's own modules, and the op each runs.
+_OWN: dict[type[nn.Module], str] = {AggregationNode: "aggregate", IDAUp: "merge"}
 
 
 def _plan(module: nn.Module, adapter: Adapter, backend: str, verify: bool) -> tuple[type[nn.Module], str] | str:
@@ -57,10 +60,12 @@ def swap_(
     verify: bool = True,
     dry_run: bool = False,
 ) -> SwapReport:
-    """Let the aggregation nodes of a model run fused, in place.
+    """Let the aggregation nodes and IDA ladders of a model run fused, in place.
 
     A node is recognised by its structure (children ``conv``, ``bn``, ``relu`` and a flag ``residual`` or ``shortcut``;
-    inputs (N, C_i, H, W) as arguments or as one list) and confirmed by running its forward beside the fused call on
+    inputs (N, C_i, H, W) as arguments or as one list), a ladder by its children ``proj_i``, ``up_i``, ``node_i`` (or
+    ModuleLists ``projs``, ``ups``, ``nodes``); it may give (last, all), the list or nothing, and write into the list it
+    was given, or not. Either is confirmed by running its forward beside the fused call on
     copies. Only the class of its instance changes, to a subclass of the class it had: children, parameters, keys, hooks
     on the node and optimizer state are the same objects as before. What is not recognised for certain stays as it is,
     with the reason in the report.
@@ -100,8 +105,9 @@ def swap_(
     changes: list[tuple[nn.Module, type[nn.Module]]] = []
     unsupported: list[SwapEntry] = []
     for module, (name, *aliases) in found.values():
-        if isinstance(module, AggregationNode):
-            report.skipped.append(SwapEntry(name, "aggregate", "already fused: dla_fast.nn.AggregationNode"))
+        own = next((kind for kind in _OWN if isinstance(module, kind)), None)
+        if own is not None:
+            report.skipped.append(SwapEntry(name, _OWN[own], f"already fused: dla_fast.nn.{own.__name__}"))
             continue
         adapter = next((a for a in ADAPTERS if isinstance(module, a.node) or a.resembles(module)), None)
         if adapter is None:

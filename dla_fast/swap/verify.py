@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dla_fast import backend
 from dla_fast.swap.nodes import AggregateSpec, run_fused
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 Call = Callable[[nn.Module, Sequence[Tensor]], Any]
 
@@ -59,7 +59,8 @@ def random_copy(
     return copy.deepcopy(bare, memo)
 
 
-def _set_training(module: nn.Module, mode: bool) -> None:
+def set_training(module: nn.Module, mode: bool) -> None:
+    """Put a module and all its children into one mode."""
     for child in module.modules():
         child.training = mode
 
@@ -83,8 +84,11 @@ def _outcome(
     return result | {f"values of {name} after the call": value.detach() for name, value in module.named_buffers()}
 
 
-def _difference(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> str | None:
+def difference(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> str | None:
+    """The first of the named tensors that differs by more, in words."""
     for name, expected in want.items():
+        if name not in got:
+            return f"{name}: missing"
         value = got[name]
         if value.shape != expected.shape or value.dtype != expected.dtype:
             return f"{name}: {value.dtype} {tuple(value.shape)} fused, {expected.dtype} {tuple(expected.shape)} before"
@@ -98,7 +102,7 @@ def _difference(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
 
 
 @contextlib.contextmanager
-def _isolated(device: torch.device) -> Iterator[None]:
+def isolated(device: torch.device) -> Iterator[None]:
     """Leave the random state alone, and let no mode of the caller reach the comparison."""
     cuda_like = device.type not in ("cpu", "meta")
     with (
@@ -149,16 +153,16 @@ def verify_aggregate(module: nn.Module, spec: AggregateSpec) -> str | None:
             results = []
             for call in (original, fused):
                 probe = copy.deepcopy(base)
-                _set_training(probe, training)
+                set_training(probe, training)
                 with torch.set_grad_enabled(exact or training):
                     results.append(_outcome(call, probe, xs, torch.Generator().manual_seed(1), exact))
-            found = _difference(results[1], results[0], _TOLERANCE[kind])
+            found = difference(results[1], results[0], TOLERANCE[kind])
             if found is not None:
                 return f"{found} in {'training' if training else 'evaluation'} mode"
         return None
 
     try:
-        with _isolated(device):
+        with isolated(device):
             with backend.use_backend("reference"):
                 found = compare(torch.device("cpu"), torch.float64, exact=True)
             if found is None and device.type != "meta":

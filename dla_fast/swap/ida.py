@@ -1,0 +1,226 @@
+"""What a swapped IDA ladder becomes: its own loop over the layers, with every step fused that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast import backend, functional
+from dla_fast.nn.aggregate import run_aggregate
+from dla_fast.nn.batch_norm_act import run_batch_norm_act
+from dla_fast.nn.ida import run_merge
+from dla_fast.reference.activation import ActSpec
+from dla_fast.swap.nodes import FusedNode, forcing, fused_act, is_observed
+
+_PLAIN = (Tensor, nn.Parameter)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class IDASpec:
+    """What swapping found out about a ladder.
+
+    Attributes:
+        lists: children are ModuleLists ``projs``, ``ups`` and ``nodes``, else ``proj_i``, ``up_i`` and ``node_i``.
+        layers: how many layers there are.
+        first: the first layer is projected and upsampled too.
+        merge: "concat" (what is aggregated so far comes first), "concat_reversed" or "add".
+        ranged: forward takes (layers, start, end), else (layers).
+        result: "pair" for (last, every node's output), "layers" for the list, "none".
+        mutates: the caller's list is written.
+        backend: the backend this ladder is forced to, or "auto" for whichever is in force.
+    """
+
+    lists: bool
+    layers: int
+    first: bool
+    merge: str
+    ranged: bool
+    result: str
+    mutates: bool
+    backend: str
+
+
+def child(module: nn.Module, spec: IDASpec, kind: str, i: int) -> nn.Module | None:
+    """Child "proj", "up" or "node" of layer i, None where there is none."""
+    if not spec.lists:
+        return module._modules.get(f"{kind}_{i}")
+    held = module._modules.get(f"{kind}s")
+    at = i if spec.first and kind != "node" else i - 1
+    return held[at] if isinstance(held, nn.ModuleList) and 0 <= at < len(held) else None
+
+
+def is_plain_conv(conv: nn.Module) -> bool:
+    """Whether a child is a 1x1 or 3x3 convolution that keeps the size and does nothing else."""
+    return type(conv) is nn.Conv2d and (
+        conv.kernel_size in ((1, 1), (3, 3))
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def up_factor(up: nn.Module | None) -> int | None:
+    """The factor of a depthwise transposed convolution as IDA has it, 1 for an Identity, None for anything else."""
+    if type(up) is nn.Identity:
+        return 1
+    if type(up) is not nn.ConvTranspose2d:
+        return None
+    f = up.stride[0]
+    fits = (
+        f >= 2
+        and up.stride == (f, f)
+        and up.kernel_size == (2 * f, 2 * f)
+        and up.padding == (f // 2, f // 2)
+        and up.output_padding == (0, 0)
+        and up.dilation == (1, 1)
+        and up.groups == up.in_channels == up.out_channels
+        and up.bias is None
+    )
+    return f if fits else None
+
+
+def parts(unit: nn.Module) -> tuple[nn.Module, nn.BatchNorm2d, nn.Module] | None:
+    """Convolution, norm and activation of a unit: Sequential of the three, or ``conv`` beside ``actf`` of the two."""
+    children = list(unit._modules.items())
+    if type(unit) is nn.Sequential and len(children) == 3:
+        found = [c for _, c in children if c is not None]
+    elif {name for name, _ in children} == {"conv", "actf"} and type(unit._modules["actf"]) is nn.Sequential:
+        actf = unit._modules["actf"]
+        if unit._modules["conv"] is None or is_observed(actf):
+            return None
+        found = [unit._modules["conv"], *actf]
+    else:
+        return None
+    if len(found) != 3:
+        return None
+    conv, bn, act = found
+    if type(bn) is not nn.BatchNorm2d or fused_act(act) is None or is_observed(bn) or is_observed(act):
+        return None
+    return conv, bn, act
+
+
+def run_unit(unit: nn.Module, xs: list[Tensor], upsample: list[tuple[Tensor, int] | None] | None = None) -> Tensor:
+    """A projection or node on its inputs: fused, or with the norm and activation alone fused, or as it is."""
+    if type(unit) is nn.Identity and not is_observed(unit):
+        return xs[0]
+    found = None if is_observed(unit) else parts(unit)
+    if found is not None:
+        conv, bn, act_module = found
+        act = cast(ActSpec, fused_act(act_module))
+        if is_plain_conv(conv) and not is_observed(conv):
+            plain = cast(nn.Conv2d, conv)
+            if plain.kernel_size == (1, 1) and upsample is None:
+                return run_aggregate(xs, plain, bn, residual=False, act=act)
+            return run_merge(xs, plain, bn, act, upsample)
+    if upsample is not None:
+        xs = [x if up is None else functional.upsample(x, *up) for x, up in zip(xs, upsample, strict=True)]
+    x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+    if found is None:
+        return cast(Tensor, unit(x))
+    return run_batch_norm_act(conv(x), bn, None, act)
+
+
+def _step(module: nn.Module, spec: IDASpec, i: int, before: Tensor, layer: Tensor) -> Tensor:
+    """Project layer i, bring it up, and merge it into what was before."""
+    proj, up, node = (cast(nn.Module, child(module, spec, kind, i)) for kind in ("proj", "up", "node"))
+    low = run_unit(proj, [layer])
+    factor = None if is_observed(up) else up_factor(up)
+    if factor is None:
+        low, factor = up(low), 1
+    weight = cast(Tensor, up.weight) if factor > 1 else None
+    if spec.merge == "add":
+        both = low + before if weight is None else functional.upsample_add(low, before, weight, factor)
+        return run_unit(node, [both])
+    xs, ups = [before, low], [None, None if weight is None else (weight, factor)]
+    if spec.merge == "concat_reversed":
+        xs, ups = xs[::-1], ups[::-1]
+    return run_unit(node, xs, None if weight is None else ups)
+
+
+def run_ida(module: nn.Module, spec: IDASpec, layers: Any, start: int, end: int) -> Any:
+    """The ladder over ``layers[start:end]``, with the original's treatment of the caller's list."""
+    work = layers if spec.mutates else list(layers)
+    if spec.first:
+        x = run_unit(cast(nn.Module, child(module, spec, "proj", 0)), [work[start]])
+        up = cast(nn.Module, child(module, spec, "up", 0))
+        factor = None if is_observed(up) else up_factor(up)
+        if factor is None:
+            x = up(x)
+        elif factor > 1:
+            x = functional.upsample(x, cast(Tensor, up.weight), factor)
+        work[start] = x
+    outputs = []
+    for i in range(1, end - start):
+        work[start + i] = _step(module, spec, i, work[start + i - 1], work[start + i])
+        outputs.append(work[start + i])
+    if spec.result == "pair":
+        return outputs[-1], outputs
+    return work if spec.result == "layers" else None
+
+
+def _dtypes_agree(module: nn.Module, xs: Sequence[Tensor]) -> bool:
+    """Whether eager, too, would compute in one dtype throughout: autocast's, or that of inputs and parameters."""
+    dtype, device = xs[0].dtype, xs[0].device.type
+    if any(type(x) not in _PLAIN or x.dtype != dtype or x.dim() != 4 or x.is_meta for x in xs):
+        return False
+    if torch.is_autocast_enabled(device):
+        return dtype != torch.float64
+    for name, p in module.named_parameters():
+        in_norm = p.dim() == 1 and dtype in _HALF and p.dtype == torch.float32
+        if type(p) not in _PLAIN or (p.dtype != dtype and not in_norm) or name.endswith("original"):
+            return False
+    return True
+
+
+class FusedIDA(FusedNode):
+    """An IDA ladder whose steps run through :mod:`dla_fast.functional`.
+
+    Every call first checks that the children are there and the call is one that the loop answers as the original: a
+    list of as many plain tensors of one dtype, no export or tracing in progress, no global module hooks. Of a step,
+    what is not as expected (another norm, hooks on a child, an unknown convolution) runs as it is.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        spec = self._dla_fast_spec
+        bounds = (args[1], args[2]) if spec.ranged and len(args) == 3 else None
+        if not spec.ranged and len(args) == 1 and isinstance(args[0], (list, tuple)):
+            bounds = (0, len(args[0]))
+        if kwargs or bounds is None or not can_fuse(self, spec, args[0], *bounds):
+            return super().forward(*args, **kwargs)
+        return run_forced(self, spec, args[0], *bounds)
+
+
+def can_fuse(module: nn.Module, spec: IDASpec, layers: Any, start: Any, end: Any) -> bool:
+    """Whether the module still is what was swapped, and the call one that the fused loop answers as the original."""
+    if (
+        not isinstance(layers, list if spec.mutates else (list, tuple))
+        or type(start) is not int
+        or type(end) is not int
+    ):
+        return False
+    count = end - start
+    # A ranged ladder may be asked for fewer layers than it has.
+    if start < 0 or end > len(layers) or count > spec.layers or count < (2 if spec.ranged else spec.layers):
+        return False
+    if nn.modules.module._has_any_global_hook() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    for i in range(1, count):
+        if any(child(module, spec, kind, i) is None for kind in ("proj", "up", "node")):
+            return False
+    xs = layers[start:end]
+    return all(isinstance(x, Tensor) for x in xs) and _dtypes_agree(module, xs)
+
+
+def run_forced(module: nn.Module, spec: IDASpec, layers: Any, start: int, end: int) -> Any:
+    """The fused loop on the backend the ladder is forced to, if any."""
+    if spec.backend in ("auto", backend.selected()):
+        return run_ida(module, spec, layers, start, end)
+    with forcing(spec.backend):
+        return run_ida(module, spec, layers, start, end)
