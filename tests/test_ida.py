@@ -9,75 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dla_fast import models, use_backend
+from benchmarks import dense
+from benchmarks.plain import PlainDLAUp, PlainIDAUp, PlainSeg, transposed
+from dla_fast import models
 from dla_fast.nn import BatchNormAct2d, DLAUp, FCNMerge, FPNMerge, IDAUp, UNetMerge, Upsample
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def conv_norm_act(inputs, outputs, kernel):
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-def transposed(channels, f):
-    return nn.ConvTranspose2d(channels, channels, 2 * f, stride=f, padding=f // 2, groups=channels, bias=False)
-
-
-class PlainIDAUp(nn.Module):
-    """The ladder op by op, after the paper."""
-
-    def __init__(self, out, channels, factors, kernel=3, merge="concat"):
-        super().__init__()
-        self.count, self.merge = len(channels), merge
-        for i, (c, f) in enumerate(zip(channels, factors, strict=True)):
-            setattr(self, f"proj_{i}", nn.Identity() if c == out else conv_norm_act(c, out, 1))
-            setattr(self, f"up_{i}", nn.Identity() if f == 1 else transposed(out, f))
-            if i:
-                setattr(self, f"node_{i}", conv_norm_act(out * (2 if merge == "concat" else 1), out, kernel))
-
-    def forward(self, layers):
-        full = [getattr(self, f"up_{i}")(getattr(self, f"proj_{i}")(x)) for i, x in enumerate(layers)]
-        x, y = full[0], []
-        for i in range(1, self.count):
-            both = torch.cat([x, full[i]], 1) if self.merge == "concat" else full[i] + x
-            x = getattr(self, f"node_{i}")(both)
-            y.append(x)
-        return x, y
-
-
-class PlainDLAUp(nn.Module):
-    def __init__(self, channels, merge="concat"):
-        super().__init__()
-        widths, scales = list(channels), [2**i for i in range(len(channels))]
-        for k in range(len(channels) - 1):
-            j = len(channels) - 2 - k
-            ladder = PlainIDAUp(channels[j], widths[j:], [s // scales[j] for s in scales[j:]], merge=merge)
-            setattr(self, f"ida_{k}", ladder)
-            widths[j + 1 :] = [channels[j]] * (len(channels) - j - 1)
-            scales[j + 1 :] = [scales[j]] * (len(channels) - j - 1)
-
-    def forward(self, layers):
-        layers = list(layers)
-        for k in range(len(layers) - 1):
-            x, y = getattr(self, f"ida_{k}")(layers[-k - 2 :])
-            layers[-k - 1 :] = y
-        return x
-
-
-class PlainSeg(nn.Module):
-    """A dense-prediction network around somebody's levels."""
-
-    def __init__(self, base, channels, classes, down_ratio):
-        super().__init__()
-        self.first = down_ratio.bit_length() - 1
-        self.base, self.dla_up = base, PlainDLAUp(channels[self.first :])
-        self.fc = nn.Sequential(nn.Conv2d(channels[self.first], classes, 1))
-        self.up = transposed(classes, down_ratio)
-
-    def forward(self, x):
-        scores = self.fc(self.dla_up(self.base(x)[self.first :]))
-        return F.log_softmax(self.up(scores), dim=1), scores
 
 
 def randomise(module):
@@ -213,17 +150,10 @@ def test_networks_are_those_op_by_op(name):
         assert not mine.up.weight.requires_grad
 
 
-def small_pair(down_ratio=4, classes=3):
-    mine = models.create_model("dla34up", classes=classes, down_ratio=down_ratio).double()
-    base = models.create_model("dla34", features_only=True)
-    plain = PlainSeg(base, base.feature_info.channels(), classes, down_ratio).double()
+def test_dla34up_follows_the_network_op_by_op_in_training(timm):
+    mine = models.create_model("dla34up", classes=3, down_ratio=4).double()
+    plain = PlainSeg(timm.create_model("dla34", num_classes=0), mine.base.feature_info.channels(), 3, 4).double()
     plain.load_state_dict(mine.state_dict(), strict=True)
-    plain.up.weight.requires_grad_(False)
-    return mine, plain
-
-
-def test_dla34up_follows_the_network_op_by_op_in_training():
-    mine, plain = small_pair()
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     labels = torch.randint(0, 3, (2, 64, 64))
@@ -233,8 +163,7 @@ def test_dla34up_follows_the_network_op_by_op_in_training():
         optimizer = torch.optim.SGD(model.parameters(), lr=2e-5)
         for _ in range(20):
             optimizer.zero_grad()
-            with use_backend("auto" if model is mine else "reference"):
-                y, scores = model(images)
+            y, scores = model(images)
             assert y.shape == (2, 3, 64, 64)
             assert scores.shape == (2, 3, 16, 16)
             loss = F.nll_loss(y, labels)
@@ -332,3 +261,13 @@ def test_a_size_the_network_cannot_take_names_the_nearest():
     model = models.create_model("dla34up", classes=2, down_ratio=4)
     with pytest.raises(ValueError, match=r"stride 32, got 100x64; the nearest valid size is 96x64"):
         model(torch.randn(1, 3, 100, 64))
+
+
+def test_the_dense_benchmark_trains_and_compares(capsys):
+    small = ["--size", "64", "--batch", "2", "--steps", "6", "--timed", "1", "--classes", "3"]
+    assert dense.main(small) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("loss over 6 steps: ")
+    saved = lines[2].split()
+    assert saved[:3] == ["saved", "for", "backward"]
+    assert float(saved[-1].rstrip("x")) < 1
