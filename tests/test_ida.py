@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import dense
+from benchmarks import dense, merges
 from benchmarks.plain import PlainDLAUp, PlainIDAUp, PlainSeg, transposed
 from dla_fast import models
 from dla_fast.nn import BatchNormAct2d, DLAUp, FCNMerge, FPNMerge, IDAUp, UNetMerge, Upsample
@@ -271,3 +271,11 @@ def test_the_dense_benchmark_trains_and_compares(capsys):
     saved = lines[2].split()
     assert saved[:3] == ["saved", "for", "backward"]
     assert float(saved[-1].rstrip("x")) < 1
+
+
+def test_the_benchmark_of_merges_shows_them_side_by_side(capsys):
+    assert merges.main(["--size", "64", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == ["IDA (DLAUp)", "U-Net", "FPN", "FCN"]
+    assert all(line.endswith("1x64x16x16") for line in lines[2:])
+    assert all(float(line.split()[-3]) > 0 for line in lines[2:])
