@@ -136,6 +136,7 @@ def _forward(node: host.Node) -> tuple[config.TileConfig, tuple[int, ...], tuple
 
 # A call's plan by what it depends on, so that the next such call only fills in its tensors.
 _plans: dict[Any, Any] = {}
+_MOST_PLANS = 4096
 
 
 def aggregate_inference(
@@ -178,6 +179,8 @@ def aggregate_inference(
         node = host.Node.of(xs, weight)
         cfg, grid, sizes, constexprs = _forward(node)
         constexprs |= {"RESIDUAL": residual, "EPS": eps, "ACT": act, "SLOPE": slope}
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
         plan = _plans[key] = node, cfg, grid, sizes, constexprs
     node, cfg, grid, sizes, constexprs = plan
     xs, weight = node.arrange(xs), weight.contiguous()
