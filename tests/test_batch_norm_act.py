@@ -15,7 +15,7 @@ from dla_fast.commands.parity import Spec
 
 BACKENDS = backends("batch_norm_act")
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
-SIZES = ((2, 1, 1), (1, 3, 1), (1, 1, 17), (1, 31, 1), (3, 17, 31))
+SIZES = ((2, 1, 1), (1, 3, 1), (1, 1, 17), (1, 31, 1), (1 if INTERPRETED else 3, 17, 31))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -39,7 +39,7 @@ def test_parity(served, dtype, layout, size):
     common = {"dtype": dtype, "layout": layout, "batch": batch, "height": height, "width": width}
     cases = itertools.product((1, 5, 24, 64), ACTS, (False, True), (True, False))
     # The smallest maps need a pool: two values of a channel can be close to each other in one draw.
-    keep = 4 if height * width < 17 else 13
+    keep = 5 if height * width < 17 else 17
     check(
         Spec(**common, out_channels=channels, act=act, residual=residual, training=training, seed=seed)
         for seed, (channels, act, residual, training) in thinned(enumerate(cases), keep)
@@ -84,7 +84,7 @@ def test_compile_fullgraph(served):
 
 def test_moments_far_from_zero(served):
     for layout in parity.LAYOUTS.values():
-        z = (torch.randn(8, 16, 56, 56) + 1000.0).to(memory_format=layout)
+        z = (torch.randn(2 if INTERPRETED else 8, 16, 56, 56) + 1000.0).to(memory_format=layout)
         mean, var = getattr(torch.ops, f"dla_fast_{served}").moments(z, None, None, 0.1)
         exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
         assert ((var - exact_var).abs() / exact_var).max() < 1e-6

@@ -93,7 +93,9 @@ def test_triton_is_imported_on_the_first_call():
         "import sys, torch, dla_fast; assert 'triton' not in sys.modules, 'at import'; "
         "from dla_fast.nn import AggregationNode; node = AggregationNode(8, 4).eval(); x = torch.randn(1, 8, 3, 3)\n"
         "node(x)\nassert 'dla_fast.kernels' not in sys.modules, 'auto'\n"
-        "with dla_fast.use_backend('triton'): node(x)\nassert 'triton' in sys.modules"
+        "with dla_fast.use_backend('triton'): node(x)\nassert 'triton' in sys.modules\n"
+        "from torch.utils.flop_counter import flop_registry\n"
+        "assert torch.ops.dla_fast_triton.tail in flop_registry"
     )
     done = run("-c", code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
