@@ -39,7 +39,7 @@ def test_parity(served, dtype, layout, size):
     common = {"dtype": dtype, "layout": layout, "batch": batch, "height": height, "width": width}
     cases = itertools.product((1, 5, 24, 64), ACTS, (False, True), (True, False))
     # The smallest maps need a pool: two values of a channel can be close to each other in one draw.
-    keep = 5 if height * width < 17 else 17
+    keep = 4 if height * width < 17 else 13
     check(
         Spec(**common, out_channels=channels, act=act, residual=residual, training=training, seed=seed)
         for seed, (channels, act, residual, training) in thinned(enumerate(cases), keep)

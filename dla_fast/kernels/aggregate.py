@@ -173,7 +173,9 @@ def aggregate_inference(
     Raises:
         ValueError: channels that do not fit the weight.
     """
-    key = (host.signature(xs, weight), eps, residual, act, slope)
+    norm = (running_mean, running_var, bn_weight, bn_bias, conv_bias)
+    kinds = tuple([None if t is None else t.dtype for t in norm])
+    key = (host.signature(xs, weight), kinds, eps, residual, act, slope)
     plan = _plans.get(key)
     if plan is None:
         node = host.Node.of(xs, weight)
@@ -181,12 +183,13 @@ def aggregate_inference(
         constexprs |= {"RESIDUAL": residual, "EPS": eps, "ACT": act, "SLOPE": slope}
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = node, cfg, grid, sizes, constexprs
-    node, cfg, grid, sizes, constexprs = plan
+        plan = _plans[key] = node, cfg, grid, sizes, constexprs, launch.Memo()
+    node, cfg, grid, sizes, constexprs, memo = plan
     xs, weight = node.arrange(xs), weight.contiguous()
     y = node.output(weight)
-    norm = (running_mean, running_var, bn_weight, bn_bias, conv_bias)
-    launch.launch(inference_kernel, grid, (xs, node.channels, node.starts, weight, y, *norm, *sizes), constexprs, cfg)
+    args = (xs, node.channels, node.starts, weight, y, *norm, *sizes)
+    tensors = (*xs, weight, y, *[t for t in norm if t is not None])
+    launch.launch(inference_kernel, grid, args, constexprs, cfg, memo, tensors)
     return y
 
 
