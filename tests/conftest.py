@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 import pytest
+import serving
 import torch
 
 from dla_fast._timm import import_timm
+
+# Where kernels are interpreted only every so many combinations run, coprime to the numbers of dtypes and layouts.
+THINNED = {
+    "test_parity_of_one_to_eight_inputs": 5,
+    "test_inference": 5,
+    "test_parity_of_norm_variants": 5,
+    "test_nan_goes_through": 4,
+    "test_gradcheck": 3,
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    if not serving.INTERPRETED:
+        return
+    seen: dict[str, int] = {}
+    dropped = []
+    for item in items:
+        name = item.originalname
+        seen[name] = seen.get(name, -1) + 1
+        if seen[name] % THINNED.get(name, 1):
+            dropped.append(item)
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +41,15 @@ def timm():
 def _one_thread():
     """Small maps gain nothing from more, and on a busy machine threads wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_device():
+    """Tiles are chosen for a device of few processors where programs run one after the other: fewer, larger ones."""
+    if serving.INTERPRETED:
+        from dla_fast.kernels import config
+
+        config.PROGRAMS = 16
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def test_explain_names_one_choice_and_a_reason_for_the_others():
             assert all(r.reason is None for r in rows if r.chosen)
     by_name = {r.backend: r for r in backend.explain("aggregate")}
     assert by_name["cpu"].chosen
-    assert "no triton kernels" in by_name["triton"].reason
+    assert "triton is not installed" in by_name["triton"].reason or "TRITON_INTERPRET" in by_name["triton"].reason
     with pytest.raises(ValueError, match="op: unknown op 'attention'"):
         backend.explain("attention")
 

@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from serving import DTYPES, INTERPRETED, backends, thinned
 
-from dla_fast import backend, functional, reference, use_backend
+from dla_fast import functional, reference, use_backend
 from dla_fast.commands import parity
 from dla_fast.commands.parity import Spec
 
-BACKENDS = [name for name in ("cpu",) if backend.can_run(name, "batch_norm_act", "cpu", torch.float32) is None]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = backends("batch_norm_act")
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
-SIZES = ((2, 1, 1), (1, 3, 1), (1, 1, 17), (1, 31, 1), (3, 17, 31))
+SIZES = ((2, 1, 1), (1, 3, 1), (1, 1, 17), (1, 31, 1), (1 if INTERPRETED else 3, 17, 31))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -38,16 +38,18 @@ def test_parity(served, dtype, layout, size):
     batch, height, width = size
     common = {"dtype": dtype, "layout": layout, "batch": batch, "height": height, "width": width}
     cases = itertools.product((1, 5, 24, 64), ACTS, (False, True), (True, False))
+    # The smallest maps need a pool: two values of a channel can be close to each other in one draw.
+    keep = 4 if height * width < 17 else 13
     check(
         Spec(**common, out_channels=channels, act=act, residual=residual, training=training, seed=seed)
-        for seed, (channels, act, residual, training) in enumerate(cases)
+        for seed, (channels, act, residual, training) in thinned(enumerate(cases), keep)
     )
 
 
 def test_parity_over_many_tiles(served):
     check(
         Spec(layout=layout, out_channels=channels, height=height, width=100, residual=True)
-        for layout, channels, height in itertools.product(parity.LAYOUTS, (3, 300), (5, 100))
+        for layout, channels, height in thinned(itertools.product(parity.LAYOUTS, (3, 300), (5, 100)), 4, offset=2)
     )
 
 
@@ -59,8 +61,8 @@ def test_gradcheck(served, layout, training, act):
         dtype=torch.float64, layout=layout, out_channels=3, height=2, width=3, act=act, training=training, residual=True
     )
     run, inputs = parity.gradient_function(parity.batch_norm_act(spec))
-    assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=INTERPRETED)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=INTERPRETED)
 
 
 def test_compile_fullgraph(served):
@@ -82,7 +84,7 @@ def test_compile_fullgraph(served):
 
 def test_moments_far_from_zero(served):
     for layout in parity.LAYOUTS.values():
-        z = (torch.randn(8, 16, 56, 56) + 1000.0).to(memory_format=layout)
+        z = (torch.randn(2 if INTERPRETED else 8, 16, 56, 56) + 1000.0).to(memory_format=layout)
         mean, var = getattr(torch.ops, f"dla_fast_{served}").moments(z, None, None, 0.1)
         exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
         assert ((var - exact_var).abs() / exact_var).max() < 1e-6

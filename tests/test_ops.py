@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from serving import HALF, backends
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dla_fast import functional, ops
+from dla_fast import functional, ops, use_backend
 from dla_fast.commands import parity
 from dla_fast.ops.layout import is_channels_last
 
-BACKENDS = [name for name in ops.NAMESPACES if ops.missing(name, "aggregate") is None]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = backends("aggregate")
 
 
 @pytest.fixture(params=BACKENDS)
 def namespace(request):
-    return ops.namespace(request.param)
+    with use_backend(request.param):
+        yield ops.namespace(request.param)
 
 
 def _tensors(dtype, layout, grad=False):
@@ -32,7 +33,7 @@ def _tensors(dtype, layout, grad=False):
 
 
 @pytest.mark.parametrize("layout", list(parity.LAYOUTS))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, HALF], ids=str)
 def test_opcheck(namespace, dtype, layout):
     xs, weight, bias, gamma, beta, mean, var = _tensors(dtype, layout)
     options = (1e-5, "relu", 0.0)

@@ -114,7 +114,12 @@ def run(args: argparse.Namespace) -> int:
     """Check everything; 0 when every result holds, 1 on a miss."""
     from tqdm import tqdm
 
-    jobs = [(op, name, device, dtype) for op, name, device in _work() if op in args.ops for dtype in (*DTYPES, None)]
+    jobs = [
+        (op, name, device, dtype)
+        for op, name, device in _work()
+        for dtype in (*DTYPES, None)
+        if op in args.ops and backend.can_run(name, op, device, dtype or torch.float64) is None
+    ]
     rows = []
     for op, name, device, dtype in tqdm(jobs, unit="check", disable=not sys.stderr.isatty(), leave=False):
         with backend.use_backend(name):

@@ -136,6 +136,7 @@ def _forward(node: host.Node) -> tuple[config.TileConfig, tuple[int, ...], tuple
 
 # A call's plan by what it depends on, so that the next such call only fills in its tensors.
 _plans: dict[Any, Any] = {}
+_MOST_PLANS = 4096
 
 
 def aggregate_inference(
@@ -172,18 +173,23 @@ def aggregate_inference(
     Raises:
         ValueError: channels that do not fit the weight.
     """
-    key = (host.signature(xs, weight), eps, residual, act, slope)
+    norm = (running_mean, running_var, bn_weight, bn_bias, conv_bias)
+    kinds = tuple([None if t is None else t.dtype for t in norm])
+    key = (host.signature(xs, weight), kinds, eps, residual, act, slope)
     plan = _plans.get(key)
     if plan is None:
         node = host.Node.of(xs, weight)
         cfg, grid, sizes, constexprs = _forward(node)
         constexprs |= {"RESIDUAL": residual, "EPS": eps, "ACT": act, "SLOPE": slope}
-        plan = _plans[key] = node, cfg, grid, sizes, constexprs
-    node, cfg, grid, sizes, constexprs = plan
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = node, cfg, grid, sizes, constexprs, launch.Memo()
+    node, cfg, grid, sizes, constexprs, memo = plan
     xs, weight = node.arrange(xs), weight.contiguous()
     y = node.output(weight)
-    norm = (running_mean, running_var, bn_weight, bn_bias, conv_bias)
-    launch.launch(inference_kernel, grid, (xs, node.channels, node.starts, weight, y, *norm, *sizes), constexprs, cfg)
+    args = (xs, node.channels, node.starts, weight, y, *norm, *sizes)
+    tensors = (*xs, weight, y, *[t for t in norm if t is not None])
+    launch.launch(inference_kernel, grid, args, constexprs, cfg, memo, tensors)
     return y
 
 

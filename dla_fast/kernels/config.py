@@ -45,6 +45,8 @@ class TileConfig:
 # (architecture, kernel, dtype, bucket of M, K, N) -> configuration.
 Key = tuple[int, str, str, int, int, int]
 TABLE: dict[Key, TileConfig] = {}
+# Changes with the table, so that a plan which was made with another is not used.
+generation = 0
 
 
 def bucket(m: int) -> int:
@@ -59,7 +61,9 @@ def key(arch: int, kernel: str, dtype: torch.dtype, m: int, k: int, n: int) -> K
 
 def install(entries: Mapping[Key, TileConfig]) -> None:
     """Put measured configurations into the table; calls after this use them."""
+    global generation
     TABLE.update(entries)
+    generation += 1
     choose.cache_clear()
 
 

@@ -31,9 +31,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def signature(xs: Sequence[Tensor], weight: Tensor) -> Any:
-    """What a plan depends on, cheaply: shapes, strides, dtype, device, and the switch of float32."""
+    """What a plan depends on, cheaply: shapes, strides, dtype, device, float32's switch, the table."""
     described = tuple([(x.shape, x.stride()) for x in xs])
-    return described, weight.shape, weight.stride(), weight.dtype, weight.device, precision(weight.dtype)
+    rest = weight.shape, weight.stride(), weight.dtype, weight.device, precision(weight.dtype)
+    return described, rest, config.generation
 
 
 def format_of(channels_last: bool) -> torch.memory_format:

@@ -135,8 +135,23 @@ def _kind(arg: Any) -> Any:
     return arg.__class__
 
 
+@dataclass
+class Memo:
+    """The compiled kernel of a plan, for calls whose arguments differ in nothing but their addresses."""
+
+    compiled: Any = None
+    device: int | None = None
+    constants: tuple[Any, ...] = ()
+
+
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], config: TileConfig
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    config: TileConfig,
+    memo: Memo | None = None,
+    tensors: Sequence[Tensor] = (),
 ) -> None:
     """Launch a kernel on the current stream of its tensors' device.
 
@@ -149,6 +164,8 @@ def launch(
         args: the kernel's arguments, without constexprs, in order.
         constexprs: every constexpr by name, in order.
         config: warps and stages.
+        memo: kept by a caller that makes this launch again with the same arguments but for the tensors' addresses.
+        tensors: beside a memo, every tensor among the arguments.
     """
     if 0 in grid:
         return
@@ -160,12 +177,30 @@ def launch(
     if INTERPRETED:
         kernel[grid](*args, **constexprs)
         return
-    _launch_compiled(kernel, grid, args, constexprs, config)
+    if memo is None:
+        _launch_compiled(kernel, grid, args, constexprs, config)
+    elif not _aligned(tensors):
+        # Rare, and another specialisation: the long way finds it.
+        _launch_compiled(kernel, grid, args, constexprs, config)
+    elif memo.compiled is None or memo.device != torch.cuda.current_device():
+        compiled, memo.device = _launch_compiled(kernel, grid, args, constexprs, config)
+        memo.compiled, memo.constants = compiled[(*grid, 1, 1)[:3]], tuple(constexprs.values())
+    else:
+        memo.compiled(*args, *memo.constants)
+
+
+def _aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether every tensor starts at a multiple of 16 bytes, as the allocators' do."""
+    address = 0
+    for t in tensors:
+        address |= t.data_ptr()
+    return address % 16 == 0
 
 
 def _launch_compiled(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], config: TileConfig
-) -> None:
+) -> tuple[Any, int]:
+    """Launch by what Triton would compile for; gives the compiled kernel and the device it is loaded on."""
     device = next(a for a in args if isinstance(a, Tensor)).device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -174,9 +209,11 @@ def _launch_compiled(
     key = (kernel, device, config, constants, _kind(args))
     compiled = _runners.get(key)
     if compiled is None:
-        _runners[key] = kernel[grid](*args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        compiled = _runners[key] = kernel[grid](*args, **constexprs, **options)
     else:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    return compiled, device
 
 
 def _describe(arg: Any, path: tuple[int, ...], annotation: str, out: Specialisation) -> Any:

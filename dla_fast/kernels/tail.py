@@ -79,9 +79,10 @@ def reduce_kernel(
         )
         first += grad
         second += grad * x_hat
+    # Once a group: what hundreds of values add up to keeps the digits that each of them had.
     to = partial + c * groups + group
-    tl.store(to, tl.sum(first, 0), mask=cols)
-    tl.store(to + channels * groups, tl.sum(second, 0), mask=cols)
+    tl.store(to, tl.sum(first.to(tl.float64), 0).to(ACC), mask=cols)
+    tl.store(to + channels * groups, tl.sum(second.to(tl.float64), 0).to(ACC), mask=cols)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 def pixel_range(first, BM: tl.constexpr, I64: tl.constexpr):
     """Numbers of a tile's pixels, counted from ``first`` times its size."""
     if I64:
-        first = first.to(tl.int64)
+        first = tl.full((), 0, tl.int64) + first
     return first * BM + tl.arange(0, BM)
 
 

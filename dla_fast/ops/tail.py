@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, is_channels_last
 
 # mean and var travel in the accumulation dtype; var is the biased variance, without eps. mean is that of z, so with

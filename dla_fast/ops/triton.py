@@ -7,7 +7,7 @@ registered is a stand-in for each operator, and ``dla_fast.kernels`` stays unimp
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Callable
 from typing import Any
@@ -57,8 +57,12 @@ def register(library: torch.library.Library) -> None:
 
 
 def _find_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         return "triton is not installed: pip install 'triton>=3.6'"
+    if [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()] < [3, 6]:
+        return f"triton {version} is too old: the kernels need 3.6"
     if not INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
         return (
             f"no GPU: torch {torch.__version__} is a CPU build; "
