@@ -278,4 +278,4 @@ def test_the_benchmark_of_merges_shows_them_side_by_side(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["IDA (DLAUp)", "U-Net", "FPN", "FCN"]
     assert all(line.endswith("1x64x16x16") for line in lines[2:])
-    assert all(float(line.split()[-3]) > 0 for line in lines[2:])
+    assert all(float(line.split()[-2]) > 0 for line in lines[2:])

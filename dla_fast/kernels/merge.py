@@ -23,16 +23,17 @@ does 18KN flops, 384 a byte at K = 2N = 128 in half precision, far over what mem
 first, except in small maps, which wait for launches (:data:`ON_LOAD_PIXELS`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dla_fast import checks
-from dla_fast.kernels import config, host, launch, moments
+from dla_fast.kernels import config, examples, host, launch, moments
 from dla_fast.kernels.tile import (
     activate,
     along,
@@ -340,3 +341,43 @@ def merge_stage(
             partial, plan.total, plan.cfg.block_m, mean, var, conv_bias, running_mean, running_var, momentum
         )
     return z, mean, var
+
+
+# Channels of either input and the output, side of the output at 512 x 512: the nodes of the IDA ladders.
+_NODES = ((64, 128), (128, 64), (256, 32))
+
+
+def _examples() -> Iterable[tuple[examples.Example, int, int]]:
+    """A node, the factor of its second input, and its kernel."""
+    for c, side in _NODES:
+        for batch in (1, 16):
+            yield examples.Example((c, c), c, side, batch, torch.bfloat16, True), 2, 3
+        yield examples.Example((c, c), c, side, 16, torch.bfloat16, False), 2, 3
+        yield examples.Example((c, c), c, side, 16, torch.float32, False), 2, 3
+    yield examples.Example((64, 64), 64, 128, 16, torch.bfloat16, True), 4, 1
+    yield examples.Example((64, 64), 64, 128, 16, torch.float16, True), 2, 3
+    # Masked in every direction, and float64.
+    yield examples.Example((24, 5), 24, 8, 2, torch.float32, True), 2, 3
+    yield examples.Example((16, 16), 16, 8, 2, torch.float64, False), 2, 3
+
+
+def specialisations() -> Iterable[launch.Specialisation]:
+    """What ships: the nodes of the IDA ladders in both layouts, and float64 for gradient checks."""
+    found = []
+    for example, factor, kernel in _examples():
+        fine, coarse = example.channels
+        x = examples.tensor(example, fine)
+        low = examples.tensor(replace(example, side=example.side // factor), coarse)
+        up = torch.empty(coarse, 1, 2 * factor, 2 * factor, dtype=example.dtype, device="meta")
+        weight = torch.empty(example.out_channels, fine + coarse, kernel, kernel, dtype=example.dtype, device="meta")
+        weight = weight.contiguous(memory_format=host.format_of(example.channels_last))
+        vectors = [torch.empty(example.out_channels, device="meta") for _ in range(4)]
+        with launch.record() as launches:
+            merge_inference([x, low], [up], weight, None, *vectors, [1, factor], 1e-5, "relu", 0.0)
+            merge_stage([x, low], [up], weight, None, *vectors[:2], [1, factor], 0.1, True)
+        for one in launches:
+            if one.kernel in (inference_kernel, stage_kernel):
+                op = "merge_inference" if one.kernel is inference_kernel else "merge_stage"
+                label = f"{example.label} f{factor} k{kernel}"
+                found.append(launch.specialisation(op, example.dtype, one, label))
+    return launch.distinct(found)

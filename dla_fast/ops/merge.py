@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dla_fast import checks, reference
 from dla_fast.ops.autograd import frozen_statistics, norm_gradients, register_autograd, second_order
+from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, node_channels_last
 from dla_fast.ops.upsample import upsample_flops
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dla_fast import checks, reference
 from dla_fast.ops.autograd import register_autograd, second_order
+from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import empty_like_layout, is_channels_last
 
 # The kernels of a backend, and the differentiable operators over them.
