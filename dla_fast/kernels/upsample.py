@@ -266,5 +266,5 @@ def specialisations() -> Iterable[launch.Specialisation]:
             upsample_backward(y, x, weight, factor, True, True)
         names = ("upsample", "upsample_add", "upsample_backward", "upsample_backward")
         for op, one in zip(names, launches, strict=True):
-            found.append(launch.specialisation(op, example.dtype, one, f"{example.label} f{factor}"))
+            found.append(launch.specialisation(op, example.dtype, one, f"{example.label} f{factor} {op}"))
     return launch.distinct(found)
