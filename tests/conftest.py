@@ -15,6 +15,7 @@ THINNED = {
     "test_parity_of_norm_variants": 5,
     "test_nan_goes_through": 4,
     "test_gradcheck": 3,
+    "test_opcheck": 5,
 }
 
 

@@ -91,6 +91,23 @@ def test_what_needs_no_gradient_is_not_launched():
     torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), [xs[1]])[0])
 
 
+@pytest.mark.parametrize("needed", [(0,), (1,), (0, 2), ()])
+def test_one_pass_writes_only_the_gradients_that_are_wanted(needed):
+    """Beside the weight's: an input without one stands in where nothing may be written."""
+    xs, *rest = node(channels=(24, 5, 8), dtype=torch.float64)
+    for i, x in enumerate(xs):
+        x.requires_grad_(i in needed)
+    before = [x.detach().clone() for x in xs]
+    wanted = [*(xs[i] for i in needed), *rest[:3]]
+    outcomes = []
+    for module in (functional, reference):
+        y = module.aggregate(xs, *rest[:3], None, None, training=True, residual=True, act="silu")
+        outcomes.append(torch.autograd.grad(y.square().sum(), wanted))
+    for mine, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert all(torch.equal(x, b) for x, b in zip(xs, before, strict=True))
+
+
 @pytest.mark.parametrize("layout", list(parity.LAYOUTS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity_of_the_way_of_large_nodes(monkeypatch, dtype, layout):
