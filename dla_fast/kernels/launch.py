@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -267,9 +267,14 @@ def specialisation(op: str, dtype: torch.dtype, launched: Launch, label: str = "
 
 
 def distinct(specialisations: Iterable[Specialisation]) -> Sequence[Specialisation]:
-    """Without those that Triton would compile to the same thing."""
+    """Without those that Triton would compile to the same thing; those that differ in absent arguments are numbered."""
     seen: dict[str, Specialisation] = {}
     for s in specialisations:
         key = repr((s.kernel, s.signature, s.constexprs, s.attrs, s.num_warps, s.num_stages))
         seen.setdefault(key, s)
-    return list(seen.values())
+    names: dict[str, int] = {}
+    unique = []
+    for s in seen.values():
+        names[s.name] = names.get(s.name, 0) + 1
+        unique.append(s if names[s.name] == 1 else replace(s, name=f"{s.name} #{names[s.name]}"))
+    return unique
