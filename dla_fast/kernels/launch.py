@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -267,9 +267,12 @@ def specialisation(op: str, dtype: torch.dtype, launched: Launch, label: str = "
 
 
 def distinct(specialisations: Iterable[Specialisation]) -> Sequence[Specialisation]:
-    """Without those that Triton would compile to the same thing."""
+    """Without those that Triton would compile to the same thing; names that would be equal are numbered."""
     seen: dict[str, Specialisation] = {}
+    names: dict[str, int] = {}
     for s in specialisations:
         key = repr((s.kernel, s.signature, s.constexprs, s.attrs, s.num_warps, s.num_stages))
-        seen.setdefault(key, s)
+        if key not in seen:
+            number = names[s.name] = names.get(s.name, 0) + 1
+            seen[key] = s if number == 1 else replace(s, name=f"{s.name} #{number}")
     return list(seen.values())
