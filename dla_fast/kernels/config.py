@@ -93,11 +93,20 @@ def _gemm(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
         return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 64), min(step, 16), 4, 2)
     wide = 256 if dtype.itemsize == 2 else 128
     block_n = power_of_two(n, 16, wide)
-    block_m = power_of_two(m, 16, 128)
+    # A tile of 128 x 256 leaves no registers for an epilogue.
+    block_m = power_of_two(m, 16, 64 if block_n == 256 else 128)
     while block_m > 32 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS:
         block_m //= 2
-    large = block_m * block_n >= 128 * 128
+    large = block_m * block_n >= 64 * 128
     return TileConfig(block_m, block_n, min(step, 64 if dtype.itemsize == 2 else 32), 8 if large else 4, 3)
+
+
+def _merge(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
+    """An implicit product: addresses and masks of every value of a step take registers of their own."""
+    wide = _gemm(m, n, step, dtype)
+    if dtype == torch.float64:
+        return wide
+    return TileConfig(min(wide.block_m, 64), min(wide.block_n, 128), min(wide.block_k, 32), 8, 2)
 
 
 def _backward(kernel: str, m: int, k: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
@@ -106,7 +115,8 @@ def _backward(kernel: str, m: int, k: int, n: int, step: int, dtype: torch.dtype
         block_n = power_of_two(n, 16, 1024)
         half = dtype.itemsize == 2
         block_m = power_of_two(m, 16, 64 if half or block_n <= 64 else 32)
-        return TileConfig(block_m, block_n, min(step, 64), 8 if block_n >= 128 else 4, 2)
+        # Steps of 32 and less are those with masks.
+        return TileConfig(block_m, block_n, min(step, 64), 8 if block_n >= 128 or step <= 32 else 4, 2)
     if dtype == torch.float64:
         return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 32), min(step, 32), 4, 1)
     half = dtype.itemsize == 2
@@ -125,7 +135,7 @@ def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> Til
     values = 2048 if dtype == torch.float64 else 4096
     if channels_last:
         block_n = power_of_two(n, 1, 64)
-        return TileConfig(power_of_two(m, 1, values // block_n), block_n, 0, 4, 1)
+        return TileConfig(power_of_two(m, 1, values // block_n), block_n, 0, 8, 1)
     block_m = power_of_two(m, 1, 512)
     return TileConfig(block_m, power_of_two(n, 1, values // block_m), 0, 4, 1)
 
@@ -144,7 +154,7 @@ def choose(
     """The configuration of a kernel for a problem.
 
     Args:
-        kernel: "forward", "fused", "dx", "dw", or "elementwise".
+        kernel: "forward", "merge", "fused", "dx", "dw", or "elementwise".
         m: pixels, over all images.
         k: input channels, over all inputs; 0 where nothing is multiplied.
         n: output channels.
@@ -158,6 +168,8 @@ def choose(
         return measured
     if kernel == "forward":
         return _gemm(m, n, step, dtype)
+    if kernel == "merge":
+        return _merge(m, n, step, dtype)
     if kernel == "elementwise":
         return _elementwise(m, n, channels_last, dtype)
     return _backward(kernel, m, k, n, step, dtype)

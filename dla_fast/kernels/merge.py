@@ -219,7 +219,7 @@ class _Plan:
         out_channels, dtype = int(weight.shape[0]), weight.dtype
         step = config.channel_block(channels, 128)
         arch = config.arch_of(weight.device)
-        cfg = config.choose("forward", total, sum(channels) * kernel**2, out_channels, dtype, arch, step)
+        cfg = config.choose("merge", total, sum(channels) * kernel**2, out_channels, dtype, arch, step)
         return _Plan(
             cfg=cfg,
             grid=(triton.cdiv(total, cfg.block_m) * triton.cdiv(out_channels, cfg.block_n),),

@@ -135,7 +135,7 @@ def _choose(kernel: str, m: int, channels: int, x: Tensor, channels_last: bool) 
         values, most = 1024 if wide else 2048, 64
     else:
         # Many pixels, since a tile leaves a partial dW behind: 64 f^2 bytes beside the 2 (2 + f^2) BM of its maps.
-        values, most = 4096 if wide else 8192, 32
+        values, most = 2048 if wide else 8192, 32
     block_n = config.power_of_two(channels, 1, most if channels_last else 8)
     return config.TileConfig(config.power_of_two(m, 1, values // block_n), block_n, 0, 8 if values > 4096 else 4, 1)
 
