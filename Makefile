@@ -15,7 +15,7 @@ export MAX_JOBS
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan bench lint format clean distclean
+.PHONY: help install demo test asan aot bench lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -25,7 +25,7 @@ demo: install ## swap timm's DLA-34 to fused nodes on real photographs, and comp
 	$(PY) -m dla_fast demo $(DEMO_ARGS)
 
 test: install ## run the tests
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
 
 # A copy of the tree, so that the sanitized library never stands in for the real one.
 ASAN := build/asan
@@ -35,12 +35,15 @@ asan: install ## run the kernels' tests under AddressSanitizer
 	rm -f $(ASAN)/dla_fast/_C*.so
 	cd $(ASAN) && DLA_FAST_SANITIZE=address DLA_FAST_BUILD_EXT=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(ASAN) && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider \
 	  tests/test_aggregate.py tests/test_batch_norm_act.py tests/test_merge.py tests/test_upsample.py -k "not compile and not vmap"
 
 bench: install ## run the benchmarks; results go to benchmarks/out
 	@mkdir -p benchmarks/out
 	$(PY) -m dla_fast bench --json benchmarks/out/bench.json $(BENCH_ARGS)
+
+aot: install ## compile the Triton kernels that ship ahead of time, with no GPU
+	$(PY) -m benchmarks.aot
 
 install: $(VENV)/.built ## make .venv from requirements.txt and build the package in place
 

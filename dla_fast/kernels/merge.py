@@ -371,10 +371,10 @@ def specialisations() -> Iterable[launch.Specialisation]:
         up = torch.empty(coarse, 1, 2 * factor, 2 * factor, dtype=example.dtype, device="meta")
         weight = torch.empty(example.out_channels, fine + coarse, kernel, kernel, dtype=example.dtype, device="meta")
         weight = weight.contiguous(memory_format=host.format_of(example.channels_last))
-        vectors = [torch.empty(example.out_channels, device="meta") for _ in range(4)]
+        v = torch.empty(example.out_channels, device="meta")
         with launch.record() as launches:
-            merge_inference([x, low], [up], weight, None, *vectors, [1, factor], 1e-5, "relu", 0.0)
-            merge_stage([x, low], [up], weight, None, *vectors[:2], [1, factor], 0.1, True)
+            merge_inference([x, low], [up], weight, None, v, v, v, v, [1, factor], 1e-5, "relu", 0.0)
+            merge_stage([x, low], [up], weight, None, v, v, [1, factor], 0.1, True)
         for one in launches:
             if one.kernel in (inference_kernel, stage_kernel):
                 op = "merge_inference" if one.kernel is inference_kernel else "merge_stage"
