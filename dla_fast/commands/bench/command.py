@@ -139,7 +139,7 @@ class _Rates:
         if count not in self.known:
             rates = cases.measure_rates(self.settings.torch_dtype, self.settings.device)
             self.known[count] = rates
-            where = f", {count} threads" if self.settings.device.type == "cpu" else ""
+            where = f", {count} thread{'s' if count > 1 else ''}" if self.settings.device.type == "cpu" else ""
             self.run.rates[f"{self.settings.dtype}{where}"] = rates
         return self.known[count]
 

@@ -180,13 +180,70 @@ def _state(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+def prove(
+    network: Network,
+    mode: str,
+    settings: Settings,
+    skipped: list[dict[str, str]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The implementations of a network, once they have been found to agree.
+
+    Args:
+        network: which, with its images.
+        mode: one of :data:`dla_fast.commands.bench.cases.MODES`.
+        settings: where, and with whom.
+        skipped: takes the peers that cannot run, with the reason.
+
+    Returns:
+        One pass by implementation, and where each network comes from.
+
+    Raises:
+        Disagreement: a peer and dla_fast differ, or there is no peer to compare with.
+    """
+    dtype, device = settings.torch_dtype, settings.device
+    label = f"{network.name} ({mode}, batch {network.batch})"
+    torch._dynamo.reset()
+    state = _state(network.name)
+    runs: dict[str, Callable[[], Any]] = {}
+    sources: dict[str, str] = {}
+    wanted = [
+        impl
+        for impl in peers.implementations("aggregate", device.type, dtype, settings.peers, mode)
+        if impl not in peers.YARDSTICKS
+    ]
+    gradients = len(list(models.create_model(network.name, device="meta").parameters())) if mode == "training" else 0
+    bounds = [10 * timing.tolerance(dtype, device), GRADIENT_TOLERANCE]
+    mine: list[Tensor] = []
+    agreed = 0
+    if mode == "training":
+        check_float64(network.name, state, label, device)
+    # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
+    for impl in [*wanted, *({"eager"} - set(wanted))]:
+        try:
+            call, source = _implementation(network, mode, impl, state, settings)
+            tensors = [t.detach().clone() for t in call()]
+        except Exception as error:
+            if impl.startswith(peers.FUSED):
+                raise Disagreement(impl, f"{label}: {impl} raised {one_line(error)}") from error
+            skipped.append({"case": network.name, "mode": mode, "impl": impl, "reason": one_line(error)})
+            continue
+        if impl == peers.FUSED:
+            mine = tensors
+        else:
+            _compare(label, impl, mine, tensors, len(mine) - gradients, bounds)
+            agreed += 1
+        if impl in wanted:
+            runs[impl], sources[impl] = call, source
+    if not agreed:
+        raise Disagreement(peers.FUSED, f"{label}: no peer could run, so nothing proves dla_fast right")
+    return runs, sources
+
+
 def time_network(
     network: Network,
     mode: str,
     settings: Settings,
     rates: Rates,
-    *,
-    wrap: Callable[[str, Callable[[], Any]], Callable[[], Any]] = lambda impl, call: call,
 ) -> Outcome:
     """Prove that the implementations of a network agree, then time them.
 
@@ -195,7 +252,6 @@ def time_network(
         mode: one of :data:`dla_fast.commands.bench.cases.MODES`.
         settings: how to time.
         rates: the machine's, for the floor.
-        wrap: changes each implementation's pass by name; the tests put faults in.
     """
     dtype, device = settings.torch_dtype, settings.device
     values, flops = work(network, training=mode == "training")
@@ -215,47 +271,12 @@ def time_network(
         "bytes": values * dtype.itemsize,
         "flops": flops,
     }
-    label = f"{network.name} ({mode}, batch {network.batch})"
-    torch._dynamo.reset()
-    state = _state(network.name)
-    skipped: list[dict[str, str]] = []
-    runs: dict[str, Callable[[], Any]] = {}
-    sources: dict[str, str] = {}
-    mine: list[Tensor] = []
     served = backend.resolve("aggregate", device.type, dtype)
-    wanted = [
-        impl
-        for impl in peers.implementations("aggregate", device.type, dtype, settings.peers, mode)
-        if impl not in peers.YARDSTICKS and not (impl == "reference" and served == "reference")
-    ]
-    extra = [] if "eager" in wanted else ["eager"]
+    skipped: list[dict[str, str]] = []
     try:
-        if mode == "training":
-            check_float64(network.name, state, label, device)
-        for impl in [*wanted, *extra]:
-            try:
-                call, sources[impl] = _implementation(network, mode, impl, state, settings)
-                call = wrap(impl, call)
-                tensors = [t.detach().clone() for t in call()]
-            except Disagreement:
-                raise
-            except Exception as error:
-                if impl.startswith(peers.FUSED):
-                    raise Disagreement(impl, f"{label}: {impl} raised {one_line(error)}") from error
-                skipped.append({"case": network.name, "mode": mode, "impl": impl, "reason": one_line(error)})
-                continue
-            if impl == peers.FUSED:
-                mine = tensors
-            else:
-                gradients = len(list(models.create_model(network.name, device="meta").parameters()))
-                count = len(mine) - (gradients if mode == "training" else 0)
-                bounds = [10 * timing.tolerance(dtype, device), GRADIENT_TOLERANCE]
-                _compare(label, impl, mine, tensors, count, bounds)
-            if impl in wanted:
-                runs[impl] = call
+        runs, sources = prove(network, mode, settings, skipped)
     except Disagreement as error:
         return Outcome([complete({**common, "impl": error.impl, "error": str(error)})], skipped)
-    del mine
     timed, graphs = runs, False
     if device.type == "cuda":
         made = {impl: timing.graph_of([call], device) for impl, call in runs.items()}
@@ -291,7 +312,8 @@ def _implementation(
     # The overloads of Module.to leave out a call with all three.
     model = model.to(device=settings.device, dtype=settings.torch_dtype).to(memory_format=layout)  # type: ignore[call-overload]
     model = model.train(mode != "inference")
-    parameters = list(model.parameters())
+    # By name: two sources may list them in different orders.
+    parameters = [p for _, p in sorted(model.named_parameters())]
     forced = backend_for(impl)
     if not impl.startswith("compile"):
         return step(model, images, mode, parameters, forced), source

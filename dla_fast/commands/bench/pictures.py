@@ -79,7 +79,7 @@ def ratio_bars(found: Sequence[Comparison], title: str) -> bytes:
             ends.append(limit)
         ends.append(c.speedup)
         # In the margin at the right, where neither bar nor mark can be under it.
-        text = f"{c.speedup:.2f}x of {c.best['impl']}"
+        text = f"{c.speedup:.2f}x against {c.best['impl']}"
         axes.annotate(
             text,
             (1.0, -i),
@@ -90,14 +90,18 @@ def ratio_bars(found: Sequence[Comparison], title: str) -> bytes:
             fontsize=9,
             color="black" if ahead else BEHIND,
         )
-    labels = [f"{c.mine['case']}, batch {c.mine['batch']}" for c in found]
+    several = len({c.mine["op"] for c in found}) > 1
+    labels = [f"{c.mine['op'] + '  ' if several else ''}{c.mine['case']}, batch {c.mine['batch']}" for c in found]
     axes.set_yticks([-i for i in range(len(found))], labels, fontsize=9)
     axes.set_ylim(-len(found) + 0.4, 0.6)
     axes.axvline(1, color="black", linewidth=0.8)
     low, high = min([*ends, 0.9]), max([*ends, 1.2])
     axes.set_xscale("log")
     axes.set_xlim(low / 1.05, high * 1.05)
-    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if low / 1.05 <= t <= high * 1.05]
+    ladder: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
+    if high / low < 2.5:
+        ladder = tuple(i / 10 for i in range(3, 26))
+    ticks = [t for t in ladder if low / 1.05 <= t <= high * 1.05]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("time of the best peer over dla_fast's; the black mark is the machine's floor", fontsize=9)
@@ -136,17 +140,14 @@ def roofline(found: Sequence[Comparison], rates: dict[str, float], title: str) -
     ridge = peak / bandwidth
     left, right = min([*xs, ridge]) / 1.5, max([*xs, ridge]) * 2
     axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="black", linewidth=1.2)
-    axes.annotate(f"{peak:.0f} GFLOP/s", (right, peak), ha="right", va="bottom", fontsize=9, xytext=(-4, 3),
-                  textcoords="offset points")  # fmt: skip
-    axes.annotate(f"{bandwidth:.1f} GB/s", (left, left * bandwidth), ha="left", va="bottom", fontsize=9,
-                  xytext=(4, 12), textcoords="offset points")  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
     axes.set_ylim(min([*ys, left * bandwidth]) / 1.5, peak * 2)
     axes.set_xlabel("flops per byte that has to be moved", fontsize=9)
     axes.set_ylabel("GFLOP/s", fontsize=9)
-    axes.set_title(title, fontsize=11, loc="left")
+    # In the title, since anywhere inside a point may lie on it.
+    axes.set_title(f"{title}: the roof is {bandwidth:.1f} GB/s and {peak:.0f} GFLOP/s", fontsize=11, loc="left")
     axes.grid(True, which="major", color="#e4e7ec", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))

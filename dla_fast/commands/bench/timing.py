@@ -223,7 +223,6 @@ def time_case(
     rates: Rates,
     *,
     suite: str = "nodes",
-    wrap: Callable[[str, Callable[[], Any]], Callable[[], Any]] = lambda impl, call: call,
 ) -> Outcome:
     """Prove that the peers agree on a case, then time them.
 
@@ -234,7 +233,6 @@ def time_case(
         settings: how to time.
         rates: the machine's, for the floor.
         suite: to be written into the records.
-        wrap: changes each implementation's pass by name; the tests put faults in.
     """
     dtype, device = settings.torch_dtype, settings.device
     spec = case.spec(batch, dtype, settings.layout, training=mode != "inference")
@@ -268,7 +266,6 @@ def time_case(
     for impl in [*wanted, *({"eager"} - set(wanted))]:
         try:
             runner = peers.make_runner(case, mode, impl, problem, dy, device, copies)
-            runner.copies = [wrap(impl, call) for call in runner.copies]
             tensors = [t.detach().clone() for t in runner.copies[0]()]
         except Exception as error:
             if impl.startswith(peers.FUSED):
@@ -320,5 +317,6 @@ def complete(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
+    """An error's type and the beginning of what it says."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
