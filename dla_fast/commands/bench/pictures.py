@@ -169,7 +169,9 @@ def memory_bars(pairs: Sequence[tuple[Record, Record]]) -> bytes:
                 value = record[name] / 2**20
                 impl = record["impl"]
                 axes.barh(-i + offset, value, height=0.36, color=color(impl), label=None if i else impl)
-                text = f"{value:.0f}" if record is theirs else f"{value:.0f}  ({mine[name] / theirs[name]:.2f}x)"
+                text = f"{value:.{0 if value >= 100 else 1}f}"
+                if record is mine:
+                    text += f"  ({mine[name] / theirs[name]:.2f}x)"
                 axes.annotate(text, (value, -i + offset), xytext=(4, 0), textcoords="offset points", va="center",
                               fontsize=9)  # fmt: skip
         axes.set_xlim(0, 1.35 * top)
