@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_fast import cli, functional
+from dla_fast import backend, cli, functional
 from dla_fast.commands import bench, measure
 from dla_fast.commands.bench import Case, Rates, cases, command, networks, peers, records, timing
 
@@ -444,3 +444,11 @@ def test_names_that_others_import():
     for name in ("Case", "network_cases", "Rates", "measure_rates", "interleave", "EagerNode"):
         assert hasattr(bench, name)
     assert bench.interleave is measure.interleave
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error():
+    with backend.use_backend("cuda"):
+        (record,) = timing.time_case(TINY, "inference", 1, quick(), RATES).records
+        assert "'cuda' was asked for and cannot run aggregate" in record["error"]
+        (record,) = networks.time_network(networks.Network("dla46_c", 64, 2), "inference", quick(), RATES).records
+        assert "cannot run aggregate" in record["error"]

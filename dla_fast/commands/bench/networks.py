@@ -271,12 +271,13 @@ def time_network(
         "bytes": values * dtype.itemsize,
         "flops": flops,
     }
-    served = backend.resolve("aggregate", device.type, dtype)
     skipped: list[dict[str, str]] = []
     try:
+        served = backend.resolve("aggregate", device.type, dtype)
         runs, sources = prove(network, mode, settings, skipped)
-    except Disagreement as error:
-        return Outcome([complete({**common, "impl": error.impl, "error": str(error)})], skipped)
+    except (Disagreement, RuntimeError) as error:
+        impl = error.impl if isinstance(error, Disagreement) else peers.FUSED
+        return Outcome([complete({**common, "impl": impl, "error": str(error)})], skipped)
     timed, graphs = runs, False
     if device.type == "cuda":
         made = {impl: timing.graph_of([call], device) for impl, call in runs.items()}

@@ -261,7 +261,12 @@ def time_case(
     runners: dict[str, peers.Runner] = {}
     results: dict[str, dict[str, Tensor]] = {}
     skipped: list[dict[str, str]] = []
-    wanted = peers.implementations(case.op, device.type, dtype, settings.peers, mode)
+    try:
+        wanted = peers.implementations(case.op, device.type, dtype, settings.peers, mode)
+    except RuntimeError as error:
+        # A backend that was forced and cannot run the op.
+        failed = {**common, "impl": peers.FUSED, "layout": settings.layout, "error": one_line(error)}
+        return Outcome([complete(failed)], skipped)
     # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
     for impl in [*wanted, *({"eager"} - set(wanted))]:
         try:
