@@ -146,8 +146,8 @@ def test_a_disagreement_is_an_error_and_never_a_figure(monkeypatch, capsys, tmp_
     assert error["median_ms"] is None
     assert ("it is broken" if fault == "raises" else "differ in y by") in error["error"]
     assert {r["op"] for r in found if r["median_ms"] is not None} == set(bench_ops()) - {"upsample"}
-    assert "ERRORS: 1 cases give no figure" in capsys.readouterr().out
-    assert "are errors and give no figure" in html.read_text()
+    assert "ERRORS: 1 case without a figure" in capsys.readouterr().out
+    assert "Errors: 1 case without a figure" in html.read_text()
 
 
 def bench_ops() -> tuple[str, ...]:
@@ -357,10 +357,11 @@ def test_an_interrupted_run_keeps_what_is_done(monkeypatch, capsys, tmp_path):
     file, html = tmp_path / "run.json", tmp_path / "run.html"
     assert run("launch", "--peers", "eager", "--json", file, "--html", html) == 130
     data = json.loads(file.read_text())
-    assert {r["case"] for r in data["records"]} == {"launch.aggregate", "launch.merge"}
+    assert {r["case"] for r in data["records"]} == {"launch.aggregate"}
+    assert {r["mode"] for r in data["records"]} == {"inference", "training"}
     assert data["complete"] is False
     said = capsys.readouterr()
-    assert "launch.merge" in said.out
+    assert "launch.aggregate" in said.out
     assert "interrupted" in said.err
     assert "it was interrupted" in html.read_text()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

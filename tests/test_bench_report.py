@@ -195,7 +195,7 @@ def test_the_table_has_every_part(whole):
     whole["skipped"] = [{"case": "a", "mode": "inference", "impl": "compile", "reason": "no compiler"}] * 2
     whole["records"].append(record(impl="library", suite="ops", case="merge.case", op="merge", median_ms=0.1))
     text = table.render(whole)
-    assert "ERRORS: 1 cases give no figure" in text
+    assert "ERRORS: 1 case without a figure" in text
     assert "whole networks: model, inference" in text
     assert "memory of a training step" in text
     assert "compile: no compiler (2 cases)" in text

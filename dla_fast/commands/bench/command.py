@@ -187,9 +187,9 @@ def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings,
                 chosen, several = cases.scaling_cases(threads=_thread_counts(settings.device)), [max(batches)]
             work = [
                 _case_job(case, mode, batch, settings, rates, suite)
-                for mode in args.modes
                 for batch in several
                 for case in chosen
+                for mode in args.modes
             ]
         elif suite == "models":
             for name, batch, mode in ((n, b, m) for n in names for b in alone for m in args.modes):
@@ -275,11 +275,11 @@ def _finish(result: Run, args: argparse.Namespace, interrupted: bool) -> int:
             report.write(data, args.html)
             print(f"report: {args.html}")
     if result.left_out:
-        print(f"time was up: {len(result.left_out)} cases left out", file=sys.stderr)
+        print(f"time was up: {table.counted(len(result.left_out))} left out", file=sys.stderr)
     if interrupted:
         print("bench: interrupted; the cases above are complete", file=sys.stderr)
         return 130
     errors = sum(1 for record in result.records if record.get("error"))
     if errors:
-        print(f"bench: {errors} cases are errors, see above", file=sys.stderr)
+        print(f"bench: errors in {table.counted(errors)}, see above", file=sys.stderr)
     return 1 if errors else 0

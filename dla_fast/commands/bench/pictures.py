@@ -99,7 +99,9 @@ def ratio_bars(found: Sequence[Comparison], title: str) -> bytes:
     axes.set_xscale("log")
     axes.set_xlim(low / 1.05, high * 1.05)
     ladder: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
-    if high / low < 2.5:
+    if high / low > 12:
+        ladder = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    elif high / low < 2.5:
         ladder = tuple(i / 10 for i in range(3, 26))
     ticks = [t for t in ladder if low / 1.05 <= t <= high * 1.05]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])

@@ -91,11 +91,11 @@ def _problems(run: dict[str, Any]) -> list[str]:
     if errors:
         items = "".join(f"<li>{escape(str(record['error']))}</li>" for record in errors)
         parts.append(
-            f'<div class="error"><b>{len(errors)} cases are errors and give no figure</b><ul>{items}</ul></div>'
+            f'<div class="error"><b>Errors: {table.counted(len(errors))} without a figure</b><ul>{items}</ul></div>'
         )
     if not run.get("complete", True):
         left = run.get("left_out") or []
-        why = f"time was up with {len(left)} cases left" if left else "it was interrupted"
+        why = f"time was up with {table.counted(len(left))} left" if left else "it was interrupted"
         parts.append(f"<p>The run is not complete: {why}. What is shown was finished.</p>")
     return parts
 
@@ -119,7 +119,7 @@ def _details(found: dict[tuple[str, str, str], list[Comparison]]) -> str:
             head = [escape(c.mine["case"]), escape(str(c.mine.get("shape", ""))), str(c.mine["batch"])]
             floor = [table.milliseconds(c.mine.get("floor_ms")), "-" if share is None else f"{share:.0%}"]
             rows.append([*head, *times, *floor, _ratio(c.speedup)])
-        title = f"{table.TITLES.get(suite, suite)}: {op}, {mode}, {len(cases)} cases"
+        title = f"{table.TITLES.get(suite, suite)}: {op}, {mode}, {table.counted(len(cases))}"
         parts.append(f"<details><summary>{escape(title)}</summary>{_table(rows, left=2)}</details>")
     return "".join(parts)
 

@@ -26,6 +26,11 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
 
 
+def counted(number: int) -> str:
+    """So many cases."""
+    return f"{number} case" if number == 1 else f"{number} cases"
+
+
 def align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     """Lines of aligned cells, the first ``left`` columns to the left, with a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -139,7 +144,7 @@ def render(run: dict[str, Any]) -> str:
         )
     errors = [record for record in records if record.get("error")]
     if errors:
-        lines += ["", f"ERRORS: {len(errors)} cases give no figure"]
+        lines += ["", f"ERRORS: {counted(len(errors))} without a figure"]
         lines += [f"  {record['error']}" for record in errors]
     found = sections(records)
     for (suite, op, mode), rows in found.items():
@@ -153,5 +158,5 @@ def render(run: dict[str, Any]) -> str:
         key = f"{skip['impl']}: {skip['reason']}"
         reasons[key] = reasons.get(key, 0) + 1
     if reasons:
-        lines += ["", "left out:", *(f"  {reason} ({count} cases)" for reason, count in reasons.items())]
+        lines += ["", "left out:", *(f"  {reason} ({counted(count)})" for reason, count in reasons.items())]
     return "\n".join(lines).strip("\n")
