@@ -287,10 +287,15 @@ def test_a_network(mode):
     assert all(r["floor_ms"] > 0 for r in outcome.records)
 
 
-def test_a_network_that_disagrees(monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_network_that_disagrees(monkeypatch, timm, dtype):
+    settings = timing.Settings(CPU, dtype=dtype, rounds=3, seconds=0.02)
+    network = networks.Network("dla46_c", 64, 2)
+    if dtype == "bfloat16":
+        assert not networks.time_network(network, "inference", settings, RATES).records[0].get("error")
     right = functional.aggregate
     monkeypatch.setattr(functional, "aggregate", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
-    (record,) = networks.time_network(networks.Network("dla46_c", 32, 2), "inference", quick(), RATES).records
+    (record,) = networks.time_network(network, "inference", settings, RATES).records
     assert "differ in output 0" in record["error"]
     assert record["median_ms"] is None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,33 +134,38 @@ def step(
 
 
 def _compare(
-    label: str, impl: str, mine: list[Tensor], theirs: list[Tensor], outputs: int, bounds: list[float]
+    label: str, impl: str, mine: list[Tensor], theirs: list[Tensor], outputs: int, bounds: tuple[float, float]
 ) -> None:
     for i in range(outputs):
         error = timing.difference(mine[i], theirs[i])
         if not error <= bounds[0]:
             raise Disagreement(impl, f"{label}: dla_fast and {impl} differ in output {i} by {error:.1e} of the largest")
     if len(mine) > outputs:
-        a, b = (torch.cat([t.double().flatten() for t in ts[outputs:]]) for ts in (mine, theirs))
-        error = ((a - b).norm() / b.norm()).item()
+        error = _norm_difference(mine[outputs:], theirs[outputs:])
         if not error <= bounds[1]:
             raise Disagreement(impl, f"{label}: dla_fast and {impl} differ in the gradient by {error:.1e} of its norm")
 
 
-def check_float64(name: str, state: dict[str, Tensor], label: str, device: torch.device) -> None:
-    """Compare outputs and gradients with the reference in float64, on two small images.
+def _parameters(model: nn.Module) -> list[Tensor]:
+    """By name, since two sources may list them in different orders."""
+    return [p for _, p in sorted(model.named_parameters())]
+
+
+def check_float64(name: str, mode: str, state: dict[str, Tensor], label: str, device: torch.device) -> None:
+    """Compare outputs, and in training gradients, with eager PyTorch in float64, on two small images.
 
     Raises:
         Disagreement: they differ by more than float64's rounding.
     """
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64, device=device)
     results = {}
-    for impl in (peers.FUSED, "reference"):
-        model = make(name, impl, state)[0].to(device, torch.float64).train()
-        results[impl] = step(model, images, "training", list(model.parameters()), backend_for(impl))()
-        count = len(results[impl]) - len(list(model.parameters()))
-    bounds = [FLOAT64_TOLERANCE, FLOAT64_TOLERANCE]
-    _compare(f"{label} in float64", "reference", results[peers.FUSED], results["reference"], count, bounds)
+    for impl in (peers.FUSED, "eager"):
+        model = make(name, impl, state)[0].to(device, torch.float64).train(mode != "inference")
+        parameters = _parameters(model)
+        results[impl] = step(model, images, mode, parameters, backend_for(impl))()
+        count = len(results[impl]) - (len(parameters) if mode == "training" else 0)
+    bounds = (FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
+    _compare(f"{label} in float64", "eager", results[peers.FUSED], results["eager"], count, bounds)
 
 
 def _state(name: str) -> dict[str, Tensor]:
@@ -178,6 +183,34 @@ def _state(name: str) -> dict[str, Tensor]:
                 module.momentum = 1.0
         model.train()(torch.randn(4, 3, size, size))
     return model.state_dict()
+
+
+def _norm_difference(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The difference of two lists of tensors as one vector, over the second's norm."""
+    a, b = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (mine, theirs))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def _bounds(
+    network: Network, mode: str, state: dict[str, Tensor], settings: Settings, gradients: int
+) -> tuple[float, float]:
+    """How far outputs, and the gradient as a whole, may lie apart.
+
+    In half precision no fixed bound says anything: rounding grows through the layers, and kinks send gradients
+    elsewhere. There an implementation may err against float32 twice as much as eager does, and so two of them may lie
+    three times that error apart.
+    """
+    dtype = settings.torch_dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return 10 * timing.tolerance(dtype, settings.device), GRADIENT_TOLERANCE
+    # The same values in float32: those that half precision has rounded already.
+    rounded = {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in state.items()}
+    exact = _implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0]()
+    eager = _implementation(network, mode, "eager", state, settings)[0]()
+    count = len(exact) - gradients
+    outputs = max(timing.difference(a, b) for a, b in zip(eager[:count], exact[:count], strict=True))
+    gradient = _norm_difference(eager[count:], exact[count:]) if gradients else 0.0
+    return 3 * outputs + timing.TOLERANCES[dtype] / 10, 3 * gradient
 
 
 def prove(
@@ -212,11 +245,10 @@ def prove(
         if impl not in peers.YARDSTICKS
     ]
     gradients = len(list(models.create_model(network.name, device="meta").parameters())) if mode == "training" else 0
-    bounds = [10 * timing.tolerance(dtype, device), GRADIENT_TOLERANCE]
+    bounds = _bounds(network, mode, state, settings, gradients)
     mine: list[Tensor] = []
     agreed = 0
-    if mode == "training":
-        check_float64(network.name, state, label, device)
+    check_float64(network.name, mode, state, label, device)
     # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
     for impl in [*wanted, *({"eager"} - set(wanted))]:
         try:
@@ -302,19 +334,24 @@ def _layout(impl: str, settings: Settings) -> str:
 
 
 def _implementation(
-    network: Network, mode: str, impl: str, state: dict[str, Tensor], settings: Settings
+    network: Network,
+    mode: str,
+    impl: str,
+    state: dict[str, Tensor],
+    settings: Settings,
+    rounded: torch.dtype | None = None,
 ) -> tuple[Callable[[], Any], str]:
-    """One pass of an implementation of a network, and where the network is from."""
+    """One pass of an implementation of a network, and where the network is from; the images rounded to a dtype."""
     layout = LAYOUTS[_layout(impl, settings)]
     torch.manual_seed(1)
     images = torch.randn(network.batch, 3, network.size, network.size)
+    images = images.to(rounded or settings.torch_dtype)
     images = images.to(device=settings.device, dtype=settings.torch_dtype, memory_format=layout)
     model, source = make(network.name, impl, state)
     # The overloads of Module.to leave out a call with all three.
     model = model.to(device=settings.device, dtype=settings.torch_dtype).to(memory_format=layout)  # type: ignore[call-overload]
     model = model.train(mode != "inference")
-    # By name: two sources may list them in different orders.
-    parameters = [p for _, p in sorted(model.named_parameters())]
+    parameters = _parameters(model)
     forced = backend_for(impl)
     if not impl.startswith("compile"):
         return step(model, images, mode, parameters, forced), source
