@@ -271,7 +271,7 @@ class Pool:
     def add(self, problem: Problem) -> None:
         """Run one problem on the backend in force, and keep its errors."""
         self.cases += 1
-        dy = _safe_gradient(problem, self.device)
+        dy = safe_gradient(problem, self.device)
         exact = execute(problem, reference, dy, torch.float64)
         peer = execute(problem, reference, dy, None)
         mine = execute(problem, functional, dy, None)
@@ -298,7 +298,7 @@ class Pool:
         )
 
 
-def _safe_gradient(problem: Problem, device: torch.device) -> Tensor:
+def safe_gradient(problem: Problem, device: torch.device) -> Tensor:
     """A random dy, zero wherever rounding could put the pre-activation on the other side of a kink."""
     tensors = problem.materialise(torch.float64, device)
     with torch.no_grad():

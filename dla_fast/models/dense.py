@@ -25,7 +25,7 @@ class DLASeg(nn.Module):
 
     Args:
         base: a network with ``features_only`` and output stride 32.
-        classes: number of classes.
+        classes: number of classes; 19 by default, as in Cityscapes.
         down_ratio: stride at which the classes are scored: 2, 4, 8 or 16.
         device: of the parameters.
         dtype: of the parameters.
@@ -42,7 +42,7 @@ class DLASeg(nn.Module):
     def __init__(
         self,
         base: DLA,
-        classes: int,
+        classes: int = 19,
         down_ratio: int = 2,
         *,
         device: torch.device | str | None = None,

@@ -67,7 +67,7 @@ def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
 
     Raises:
         ValueError: an unknown name, or an option out of its range.
-        TypeError: an option that the network does not have, or ``classes`` missing.
+        TypeError: an option that the network does not have.
     """
     if name in _DENSE:
         common = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}

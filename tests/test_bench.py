@@ -1,0 +1,460 @@
+"""``python -m dla_fast bench``: what is timed, that disagreement is never a figure, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dla_fast import backend, cli, functional
+from dla_fast.commands import bench, measure
+from dla_fast.commands.bench import Case, Rates, cases, command, networks, peers, records, timing
+
+CPU = torch.device("cpu")
+RATES = Rates(1e10, 1e11)
+TINY = Case("tiny", (8, 4), 8, 4, 4)
+FIELDS = {
+    "case",
+    "op",
+    "mode",
+    "impl",
+    "device",
+    "dtype",
+    "layout",
+    "batch",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "floor_ms",
+}
+QUICK = ["--rounds", "3", "--seconds", "0.02"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_rates(monkeypatch):
+    """Measuring the machine takes seconds, and no test needs its figures."""
+    monkeypatch.setattr(cases, "measure_rates", lambda dtype, device: RATES)
+
+
+def quick(*wanted: str, rotate: int | None = None) -> timing.Settings:
+    return timing.Settings(CPU, rounds=3, peers=wanted or ("eager",), seconds=0.02, rotate=rotate)
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["bench", *map(str, arguments), *QUICK])
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_roots_of_dla34():
+    found = bench.network_cases("dla34", 224)
+    assert [c.name.split(".", 1)[1] for c in found][0] == "level2.root"
+    assert (found[0].in_channels, found[0].out_channels, found[0].height) == ((64, 64), 64, 56)
+    assert max(len(c.in_channels) for c in found) == 4
+
+
+def test_the_ladder_of_dla34up():
+    found = bench.ida_cases()
+    assert {c.op for c in found} == {"aggregate", "merge", "upsample", "upsample_add", "batch_norm_act"}
+    nodes = [(c.in_channels, c.out_channels, c.height, c.low()[0]) for c in found if c.op == "merge"]
+    assert nodes == [((256, 256), 256, 32, 16), ((128, 128), 128, 64, 32), ((64, 64), 64, 128, 64)]
+    assert [(c.in_channels, c.out_channels, c.height) for c in found if c.op == "aggregate"] == [
+        ((512,), 256, 16),
+        ((256,), 128, 32),
+        ((128,), 64, 64),
+    ]
+    assert len({c.name for c in found}) == len(found)
+
+
+def test_work_follows_the_design():
+    node = Case("n", (64, 32), 64, 10, 10)
+    assert node.work("inference", 1) == (100 * (96 + 64), 100 * 2 * 96 * 64)
+    assert node.work("forward", 1) == (100 * (96 + 3 * 64), 100 * 2 * 96 * 64)
+    assert node.work("training", 2) == (200 * (3 * 96 + 7 * 64), 200 * 6 * 96 * 64)
+    up = Case("u", (8,), 8, 10, 10, op="upsample")
+    assert up.work("inference", 1) == (8 * (25 + 100), 8 * 25 * 32)
+    assert up.work("training", 1) == (8 * (25 + 100 + 50 + 100), 8 * 25 * (32 + 64))
+    merge = Case("m", (8, 8), 8, 10, 10, op="merge", kernel=3)
+    assert merge.work("inference", 1) == (8 * 100 + 8 * 25 + 800, 2 * 9 * 16 * 8 * 100 + 8 * 4 * 8 * 25)
+    assert Case("b", (8,), 8, 10, 10, op="batch_norm_act").work("training", 1)[0] == 8 * 800
+    assert RATES.floor_ms(1e7, 1e7) == 1.0
+    assert node.floor_ms("inference", 1, 4, RATES) == pytest.approx(1e3 * 1228800 / 1e11)  # the product decides
+
+
+def test_an_odd_factor_has_its_own_size():
+    assert Case("u", (4,), 4, 13, 13, op="upsample", factor=3).low() == (4, 4)
+    with pytest.raises(ValueError, match="13x13 is no size upsampled by 2"):
+        Case("u", (4,), 4, 13, 13, op="upsample").low()
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", bench.MODES)
+@pytest.mark.parametrize("case", [TINY, *cases.launch_cases()[1:]], ids=lambda case: case.op)
+def test_every_op_in_every_mode(case, mode):
+    wanted = ("eager", "eager_other_layout", "reference", "library")
+    outcome = timing.time_case(case, mode, 2, quick(*wanted, rotate=2), RATES)
+    assert not outcome.skipped
+    by_impl = {r["impl"]: r for r in outcome.records}
+    assert {"dla_fast", "eager", "eager_other_layout"} <= set(by_impl)
+    assert ("library" in by_impl) == (mode == "inference" and case.op in ("aggregate", "merge"))
+    for r in outcome.records:
+        assert set(r) >= FIELDS
+        assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"]
+        assert r["floor_ms"] > 0
+        assert r["copies"] == 2
+    assert by_impl["eager_other_layout"]["layout"] == "contiguous"
+    assert by_impl["dla_fast"]["backend"] in ("cpu", "reference")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_dtypes_agree(dtype):
+    settings = timing.Settings(CPU, dtype=dtype, layout="contiguous", rounds=3, seconds=0.02)
+    outcome = timing.time_case(TINY, "training", 2, settings, RATES)
+    assert [r["impl"] for r in outcome.records if not r.get("error")] == ["dla_fast", "eager"]
+
+
+def test_compiled_peers():
+    outcome = timing.time_case(TINY, "inference", 2, quick("eager", "compile_frozen"), RATES)
+    impls = {r["impl"] for r in outcome.records} | {skip["impl"] for skip in outcome.skipped}
+    assert impls == {"dla_fast", "eager", "compile_frozen"}
+
+
+@pytest.mark.parametrize("fault", ["value", "nan", "raises"])
+def test_a_disagreement_is_an_error_and_never_a_figure(monkeypatch, capsys, tmp_path, fault):
+    right = functional.upsample
+
+    def wrong(*args, **kwargs):
+        if fault == "raises":
+            raise RuntimeError("it is broken")
+        y = right(*args, **kwargs).clone()
+        y[0, 0, 0, 0] += math.nan if fault == "nan" else 0.01
+        return y
+
+    monkeypatch.setattr(functional, "upsample", wrong)
+    file, html = tmp_path / "run.json", tmp_path / "run.html"
+    assert run("launch", "--peers", "eager", "--modes", "inference", "--json", file, "--html", html) == 1
+    found = json.loads(file.read_text())["records"]
+    (error,) = [r for r in found if r.get("error")]
+    assert error["op"] == "upsample"
+    assert error["median_ms"] is None
+    assert ("it is broken" if fault == "raises" else "differ in y by") in error["error"]
+    assert {r["op"] for r in found if r["median_ms"] is not None} == set(bench_ops()) - {"upsample"}
+    assert "ERRORS: 1 case without a figure" in capsys.readouterr().out
+    assert "Errors: 1 case without a figure" in html.read_text()
+
+
+def bench_ops() -> tuple[str, ...]:
+    return ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
+
+
+def test_a_wrong_gradient_is_a_disagreement():
+    y, d = torch.randn(4, 4), torch.randn(3)
+    results = {"dla_fast": {"y": y, "d x": d}, "eager": {"y": y, "d x": d + 0.01}}
+    with pytest.raises(timing.Disagreement, match="eager differ in d x by"):
+        timing.check_agreement("case", results, 1e-4)
+    assert timing.difference(torch.zeros(2), torch.zeros(3)) == math.inf
+    assert timing.difference(torch.zeros(0), torch.zeros(0)) == 0
+
+
+def test_a_peer_that_cannot_run_is_left_out_with_its_reason(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    outcome = timing.time_case(TINY, "inference", 1, quick("eager", "compile"), RATES)
+    assert {r["impl"] for r in outcome.records} == {"dla_fast", "eager"}
+    assert outcome.skipped[0]["reason"] == "RuntimeError: no compiler"
+
+
+def test_without_a_peer_there_is_no_figure(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no eager")
+
+    monkeypatch.setattr(peers.eager, "aggregate", broken)
+    (record,) = timing.time_case(TINY, "inference", 1, quick(), RATES).records
+    assert "nothing proves dla_fast right" in record["error"]
+
+
+def test_long_cases_get_fewer_rounds():
+    settings = timing.Settings(CPU, rounds=20, seconds=1.0)
+    assert [timing.rounds_that_fit(settings, ms) for ms in (1.0, 100.0, 5000.0)] == [20, 10, 3]
+
+
+# --- what only a GPU runs, with a stand-in for it ---------------------------------------------------------------------
+
+
+class FakeEvent:
+    def __init__(self, **_) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return (other.at - self.at) * 1e3
+
+
+class FakeGraph:
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class FakeStream:
+    def __init__(self, *_) -> None:
+        self.waited = 0
+
+    def wait_stream(self, _) -> None:
+        self.waited += 1
+
+
+class FakeScope:
+    def __init__(self, *_) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda as far as timing uses it, with everything on the CPU."""
+    for name, value in {
+        "Event": FakeEvent,
+        "CUDAGraph": FakeGraph,
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "stream": FakeScope,
+        "graph": FakeScope,
+        "synchronize": lambda *_: None,
+        "get_device_properties": lambda _: type("P", (), {"L2_cache_size": 1000})(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return torch.device("cuda")
+
+
+def test_gpu_inputs_go_round_past_the_cache(fake_cuda):
+    assert timing.copies_needed(500, fake_cuda) == 5
+    assert timing.copies_needed(10**9, fake_cuda) == 2
+    assert timing.copies_needed(1, fake_cuda) == 64
+    assert timing.copies_needed(1, CPU) == 1
+    seen: list[int] = []
+    turn = timing.in_turn([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(4):
+        turn()
+    assert seen == [1, 2, 0, 1]
+
+
+def test_gpu_passes_are_captured_and_timed_with_events(fake_cuda):
+    calls: list[int] = []
+    graph = timing.graph_of([lambda: calls.append(1)] * 2, fake_cuda)
+    assert graph is not None
+    assert len(calls) == 4  # once to warm up, once to capture
+    graph()
+    assert len(calls) == 4
+    times = measure.interleave({"a": lambda: time.sleep(0.001)}, rounds=2, min_sample_ms=0, device=fake_cuda)
+    assert times["a"].median_ms >= 1
+    assert timing.host_ms(lambda: time.sleep(0.001), fake_cuda, calls=3) >= 1
+
+
+def test_gpu_pass_that_cannot_be_captured(fake_cuda):
+    def refuses() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert timing.graph_of([refuses], fake_cuda) is None
+
+
+# --- whole networks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_network(mode):
+    network = networks.Network("dla46_c", 64, 2)
+    outcome = networks.time_network(network, mode, quick("eager", "eager_other_layout"), RATES)
+    assert [r["impl"] for r in outcome.records] == ["dla_fast", "eager", "eager_other_layout"], outcome.records
+    assert all(r["floor_ms"] > 0 for r in outcome.records)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_network_that_disagrees(monkeypatch, timm, dtype):
+    settings = timing.Settings(CPU, dtype=dtype, rounds=3, seconds=0.02)
+    network = networks.Network("dla46_c", 64, 2)
+    if dtype == "bfloat16":
+        assert not networks.time_network(network, "inference", settings, RATES).records[0].get("error")
+    right = functional.aggregate
+    monkeypatch.setattr(functional, "aggregate", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    (record,) = networks.time_network(network, "inference", settings, RATES).records
+    assert "differ in output 0" in record["error"]
+    assert record["median_ms"] is None
+
+
+def test_networks_work_counts_convolutions():
+    network = networks.Network("dla34", 224, 1)
+    _, flops = networks.work(network, training=False)
+    assert flops == pytest.approx(2 * 3.07e9, rel=0.02)  # GMAC of the paper's network
+    assert networks.work(network, training=True)[1] == pytest.approx(3 * flops)
+
+
+def test_outputs_of_any_structure():
+    a, b, c = torch.zeros(1), torch.ones(2), torch.ones(3)
+    assert [t.numel() for t in networks.tensors_of({"a": a, "b": [b, (c,)]})] == [1, 2, 3]
+    assert networks.Network.of("dla34up", None, None) == networks.Network("dla34up", 512, 2)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_bench_cpu_json(monkeypatch, capsys, tmp_path):
+    tiny = [TINY, *cases.launch_cases()[1:]]
+    monkeypatch.setattr(cases, "network_cases", lambda name, size: tiny[:1])
+    monkeypatch.setattr(cases, "ida_cases", lambda: tiny[1:])
+    file = tmp_path / "deep" / "run.json"
+    assert run("cpu", "--peers", "eager", "--batch", 1, 2, "--json", file) == 0
+    data = json.loads(file.read_text())
+    assert {"machine", "versions", "commit", "records"} <= set(data)
+    assert data["complete"] is True
+    assert {r["op"] for r in data["records"]} == set(bench_ops())
+    assert {r["mode"] for r in data["records"]} == {"inference", "training"}
+    assert {r["batch"] for r in data["records"]} == {1, 2}
+    assert {r["impl"] for r in data["records"]} == {"dla_fast", "eager"}
+    assert len({records.identity(r) for r in data["records"]}) == len(data["records"]) == 5 * 2 * 2 * 2
+    assert all(set(r) >= FIELDS for r in data["records"])
+    out = capsys.readouterr().out
+    for mode in ("inference", "training"):
+        assert f"merge, {mode}: geometric mean" in out
+    table = [line for line in out.splitlines() if line.startswith("launch.upsample ")]
+    assert len(table) == 4
+
+
+def test_the_table_shows_the_worst_first(capsys, tmp_path):
+    assert run("launch", "--peers", "eager", "--modes", "inference") == 0
+    speedups = [
+        float(line.split()[-1][:-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("launch.")
+    ]
+    assert len(speedups) == 5
+    assert speedups == sorted(speedups)
+
+
+def test_an_interrupted_run_keeps_what_is_done(monkeypatch, capsys, tmp_path):
+    done = timing.time_case
+    calls = 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return done(*args, **kwargs)
+
+    monkeypatch.setattr(timing, "time_case", interrupted)
+    file, html = tmp_path / "run.json", tmp_path / "run.html"
+    assert run("launch", "--peers", "eager", "--json", file, "--html", html) == 130
+    data = json.loads(file.read_text())
+    assert {r["case"] for r in data["records"]} == {"launch.aggregate"}
+    assert {r["mode"] for r in data["records"]} == {"inference", "training"}
+    assert data["complete"] is False
+    said = capsys.readouterr()
+    assert "launch.aggregate" in said.out
+    assert "interrupted" in said.err
+    assert "it was interrupted" in html.read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_every_case_is_on_disk_before_the_next(monkeypatch, tmp_path):
+    file = tmp_path / "run.json"
+    done, sizes = timing.time_case, []
+
+    def watching(*args, **kwargs):
+        sizes.append(len(json.loads(file.read_text())["records"]) if file.exists() else 0)
+        return done(*args, **kwargs)
+
+    monkeypatch.setattr(timing, "time_case", watching)
+    assert run("launch", "--peers", "eager", "--modes", "inference", "--json", file) == 0
+    assert sizes == [0, 2, 4, 6, 8]
+
+
+def test_time_that_is_up(capsys, tmp_path):
+    file = tmp_path / "run.json"
+    assert run("launch", "--peers", "eager", "--minutes", 1e-9, "--json", file) == 0
+    assert "10 cases left out" in capsys.readouterr().err
+
+
+def test_under_a_time_limit_the_suites_take_turns():
+    parser = command.argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["--minutes", "1", "--models", "dla34"])
+    found = command.jobs(["launch", "memory"], args, quick(), None)
+    assert [job.suite for job in found].index("memory") == len(found) // 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nope"], 2, "unknown suite 'nope'"),
+        (["cpu", "--device", "cuda"], 2, "device given twice"),
+        (["compare", "a.json"], 2, "expected two files"),
+        (["--batch", "0"], 2, "expected at least 1"),
+        (["--device", "meta"], 1, "expected cpu or cuda"),
+        (["compare", "/nowhere/a.json", "/nowhere/b.json"], 1, "No such file"),
+    ],
+)
+def test_bad_options(capsys, arguments, status, message):
+    if status == 2:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["bench", *arguments])
+        assert stop.value.code == 2
+    else:
+        assert cli.main(["bench", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys):
+    assert cli.main(["bench", "cuda"]) == 1
+    assert "no CUDA device was found" in capsys.readouterr().err
+
+
+def test_memory_of_a_training_step(capsys, tmp_path):
+    file = tmp_path / "run.json"
+    assert run("memory", "--models", "dla46_c", "--size", 64, "--batch", 2, "--json", file) == 0
+    mine, theirs = json.loads(file.read_text())["records"]
+    assert (mine["impl"], theirs["impl"]) == ("dla_fast", "eager")
+    assert 0 < mine["saved_bytes"] < theirs["saved_bytes"]
+    assert mine["peak_bytes"] > 0
+    assert "memory of a training step" in capsys.readouterr().out
+
+
+def test_scaling_varies_one_thing_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(cases, "AXES", {"batch": (1, 2), "inputs": (1, 3)})
+    found = cases.scaling_cases(cases.AXES, threads=(1, 2))
+    assert [(c.axis, c.value) for c in found] == [
+        ("batch", 1), ("batch", 2), ("inputs", 1), ("inputs", 3), ("threads", 1), ("threads", 2)
+    ]  # fmt: skip
+    assert [len(c.in_channels) for c in found] == [2, 2, 1, 3, 2, 2]
+
+
+def test_names_that_others_import():
+    assert Path(bench.__file__).parent.name == "bench"
+    for name in ("Case", "network_cases", "Rates", "measure_rates", "interleave", "EagerNode"):
+        assert hasattr(bench, name)
+    assert bench.interleave is measure.interleave
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error():
+    with backend.use_backend("cuda"):
+        (record,) = timing.time_case(TINY, "inference", 1, quick(), RATES).records
+        assert "'cuda' was asked for and cannot run aggregate" in record["error"]
+        (record,) = networks.time_network(networks.Network("dla46_c", 64, 2), "inference", quick(), RATES).records
+        assert "cannot run aggregate" in record["error"]
