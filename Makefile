@@ -40,7 +40,7 @@ asan: install ## run the kernels' tests under AddressSanitizer
 
 # Ten minutes at most on two cores: no case starts after the eighth, and what was left out is told.
 bench: install ## run the benchmarks; writes benchmarks/out/bench.json and bench.html
-	$(PY) -m dla_fast bench all --models dla34 --batch 8 --rounds 9 --seconds 2 --minutes 8 \
+	$(PY) -m dla_fast bench all --models dla34 dla34up --batch 8 --rounds 9 --seconds 2 --minutes 8 \
 	  --json benchmarks/out/bench.json --html benchmarks/out/bench.html $(BENCH_ARGS)
 
 readme: install ## write the README's speed figures from benchmarks/results

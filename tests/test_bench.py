@@ -287,6 +287,13 @@ def test_a_network(mode):
     assert all(r["floor_ms"] > 0 for r in outcome.records)
 
 
+def test_a_network_with_a_parameter_that_is_not_trained():
+    """dla34up's last upsampling keeps its bilinear weight."""
+    network = networks.Network("dla34up", 64, 2)
+    outcome = networks.time_network(network, "training", quick("eager"), RATES)
+    assert [(r["impl"], r.get("error")) for r in outcome.records] == [("dla_fast", None), ("eager", None)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_network_that_disagrees(monkeypatch, timm, dtype):
     settings = timing.Settings(CPU, dtype=dtype, rounds=3, seconds=0.02)
@@ -426,9 +433,10 @@ def test_no_gpu(capsys):
     assert "no CUDA device was found" in capsys.readouterr().err
 
 
-def test_memory_of_a_training_step(capsys, tmp_path):
+@pytest.mark.parametrize("name", ["dla46_c", "dla34up"])
+def test_memory_of_a_training_step(capsys, tmp_path, name):
     file = tmp_path / "run.json"
-    assert run("memory", "--models", "dla46_c", "--size", 64, "--batch", 2, "--json", file) == 0
+    assert run("memory", "--models", name, "--size", 64, "--batch", 2, "--json", file) == 0
     mine, theirs = json.loads(file.read_text())["records"]
     assert (mine["impl"], theirs["impl"]) == ("dla_fast", "eager")
     assert 0 < mine["saved_bytes"] < theirs["saved_bytes"]

@@ -83,10 +83,9 @@ def main() -> None:
         device=device, dtype=dtype, memory_format=LAYOUTS[args.layout]
     )
     forced = networks.backend_for(args.impl) if args.impl.startswith(peers.FUSED) else "reference"
-    parameters = list(model.parameters())
-    call = networks.step(model, images, "training", parameters, forced)
+    call = networks.step(model, images, "training", networks.trained(model), forced)
     with backend.use_backend(forced):
-        known = [*parameters, *model.buffers(), images]
+        known = [*model.parameters(), *model.buffers(), images]
         saved = measure.saved_bytes(lambda: networks.tensors_of(model(images)), exclude=known)
     del known
     gc.collect()

@@ -146,9 +146,9 @@ def _compare(
             raise Disagreement(impl, f"{label}: dla_fast and {impl} differ in the gradient by {error:.1e} of its norm")
 
 
-def _parameters(model: nn.Module) -> list[Tensor]:
-    """By name, since two sources may list them in different orders."""
-    return [p for _, p in sorted(model.named_parameters())]
+def trained(model: nn.Module) -> list[Tensor]:
+    """The parameters that are trained, by name, since two sources may list them in different orders."""
+    return [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
 
 
 def check_float64(name: str, mode: str, state: dict[str, Tensor], label: str, device: torch.device) -> None:
@@ -161,7 +161,7 @@ def check_float64(name: str, mode: str, state: dict[str, Tensor], label: str, de
     results = {}
     for impl in (peers.FUSED, "eager"):
         model = make(name, impl, state)[0].to(device, torch.float64).train(mode != "inference")
-        parameters = _parameters(model)
+        parameters = trained(model)
         results[impl] = step(model, images, mode, parameters, backend_for(impl))()
         count = len(results[impl]) - (len(parameters) if mode == "training" else 0)
     bounds = (FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
@@ -244,7 +244,7 @@ def prove(
         for impl in peers.implementations("aggregate", device.type, dtype, settings.peers, mode)
         if impl not in peers.YARDSTICKS
     ]
-    gradients = len(list(models.create_model(network.name, device="meta").parameters())) if mode == "training" else 0
+    gradients = len(trained(models.create_model(network.name, device="meta"))) if mode == "training" else 0
     bounds = _bounds(network, mode, state, settings, gradients)
     mine: list[Tensor] = []
     agreed = 0
@@ -308,8 +308,11 @@ def time_network(
         served = backend.resolve("aggregate", device.type, dtype)
         runs, sources = prove(network, mode, settings, skipped)
     except (Disagreement, RuntimeError) as error:
-        impl = error.impl if isinstance(error, Disagreement) else peers.FUSED
-        return Outcome([complete({**common, "impl": impl, "error": str(error)})], skipped)
+        if isinstance(error, Disagreement):
+            failed = {"impl": error.impl, "error": str(error)}
+        else:
+            failed = {"impl": peers.FUSED, "error": f"{network.name} ({mode}): {one_line(error)}"}
+        return Outcome([complete({**common, **failed})], skipped)
     timed, graphs = runs, False
     if device.type == "cuda":
         made = {impl: timing.graph_of([call], device) for impl, call in runs.items()}
@@ -351,7 +354,7 @@ def _implementation(
     # The overloads of Module.to leave out a call with all three.
     model = model.to(device=settings.device, dtype=settings.torch_dtype).to(memory_format=layout)  # type: ignore[call-overload]
     model = model.train(mode != "inference")
-    parameters = _parameters(model)
+    parameters = trained(model)
     forced = backend_for(impl)
     if not impl.startswith("compile"):
         return step(model, images, mode, parameters, forced), source

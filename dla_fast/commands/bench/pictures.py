@@ -189,7 +189,7 @@ def memory_bars(pairs: Sequence[tuple[Record, Record]]) -> bytes:
 
 def scaling_lines(records: Sequence[Record], mode: str) -> bytes:
     """Time over batch, resolution, inputs, channels and threads, with the floor."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes_of: dict[str, list[Record]] = {}
     for record in records:
@@ -209,6 +209,9 @@ def scaling_lines(records: Sequence[Record], mode: str) -> bytes:
         axes.plot(*zip(*floor, strict=True), color="black", linewidth=1, linestyle="--", label="floor")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         values = sorted({r["value"] for r in alike})
         axes.set_xticks(values, [str(v) for v in values])
         axes.xaxis.set_minor_locator(NullLocator())
