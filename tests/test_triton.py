@@ -62,7 +62,7 @@ for part in (aggregate, aggregate_backward, merge, moments, tail, upsample):
             compiled = triton.compile(
                 ASTSource(s.kernel, s.signature, s.constexprs, s.attrs),
                 target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": s.num_warps, "num_stages": s.num_stages},
+                options=s.options,
             )
             assert len(compiled.asm["cubin"]) > 1000
             assert not s.gemm or dtype == "fp64" or "mma" in compiled.asm["ptx"], s.name

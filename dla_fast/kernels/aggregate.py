@@ -240,11 +240,11 @@ def specialisations() -> Iterable[launch.Specialisation]:
     for example in examples.roots():
         xs, weight, _ = examples.tensors(example)
         v = torch.empty(example.out_channels, device="meta")
-        with launch.record() as launches:
+        with examples.recording(example) as launches:
             _plans.clear()
             for act, residual in itertools.product(example.acts, example.residuals):
                 aggregate_inference(xs, weight, None, v, v, v, v, 1e-5, residual, act, 0.0)
-            for wanted in (True, False):
+            for wanted in (True, False) if example.frozen else (True,):
                 aggregate_stage(xs, weight, None, v, v, 0.1, wanted)
         _plans.clear()
         for one in launches:

@@ -17,6 +17,7 @@ dW in order.
 - blocks[i]: number of the first block of channels of input i; one more entry says how many blocks there are
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -167,7 +168,8 @@ def _constexprs(node: host.Node, cfg: config.TileConfig) -> dict[str, Any]:
 
 
 def _choose(kernel: str, node: host.Node) -> config.TileConfig:
-    return config.choose(kernel, node.total, node.depth, node.out_channels, node.dtype, node.arch, node.step)
+    sizes = (node.total, node.depth, node.out_channels)
+    return config.choose(kernel, *sizes, node.dtype, node.arch, node.step, node.channels_last, node.exact)
 
 
 def aggregate_backward(
@@ -230,7 +232,7 @@ def aggregate_backward(
     maps = (host.arranged(dy, node.channels_last), host.arranged(z, node.channels_last), skip, weight.contiguous())
     norm = (mean, var, bn_weight, bn_bias, sum_dy, sum_dy_xhat, host.inverse(count))
     options = {"ADD": residual and need_dx[0], "EPS": eps, "ACT": act, "SLOPE": slope}
-    fused = need_dw and any(need_dx) and config.fits_fused(node.depth, node.out_channels, node.dtype)
+    fused = need_dw and any(need_dx) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
     if any(need_dx) and not fused:
         _dx(node, dxs, need_dx, maps, norm, options)
     if need_dw:
@@ -291,13 +293,11 @@ def specialisations() -> Iterable[launch.Specialisation]:
         xs, weight, z = examples.tensors(example)
         v = host.vectors(z, example.out_channels)[0]
         every = [True] * len(xs)
-        for act in example.acts:
-            for residual in example.residuals:
-                with launch.record() as launches:
+        with examples.recording(example) as launches:
+            for act, residual in itertools.product(example.acts, example.residuals):
+                for sums in ((v, v), (None, None)) if example.frozen else ((v, v),):
                     aggregate_backward(
-                        z, xs, weight, z, v, v, v, v, v, v, 4.0, 1e-5, residual, act, 0.0, every, True
+                        z, xs, weight, z, v, v, v, v, *sums, 4.0, 1e-5, residual, act, 0.0, every, True
                     )  # fmt: skip
-                found += [
-                    launch.specialisation("aggregate_backward", example.dtype, o, example.label) for o in launches
-                ]
+        found += [launch.specialisation("aggregate_backward", example.dtype, o, example.label) for o in launches]
     return launch.distinct(found)

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,7 @@ class TileConfig:
         block_k: input channels of a step; 0 where nothing is multiplied.
         num_warps: warps of a program.
         num_stages: stages of the software pipeline.
+        max_registers: registers of a thread that the compiler may use on NVIDIA's GPUs; 0 leaves it the choice.
     """
 
     block_m: int
@@ -36,6 +38,12 @@ class TileConfig:
     block_k: int = 0
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """As Triton's compiler takes them."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def __str__(self) -> str:
         tile = "x".join(str(b) for b in (self.block_m, self.block_n, self.block_k) if b)
@@ -67,11 +75,29 @@ def install(entries: Mapping[Key, TileConfig]) -> None:
     choose.cache_clear()
 
 
+_assumed = DEFAULT_ARCH
+
+
+@contextlib.contextmanager
+def assume(arch: int) -> Iterator[None]:
+    """Choose for another architecture where there is no device to ask."""
+    global _assumed
+    before, _assumed = _assumed, arch
+    try:
+        arch_of.cache_clear()
+        install({})
+        yield
+    finally:
+        _assumed = before
+        arch_of.cache_clear()
+        install({})
+
+
 @lru_cache(maxsize=256)
 def arch_of(device: torch.device) -> int:
-    """The architecture of a device as a number, 90 for sm_90; the default where there is no such device."""
+    """The architecture of a device as a number, 90 for sm_90, 94 for gfx942; the assumed one where there is none."""
     if device.type != "cuda":
-        return DEFAULT_ARCH
+        return _assumed
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor
 
@@ -101,33 +127,41 @@ def _gemm(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
     return TileConfig(block_m, block_n, min(step, 64 if dtype.itemsize == 2 else 32), 8 if large else 4, 3)
 
 
-def _merge(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
+def _merge(m: int, n: int, step: int, dtype: torch.dtype, arch: int) -> TileConfig:
     """An implicit product: addresses and masks of every value of a step take registers of their own."""
     wide = _gemm(m, n, step, dtype)
     if dtype == torch.float64:
         return wide
-    return TileConfig(min(wide.block_m, 64), min(wide.block_n, 128), min(wide.block_k, 32), 8, 2)
+    most = 64 if dtype == torch.float32 and arch < 90 else 128
+    return TileConfig(min(wide.block_m, 64), min(wide.block_n, most), min(wide.block_k, 32), 8, 2)
 
 
-def _backward(kernel: str, m: int, k: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
+def _backward(
+    kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int, channels_last: bool, exact: bool
+) -> TileConfig:
     """Tiles of the backward products; block_n of ``fused`` must hold every output channel."""
     if kernel == "fused":
         block_n = power_of_two(n, 16, 1024)
         half = dtype.itemsize == 2
-        block_m = power_of_two(m, 16, 64 if half or block_n <= 64 else 32)
+        # Warpgroup instructions want 64 pixels; others leave more of a thread's registers to the accumulators.
+        block_m = power_of_two(m, 16, 64 if arch >= 90 and (half or block_n <= 64) else 32)
         # Steps of 32 and less are those with masks.
-        return TileConfig(block_m, block_n, min(step, 64), 8 if block_n >= 128 or step <= 32 else 4, 2)
-    if dtype == torch.float64:
+        return TileConfig(block_m, block_n, min(step, 64), 8 if block_n >= 128 or step <= 32 or not half else 4, 2)
+    if dtype == torch.float64 or exact:
         return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 32), min(step, 32), 4, 1)
     half = dtype.itemsize == 2
     if kernel == "dx":
-        return TileConfig(power_of_two(m, 16, 128), power_of_two(n, 16, 32), min(step, 128), 8, 2)
-    return TileConfig(power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, 128), min(step, 128), 8, 2)
+        block_m = power_of_two(m, 16, 128 if arch >= 90 and half else 64)
+        return TileConfig(block_m, power_of_two(n, 16, 32), min(step, 128), 8, 2)
+    # A contiguous map's tile is turned round in registers.
+    most = 128 if channels_last else 64
+    return TileConfig(power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, most), min(step, most), 8, 2)
 
 
-def fits_fused(k: int, n: int, dtype: torch.dtype) -> bool:
+def fits_fused(k: int, n: int, dtype: torch.dtype, exact: bool = False) -> bool:
     """Whether one pass may make dx and dW: a tile's dW and dz must stay in registers and shared memory."""
-    return n <= (256 if dtype.itemsize == 2 else 128 if dtype.itemsize == 4 else 32) and n * k * 4 <= 128 * 1024
+    most = 32 if dtype == torch.float64 or exact else 256 if dtype.itemsize == 2 else 128
+    return n <= most and n * k * 4 <= 128 * 1024
 
 
 def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> TileConfig:
@@ -140,16 +174,50 @@ def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> Til
     return TileConfig(block_m, power_of_two(n, 1, values // block_m), 0, 4, 1)
 
 
+# Not an NVIDIA number: AMD's gfx942, as PyTorch counts it.
+_CDNA3 = 94
+
+
+def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> TileConfig:
+    """What compiles without spilling on architectures whose compiler, or whose shared memory, is another than sm_90's.
+
+    Found by compiling ahead of time (benchmarks.aot), not by measuring.
+    """
+    if arch == _CDNA3:
+        # 64 KB of shared memory; a warp is 64 threads wide.
+        rows = (
+            32 if kernel in ("merge", "fused", "dw") else cfg.block_m // 2 if kernel == "elementwise" else cfg.block_m
+        )
+        columns = 64 if kernel == "merge" else cfg.block_n
+        cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)), block_n=min(cfg.block_n, columns))
+        return replace(cfg, num_stages=min(cfg.num_stages, 2))
+    if arch == 90 or kernel == "elementwise":
+        return cfg
+    if arch >= 100 and kernel == "forward" and cfg.block_n >= 128:
+        cfg = replace(cfg, block_m=min(cfg.block_m, 64))
+    # Left alone the compiler halves the registers and spills a few bytes, so that two blocks fit where one and a half do.
+    return replace(cfg, max_registers=min(255, 1344 // cfg.num_warps))
+
+
 @lru_cache(maxsize=1024)
 def merge(groups: int, channels: int) -> TileConfig:
     """For adding up partial results: block_m groups at once, and block_n channels where there are few groups."""
-    at_once = power_of_two(groups, 1, 1024)
-    return TileConfig(at_once, power_of_two(channels, 1, min(32, 1024 // at_once)), 0, 4, 1)
+    # In double: more than four values a thread would not stay in registers.
+    at_once = power_of_two(groups, 1, 512)
+    return TileConfig(at_once, power_of_two(channels, 1, min(32, 512 // at_once)), 0, 4, 1)
 
 
 @lru_cache(maxsize=4096)
 def choose(
-    kernel: str, m: int, k: int, n: int, dtype: torch.dtype, arch: int, step: int = 0, channels_last: bool = True
+    kernel: str,
+    m: int,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    arch: int,
+    step: int = 0,
+    channels_last: bool = True,
+    exact: bool = False,
 ) -> TileConfig:
     """The configuration of a kernel for a problem.
 
@@ -162,14 +230,17 @@ def choose(
         arch: see :func:`arch_of`.
         step: the largest step through input channels, see :func:`channel_block`.
         channels_last: layout.
+        exact: float32 is multiplied as such, without matrix instructions; what was measured with them says nothing.
     """
-    measured = TABLE.get(key(arch, kernel, dtype, m, k, n))
+    measured = None if exact else TABLE.get(key(arch, kernel, dtype, m, k, n))
     if measured is not None:
         return measured
     if kernel == "forward":
-        return _gemm(m, n, step, dtype)
-    if kernel == "merge":
-        return _merge(m, n, step, dtype)
-    if kernel == "elementwise":
-        return _elementwise(m, n, channels_last, dtype)
-    return _backward(kernel, m, k, n, step, dtype)
+        cfg = _gemm(m, n, step, dtype)
+    elif kernel == "merge":
+        cfg = _merge(m, n, step, dtype, arch)
+    elif kernel == "elementwise":
+        cfg = _elementwise(m, n, channels_last, dtype)
+    else:
+        cfg = _backward(kernel, m, n, step, dtype, arch, channels_last, exact)
+    return _fitted(kernel, cfg, dtype, arch)

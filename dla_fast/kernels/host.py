@@ -112,6 +112,11 @@ class Node:
         return precision(self.dtype)
 
     @property
+    def exact(self) -> bool:
+        """Whether float32 is multiplied as such."""
+        return self.dtype == torch.float32 and self.precision == "ieee"
+
+    @property
     def large(self) -> bool:
         """Whether an offset into one of the tensors passes 32 bits."""
         # A tile may reach past the last pixel before its mask says so.

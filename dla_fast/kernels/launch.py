@@ -71,8 +71,7 @@ class Specialisation:
         signature: parameter name -> type, ``"constexpr"``, or a tuple of them.
         constexprs: path of a parameter (its index, and the index inside a tuple) -> value.
         attrs: path -> attributes of a parameter: divisibility by 16.
-        num_warps: warps of a program.
-        num_stages: stages of the software pipeline.
+        options: of the compiler: warps of a program, stages of the software pipeline.
         dtype: storage dtype, ``"bf16"`` and so on.
         config: the tile configuration as text.
         gemm: whether it multiplies matrices.
@@ -85,8 +84,7 @@ class Specialisation:
     signature: dict[str, Any]
     constexprs: dict[tuple[int, ...], Any]
     attrs: dict[tuple[int, ...], Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
     dtype: str
     config: str
     gemm: bool
@@ -209,8 +207,7 @@ def _launch_compiled(
     key = (kernel, device, config, constants, _kind(args))
     compiled = _runners.get(key)
     if compiled is None:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        compiled = _runners[key] = kernel[grid](*args, **constexprs, **options)
+        compiled = _runners[key] = kernel[grid](*args, **constexprs, **config.options())
     else:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
     return compiled, device
@@ -249,8 +246,7 @@ def specialisation(op: str, dtype: torch.dtype, launched: Launch, label: str = "
         signature={},
         constexprs={},
         attrs={},
-        num_warps=launched.config.num_warps,
-        num_stages=launched.config.num_stages,
+        options=launched.config.options(),
         dtype=kind,
         config=str(launched.config),
         gemm=launched.config.block_k > 0,
@@ -270,7 +266,7 @@ def distinct(specialisations: Iterable[Specialisation]) -> Sequence[Specialisati
     """Without those that Triton would compile to the same thing; those that differ in absent arguments are numbered."""
     seen: dict[str, Specialisation] = {}
     for s in specialisations:
-        key = repr((s.kernel, s.signature, s.constexprs, s.attrs, s.num_warps, s.num_stages))
+        key = repr((s.kernel, s.signature, s.constexprs, s.attrs, s.options))
         seen.setdefault(key, s)
     names: dict[str, int] = {}
     unique = []

@@ -372,7 +372,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
         weight = torch.empty(example.out_channels, fine + coarse, kernel, kernel, dtype=example.dtype, device="meta")
         weight = weight.contiguous(memory_format=host.format_of(example.channels_last))
         v = torch.empty(example.out_channels, device="meta")
-        with launch.record() as launches:
+        with examples.recording(example) as launches:
             merge_inference([x, low], [up], weight, None, v, v, v, v, [1, factor], 1e-5, "relu", 0.0)
             merge_stage([x, low], [up], weight, None, v, v, [1, factor], 0.1, True)
         for one in launches:

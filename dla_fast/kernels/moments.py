@@ -181,7 +181,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
     for example in examples.maps():
         z = examples.tensor(example, example.out_channels)
         v = torch.empty(example.out_channels, device="meta")
-        with launch.record() as launches:
+        with examples.recording(example) as launches:
             moments(z, v, v, 0.1)
             moments(z, None, None, 0.1)
         found += [launch.specialisation("moments", example.dtype, one, example.label) for one in launches]

@@ -271,7 +271,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
         v = host.vectors(z, example.out_channels)[0]
         for act, with_residual in itertools.product(example.acts, example.residuals):
             residual = z if with_residual else None
-            with launch.record() as launches:
+            with examples.recording(example) as launches:
                 tail(z, v, v, v, v, residual, 1e-5, act, 0.0)
                 sums = tail_backward_reduce(z, z, v, v, v, v, residual, 1e-5, act, 0.0)
                 tail_backward_apply(z, z, v, v, v, v, residual, *sums, 4.0, 1e-5, act, 0.0, with_residual)

@@ -260,7 +260,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
     for example, factor in _examples():
         x = examples.tensor(example, example.out_channels)
         weight = torch.empty(example.out_channels, 1, 2 * factor, 2 * factor, dtype=example.dtype, device="meta")
-        with launch.record() as launches:
+        with examples.recording(example) as launches:
             y = upsample(x, weight, factor)
             upsample_add(x, y, weight, factor)
             upsample_backward(y, x, weight, factor, True, True)
