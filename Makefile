@@ -15,7 +15,7 @@ export MAX_JOBS
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan aot bench readme lint format clean distclean
+.PHONY: help install demo test asan aot traffic gates gates-newest bench readme lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -48,6 +48,21 @@ readme: install ## write the README's speed figures from benchmarks/results
 
 aot: install ## compile the Triton kernels that ship ahead of time, with no GPU
 	$(PY) -m benchmarks.aot
+
+traffic: install ## count the bytes that the Triton kernels move, with no GPU
+	$(PY) -m benchmarks.traffic --passes
+
+gates: traffic aot ## what the Triton kernels are held to where there is no GPU
+
+# A second environment: kernels must compile with the newest Triton too. Not in .ci/run, which it would make too long.
+NEWEST_TRITON ?= 3.9.0
+NEWEST := $(VENV)-triton-$(NEWEST_TRITON)
+gates-newest: ## the same with the newest Triton, in an environment of its own
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  $$(grep -E '^(--|torch==|numpy==|tqdm==|setuptools==)' requirements.txt | cut -d';' -f1) triton==$(NEWEST_TRITON)
+	$(NEWEST)/bin/python -m benchmarks.traffic --passes
+	$(NEWEST)/bin/python -m benchmarks.aot
 
 install: $(VENV)/.built ## make .venv from requirements.txt and build the package in place
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,26 @@ def _work() -> list[tuple[str, str, str]]:
     return work
 
 
+Job = tuple[str, str, str, torch.dtype | None]
+
+
+def jobs(ops: Sequence[str] = backend.OPS) -> list[Job]:
+    """(op, backend, device, dtype) of all there is to check on this machine; no dtype stands for gradcheck."""
+    return [
+        (op, name, device, dtype)
+        for op, name, device in _work()
+        for dtype in (*DTYPES, None)
+        if op in ops and backend.can_run(name, op, device, dtype or torch.float64) is None
+    ]
+
+
+def check(job: Job) -> Row:
+    """Do one of the :func:`jobs`."""
+    op, name, device, dtype = job
+    with backend.use_backend(name):
+        return _gradient_row(op, name, device) if dtype is None else _parity_row(op, name, device, dtype)
+
+
 def render(rows: list[Row]) -> str:
     """The rows as an aligned table."""
     table = [["op", "backend", "device", "dtype", "cases", "worst error / bound", ""]]
@@ -114,16 +134,8 @@ def run(args: argparse.Namespace) -> int:
     """Check everything; 0 when every result holds, 1 on a miss."""
     from tqdm import tqdm
 
-    jobs = [
-        (op, name, device, dtype)
-        for op, name, device in _work()
-        for dtype in (*DTYPES, None)
-        if op in args.ops and backend.can_run(name, op, device, dtype or torch.float64) is None
-    ]
-    rows = []
-    for op, name, device, dtype in tqdm(jobs, unit="check", disable=not sys.stderr.isatty(), leave=False):
-        with backend.use_backend(name):
-            rows.append(_gradient_row(op, name, device) if dtype is None else _parity_row(op, name, device, dtype))
+    work = jobs(args.ops)
+    rows = [check(job) for job in tqdm(work, unit="check", disable=not sys.stderr.isatty(), leave=False)]
     print(render(rows))
     missed = [r for r in rows if not r.ok]
     print(

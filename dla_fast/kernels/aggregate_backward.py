@@ -295,9 +295,9 @@ def specialisations() -> Iterable[launch.Specialisation]:
         every = [True] * len(xs)
         with examples.recording(example) as launches:
             for act, residual in itertools.product(example.acts, example.residuals):
-                for sums in ((v, v), (None, None)) if example.frozen else ((v, v),):
+                for total in (v, None) if example.frozen else (v,):
                     aggregate_backward(
-                        z, xs, weight, z, v, v, v, v, *sums, 4.0, 1e-5, residual, act, 0.0, every, True
+                        z, xs, weight, z, v, v, v, v, total, total, 4.0, 1e-5, residual, act, 0.0, every, True
                     )  # fmt: skip
         found += [launch.specialisation("aggregate_backward", example.dtype, o, example.label) for o in launches]
     return launch.distinct(found)

@@ -121,19 +121,21 @@ def _gemm(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
     block_n = power_of_two(n, 16, wide)
     # A tile of 128 x 256 leaves no registers for an epilogue.
     block_m = power_of_two(m, 16, 64 if block_n == 256 else 128)
-    while block_m > 32 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS:
-        block_m //= 2
+    # Narrow tiles before short ones: a tile of few pixels leaves as many bytes of moments behind as one of many.
+    while block_m * block_n > 64 * 64 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS:
+        block_m, block_n = (block_m // 2, block_n) if block_m > 64 else (block_m, max(block_n // 2, 16))
+    if block_m > 32 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS // 2:
+        block_m = 32
     large = block_m * block_n >= 64 * 128
     return TileConfig(block_m, block_n, min(step, 64 if dtype.itemsize == 2 else 32), 8 if large else 4, 3)
 
 
-def _merge(m: int, n: int, step: int, dtype: torch.dtype, arch: int) -> TileConfig:
+def _merge(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
     """An implicit product: addresses and masks of every value of a step take registers of their own."""
     wide = _gemm(m, n, step, dtype)
     if dtype == torch.float64:
         return wide
-    most = 64 if dtype == torch.float32 and arch < 90 else 128
-    return TileConfig(min(wide.block_m, 64), min(wide.block_n, most), min(wide.block_k, 32), 8, 2)
+    return TileConfig(min(wide.block_m, 64), min(wide.block_n, 128), min(wide.block_k, 32), 8, 2)
 
 
 def _backward(
@@ -178,25 +180,31 @@ def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> Til
 _CDNA3 = 94
 
 
-def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> TileConfig:
+def _fitted(kernel: str, cfg: TileConfig, arch: int) -> TileConfig:
     """What compiles without spilling on architectures whose compiler, or whose shared memory, is another than sm_90's.
 
     Found by compiling ahead of time (benchmarks.aot), not by measuring.
     """
     if arch == _CDNA3:
         # 64 KB of shared memory; a warp is 64 threads wide.
-        rows = (
-            32 if kernel in ("merge", "fused", "dw") else cfg.block_m // 2 if kernel == "elementwise" else cfg.block_m
-        )
+        rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 2}.get(kernel, cfg.block_m)
         columns = 64 if kernel == "merge" else cfg.block_n
         cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)), block_n=min(cfg.block_n, columns))
-        return replace(cfg, num_stages=min(cfg.num_stages, 2))
+        warps = 4 if kernel == "fused" else cfg.num_warps
+        return replace(cfg, num_warps=warps, num_stages=min(cfg.num_stages, 2))
     if arch == 90 or kernel == "elementwise":
         return cfg
     if arch >= 100 and kernel == "forward" and cfg.block_n >= 128:
         cfg = replace(cfg, block_m=min(cfg.block_m, 64))
-    # Left alone the compiler halves the registers and spills a few bytes, so that two blocks fit where one and a half do.
-    return replace(cfg, max_registers=min(255, 1344 // cfg.num_warps))
+    if arch >= 100 and kernel == "fused" and cfg.block_k <= 32:
+        cfg = replace(cfg, block_m=min(cfg.block_m, 32))
+    if arch < 90 and kernel == "merge":
+        cfg = replace(cfg, block_m=min(cfg.block_m, 32), block_n=min(cfg.block_n, 64))
+    # Left alone the compiler takes few registers and spills some bytes, so that more blocks fit.
+    limited = {80: ("dx", "merge"), 100: ("dx", "dw", "merge", "fused")}
+    if kernel in limited.get(arch, ()) or cfg.num_warps < 8:
+        cfg = replace(cfg, max_registers=255)
+    return cfg
 
 
 @lru_cache(maxsize=1024)
@@ -238,9 +246,9 @@ def choose(
     if kernel == "forward":
         cfg = _gemm(m, n, step, dtype)
     elif kernel == "merge":
-        cfg = _merge(m, n, step, dtype, arch)
+        cfg = _merge(m, n, step, dtype)
     elif kernel == "elementwise":
         cfg = _elementwise(m, n, channels_last, dtype)
     else:
         cfg = _backward(kernel, m, n, step, dtype, arch, channels_last, exact)
-    return _fitted(kernel, cfg, dtype, arch)
+    return _fitted(kernel, cfg, arch)

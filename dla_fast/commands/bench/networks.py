@@ -168,7 +168,7 @@ def check_float64(name: str, mode: str, state: dict[str, Tensor], label: str, de
     _compare(f"{label} in float64", "eager", results[peers.FUSED], results["eager"], count, bounds)
 
 
-def _state(name: str) -> dict[str, Tensor]:
+def initial_state(name: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = models.create_model(name)
     for module in model.modules():
@@ -236,7 +236,7 @@ def prove(
     dtype, device = settings.torch_dtype, settings.device
     label = f"{network.name} ({mode}, batch {network.batch})"
     torch._dynamo.reset()
-    state = _state(network.name)
+    state = initial_state(network.name)
     runs: dict[str, Callable[[], Any]] = {}
     sources: dict[str, str] = {}
     wanted = [
