@@ -1,4 +1,4 @@
-"""The command line: ``python -m dla_fast doctor | verify | demo | bench``."""
+"""The command line: ``python -m dla_fast doctor | verify | demo | bench | tune``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "check every op on this machine against PyTorch",
     "demo": "swap a timm DLA to fused nodes on real photographs and compare",
     "bench": "time the ops against PyTorch",
+    "tune": "measure tile configurations of the Triton kernels on this GPU and write them to a table",
 }
 
 

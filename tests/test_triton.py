@@ -31,7 +31,15 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 @needs_triton
 @pytest.mark.parametrize(
     "name",
-    ["interpreted", "interpreted_ida", "interpreted_traffic", "test_aggregate", "test_batch_norm_act", "test_ops"],
+    [
+        "interpreted",
+        "interpreted_ida",
+        "interpreted_traffic",
+        "interpreted_tune",
+        "test_aggregate",
+        "test_batch_norm_act",
+        "test_ops",
+    ],
 )
 def test_in_the_interpreter(name):
     here = os.path.dirname(os.path.abspath(__file__))

@@ -1,16 +1,20 @@
 """Tile configurations: a measured table where there is one, a heuristic behind it, and never a search in a call.
 
 :func:`choose` is asked with what decides a kernel's speed, (kernel, M, K, N, dtype, architecture), and answers from
-:data:`TABLE` or computes. ``TABLE`` is empty until a GPU has been measured; :func:`install` fills it.
+:data:`TABLE` or computes. ``python -m dla_fast tune`` measures and writes ``tables/sm_<architecture>.json``, which is
+read when the architecture is first asked for; :func:`install` adds to what was read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -65,6 +69,45 @@ def bucket(m: int) -> int:
 def key(arch: int, kernel: str, dtype: torch.dtype, m: int, k: int, n: int) -> Key:
     """The table's key of a problem."""
     return arch, kernel, str(dtype).removeprefix("torch."), bucket(m), k, n
+
+
+def table_path(arch: int) -> Path:
+    """Where the table of an architecture lies."""
+    return Path(__file__).parent / "tables" / f"sm_{arch}.json"
+
+
+def read_table(path: Path, arch: int) -> dict[Key, TileConfig]:
+    """The entries of a table.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a table.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        return {
+            (arch, e["kernel"], e["dtype"], int(e["m"]), int(e["k"]), int(e["n"])): TileConfig(**e["config"])
+            for e in entries
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no table of tile configurations: {type(error).__name__}: {error}") from error
+
+
+_read: set[int] = set()
+
+
+def measured(kernel: str, m: int, k: int, n: int, dtype: torch.dtype, arch: int) -> TileConfig | None:
+    """What was measured for a problem, None where nothing was; reads the architecture's table the first time."""
+    if arch not in _read:
+        _read.add(arch)
+        path = table_path(arch)
+        if path.exists():
+            try:
+                # What was installed by hand goes before the file.
+                TABLE.update({key: value for key, value in read_table(path, arch).items() if key not in TABLE})
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{path}: {error}; the heuristic chooses", RuntimeWarning, stacklevel=2)
+    return TABLE.get(key(arch, kernel, dtype, m, k, n))
 
 
 def install(entries: Mapping[Key, TileConfig]) -> None:
@@ -176,32 +219,48 @@ def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> Til
     return TileConfig(block_m, power_of_two(n, 1, values // block_m), 0, 4, 1)
 
 
+def _upsample(kernel: str, m: int, n: int, channels_last: bool, dtype: torch.dtype) -> TileConfig:
+    """Tiles whose values and partial results stay in registers."""
+    wide = dtype == torch.float64
+    if kernel == "upsample":
+        # Four values a position are held, and f x f written.
+        values, most = 1024 if wide else 2048, 64
+    else:
+        # Many pixels, since a tile leaves a partial dW behind: 64 f^2 bytes beside the 2 (2 + f^2) BM of its maps.
+        values, most = 2048 if wide else 8192 if channels_last else 4096, 32
+    block_n = power_of_two(n, 1, most if channels_last else 8)
+    return TileConfig(power_of_two(m, 1, values // block_n), block_n, 0, 8 if values >= 4096 else 4, 1)
+
+
 # Not an NVIDIA number: AMD's gfx942, as PyTorch counts it.
 _CDNA3 = 94
 
 
 def _fitted(kernel: str, cfg: TileConfig, arch: int) -> TileConfig:
-    """What compiles without spilling on architectures whose compiler, or whose shared memory, is another than sm_90's.
+    """What compiles without spilling on each architecture, and fits its shared memory.
 
     Found by compiling ahead of time (benchmarks.aot), not by measuring.
     """
     if arch == _CDNA3:
         # 64 KB of shared memory; a warp is 64 threads wide.
-        rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 2}.get(kernel, cfg.block_m)
+        rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
+            kernel, cfg.block_m
+        )
         columns = 64 if kernel == "merge" else cfg.block_n
         cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)), block_n=min(cfg.block_n, columns))
-        warps = 4 if kernel == "fused" else cfg.num_warps
+        warps = {"fused": 4, "forward": 8}.get(kernel, cfg.num_warps)
         return replace(cfg, num_warps=warps, num_stages=min(cfg.num_stages, 2))
-    if arch == 90 or kernel == "elementwise":
+    if kernel in ("elementwise", "upsample", "upsample_backward"):
         return cfg
     if arch >= 100 and kernel == "forward" and cfg.block_n >= 128:
         cfg = replace(cfg, block_m=min(cfg.block_m, 64))
     if arch >= 100 and kernel == "fused" and cfg.block_k <= 32:
         cfg = replace(cfg, block_m=min(cfg.block_m, 32))
-    if arch < 90 and kernel == "merge":
-        cfg = replace(cfg, block_m=min(cfg.block_m, 32), block_n=min(cfg.block_n, 64))
+    if arch != 90 and kernel == "merge":
+        rows = 32 if arch < 90 else 64
+        cfg = replace(cfg, block_m=min(cfg.block_m, rows), block_n=min(cfg.block_n, 64))
     # Left alone the compiler takes few registers and spills some bytes, so that more blocks fit.
-    limited = {80: ("dx", "merge"), 100: ("dx", "dw", "merge", "fused")}
+    limited = {80: ("dx", "dw", "merge"), 90: ("merge",), 100: ("dx", "dw", "merge", "fused")}
     if kernel in limited.get(arch, ()) or cfg.num_warps < 8:
         cfg = replace(cfg, max_registers=255)
     return cfg
@@ -230,7 +289,7 @@ def choose(
     """The configuration of a kernel for a problem.
 
     Args:
-        kernel: "forward", "merge", "fused", "dx", "dw", or "elementwise".
+        kernel: "forward", "merge", "fused", "dx", "dw", "elementwise", "upsample" or "upsample_backward".
         m: pixels, over all images.
         k: input channels, over all inputs; 0 where nothing is multiplied.
         n: output channels.
@@ -240,15 +299,17 @@ def choose(
         channels_last: layout.
         exact: float32 is multiplied as such, without matrix instructions; what was measured with them says nothing.
     """
-    measured = None if exact else TABLE.get(key(arch, kernel, dtype, m, k, n))
-    if measured is not None:
-        return measured
+    found = None if exact else measured(kernel, m, k, n, dtype, arch)
+    if found is not None:
+        return found
     if kernel == "forward":
         cfg = _gemm(m, n, step, dtype)
     elif kernel == "merge":
         cfg = _merge(m, n, step, dtype)
     elif kernel == "elementwise":
         cfg = _elementwise(m, n, channels_last, dtype)
+    elif kernel in ("upsample", "upsample_backward"):
+        cfg = _upsample(kernel, m, n, channels_last, dtype)
     else:
         cfg = _backward(kernel, m, n, step, dtype, arch, channels_last, exact)
     return _fitted(kernel, cfg, arch)

@@ -124,20 +124,7 @@ _STEPS = ((64, 64, 2), (128, 32, 2), (256, 16, 2), (64, 32, 4), (64, 16, 8))
 
 
 def _choose(kernel: str, m: int, channels: int, x: Tensor, channels_last: bool) -> config.TileConfig:
-    """The measured configuration, else tiles whose values and partial results stay in registers."""
-    arch = config.arch_of(x.device)
-    measured = config.TABLE.get(config.key(arch, kernel, x.dtype, m, 0, channels))
-    if measured is not None:
-        return measured
-    wide = x.dtype == torch.float64
-    if kernel == "upsample":
-        # Four values a position are held, and f x f written.
-        values, most = 1024 if wide else 2048, 64
-    else:
-        # Many pixels, since a tile leaves a partial dW behind: 64 f^2 bytes beside the 2 (2 + f^2) BM of its maps.
-        values, most = 2048 if wide else 8192, 32
-    block_n = config.power_of_two(channels, 1, most if channels_last else 8)
-    return config.TileConfig(config.power_of_two(m, 1, values // block_n), block_n, 0, 8 if values > 4096 else 4, 1)
+    return config.choose(kernel, m, 0, channels, x.dtype, config.arch_of(x.device), 0, channels_last)
 
 
 def _sides(x: Tensor, factor: int) -> tuple[int, int]:
