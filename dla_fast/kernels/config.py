@@ -178,7 +178,8 @@ def _merge(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
     wide = _gemm(m, n, step, dtype)
     if dtype == torch.float64:
         return wide
-    return TileConfig(min(wide.block_m, 64), min(wide.block_n, 128), min(wide.block_k, 32), 8, 2)
+    most = 128 if dtype.itemsize == 2 else 64
+    return TileConfig(min(wide.block_m, 64), min(wide.block_n, most), min(wide.block_k, 32), 8, 2)
 
 
 def _backward(
@@ -190,8 +191,7 @@ def _backward(
         half = dtype.itemsize == 2
         # Warpgroup instructions want 64 pixels; others leave more of a thread's registers to the accumulators.
         block_m = power_of_two(m, 16, 64 if arch >= 90 and (half or block_n <= 64) else 32)
-        # Steps of 32 and less are those with masks.
-        return TileConfig(block_m, block_n, min(step, 64), 8 if block_n >= 128 or step <= 32 or not half else 4, 2)
+        return TileConfig(block_m, block_n, min(step, 64), 8, 2)
     if dtype == torch.float64 or exact:
         return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 32), min(step, 32), 4, 1)
     half = dtype.itemsize == 2
@@ -236,15 +236,16 @@ def _upsample(kernel: str, m: int, n: int, channels_last: bool, dtype: torch.dty
 _CDNA3 = 94
 
 
-def _fitted(kernel: str, cfg: TileConfig, arch: int) -> TileConfig:
+def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> TileConfig:
     """What compiles without spilling on each architecture, and fits its shared memory.
 
     Found by compiling ahead of time (benchmarks.aot), not by measuring.
     """
     if arch == _CDNA3:
         # 64 KB of shared memory; a warp is 64 threads wide.
+        masked = 16 if kernel == "forward" and cfg.block_k <= 32 else cfg.block_m
         rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
-            kernel, cfg.block_m
+            kernel, masked
         )
         columns = 64 if kernel == "merge" else cfg.block_n
         cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)), block_n=min(cfg.block_n, columns))
@@ -257,7 +258,7 @@ def _fitted(kernel: str, cfg: TileConfig, arch: int) -> TileConfig:
     if arch >= 100 and kernel == "fused" and cfg.block_k <= 32:
         cfg = replace(cfg, block_m=min(cfg.block_m, 32))
     if arch != 90 and kernel == "merge":
-        rows = 32 if arch < 90 else 64
+        rows = 32 if arch < 90 or dtype == torch.float32 else 64
         cfg = replace(cfg, block_m=min(cfg.block_m, rows), block_n=min(cfg.block_n, 64))
     # Left alone the compiler takes few registers and spills some bytes, so that more blocks fit.
     limited = {80: ("dx", "dw", "merge"), 90: ("merge",), 100: ("dx", "dw", "merge", "fused")}
@@ -312,4 +313,4 @@ def choose(
         cfg = _upsample(kernel, m, n, channels_last, dtype)
     else:
         cfg = _backward(kernel, m, n, step, dtype, arch, channels_last, exact)
-    return _fitted(kernel, cfg, arch)
+    return _fitted(kernel, cfg, dtype, arch)
