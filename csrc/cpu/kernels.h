@@ -95,8 +95,14 @@ struct UpRow {
   A* out;
   int64_t width, channels, factor;
   int64_t begin, end;  // output columns; `out` and `skip` point at the first
-  A* scratch;          // up_row: zeros, `channels` of them; up_row_plane: (width + 1) * (factor + 1) + 2 * (width + 2)
+  A* scratch;          // up_row: zeros, `channels` of them; up_row_plane: plane_scratch(width, factor)
 };
+
+// Kernels that walk a plane take whole vectors, this much past its width at most.
+constexpr int64_t kPlaneSlack = 64;
+inline int64_t plane_scratch(int64_t width, int64_t factor) {
+  return (factor + 2) * (width + 2 + kPlaneSlack) + 4 * factor * factor * 16;
+}
 
 // What one low-resolution row gives and takes in the backward of that: dx of the row, and its part of dw, from the 2f
 // rows of dy it went into (null outside the map).
@@ -108,7 +114,13 @@ struct UpRowBackward {
   A* dx;            // null where it is not needed, like dw
   double* dw;       // like weight; added to
   int64_t width, out_width, channels, factor;
-  A* scratch;  // up_row_plane_backward: (width + 1) * factor
+  // Zeros before the first row of a slice; up_row_backward: like dw; up_row_plane_backward: plane_scratch(width,
+  // factor).
+  A* scratch;
+  // channels_last: the rows of dy that the next row of x needs, to be fetched in passing, or null.
+  const char* ahead = nullptr;
+  // Whether the sums that were kept in scratch go to dw now.
+  bool flush = true;
 };
 
 template <class T>

@@ -170,8 +170,8 @@ class Forward {
         : near(row(in, i)),
           far(row(in, i)),
           scratch(in.factors[i] == 1 ? 0
-                                     : std::max(in.xs[i].size(1), (in.xs[i].size(3) + 1) * (in.factors[i] + 1) +
-                                                                      2 * in.xs[i].size(3) + 4),
+                  : in.channels_last ? in.xs[i].size(1)
+                                     : plane_scratch(in.xs[i].size(3), in.factors[i]),
                   true) {}
     static int64_t row(const MergeInputs& in, size_t i) {
       if (in.factors[i] == 1 || std::is_same_v<T, A>) return 0;

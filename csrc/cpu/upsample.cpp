@@ -29,11 +29,13 @@ void forward(const Maps<T>& m, const Tensor& weight, bool channels_last) {
   const int64_t f = m.factor, depth = m.depth(channels_last), in_row = m.width * depth, out_row = m.out_width * depth;
   const Scratch<A> w = pack_up_weight<T, A>(weight, f, channels_last);
   const int64_t weight_row = 2 * f * depth;
-  parallel_queue(m.planes(channels_last) * m.out_height, 2 * out_row, [&](const auto& take) {
+  // Rows of one channel are too short to be taken one by one.
+  const int64_t rows = m.planes(channels_last) * m.out_height, each = channels_last ? 1 : m.out_height;
+  parallel_queue(rows / each, 2 * out_row * each, [&](const auto& take) {
     const Scratch<A> near(in_row), far(in_row), skip(out_row), out(out_row),
-        work(std::max(depth, (m.width + 1) * (f + 1) + 2 * (m.width + 2)), true);
-    for (int64_t task = take(); task >= 0; task = take()) {
-      const int64_t plane = task / m.out_height, o = task % m.out_height;
+        work(channels_last ? depth : plane_scratch(m.width, f), true);
+    const auto write_row = [&](int64_t row) {
+      const int64_t plane = row / m.out_height, o = row % m.out_height;
       const int64_t i = (o + f / 2) / f, ky = (o + f / 2) % f;
       const T* x = m.x + plane * m.height * in_row;
       const A* taps = w.get() + (channels_last ? 0 : plane % m.channels * 4 * f * f);
@@ -56,6 +58,9 @@ void forward(const Maps<T>& m, const Tensor& weight, bool channels_last) {
       u.scratch = work.get();
       channels_last ? k.up_row(u) : k.up_row_plane(u);
       if constexpr (!std::is_same_v<T, A>) k.store({out.get(), out_row}, {m.out + at, out_row}, 1, out_row);
+    };
+    for (int64_t task = take(); task >= 0; task = take()) {
+      for (int64_t row = task * each; row < (task + 1) * each; ++row) write_row(row);
     }
   });
 }
@@ -74,7 +79,7 @@ void backward(const Maps<T>& m, const Tensor& weight, bool channels_last, T* dx,
   std::vector<double> dw(dw_out == nullptr ? 0 : (channels_last ? slices * taps * depth : m.channels * taps), 0.0);
   parallel_queue(slices, 4 * m.images * m.channels * m.out_height * m.out_width / slices, [&](const auto& take) {
     const Scratch<A> wide_x(in_row), wide_dy(std::is_same_v<T, A> ? 0 : 2 * f * out_row), wide_dx(in_row),
-        work((m.width + 1) * f);
+        work(channels_last ? taps * depth : plane_scratch(m.width, f), true);
     std::vector<const A*> dy(2 * f);
     for (int64_t slice = take(); slice >= 0; slice = take()) {
       const int64_t begin = channels_last ? rows * slice / slices : 0;
@@ -105,6 +110,14 @@ void backward(const Maps<T>& m, const Tensor& weight, bool channels_last, T* dx,
         u.channels = depth;
         u.factor = f;
         u.scratch = work.get();
+        // Sums of few rows before they go on in double.
+        u.flush = r % 16 == 15 || r == end - 1;
+        if (std::is_same_v<T, A> && i + 1 < m.height) {
+          const int64_t next = (i + 1) * f - f / 2 + f;
+          if (next + f <= m.out_height) {
+            u.ahead = reinterpret_cast<const char*>(m.dy_or_skip + (plane * m.out_height + next) * out_row);
+          }
+        }
         channels_last ? k.up_row_backward(u) : k.up_row_plane_backward(u);
         if constexpr (!std::is_same_v<T, A>) {
           if (dx != nullptr) k.store({wide_dx.get(), in_row}, {dx + row * in_row, in_row}, 1, in_row);
@@ -113,16 +126,17 @@ void backward(const Maps<T>& m, const Tensor& weight, bool channels_last, T* dx,
     }
   });
   if (dw_out == nullptr) return;
-  for (int64_t c = 0; c < m.channels; ++c) {
-    for (int64_t t = 0; t < taps; ++t) {
-      double sum = 0;
-      if (channels_last) {
-        for (int64_t s = 0; s < slices; ++s) sum += dw[(s * taps + t) * depth + c];
-      } else {
-        sum = dw[c * taps + t];
-      }
-      dw_out[c * taps + t] = static_cast<T>(static_cast<A>(sum));
+  std::vector<double> sum(depth);
+  for (int64_t t = 0; t < taps; ++t) {
+    if (!channels_last) {
+      for (int64_t c = 0; c < m.channels; ++c) dw_out[c * taps + t] = static_cast<T>(static_cast<A>(dw[c * taps + t]));
+      continue;
     }
+    std::fill(sum.begin(), sum.end(), 0.0);
+    for (int64_t s = 0; s < slices; ++s) {
+      for (int64_t c = 0; c < depth; ++c) sum[c] += dw[(s * taps + t) * depth + c];
+    }
+    for (int64_t c = 0; c < depth; ++c) dw_out[c * taps + t] = static_cast<T>(static_cast<A>(sum[c]));
   }
 }
 

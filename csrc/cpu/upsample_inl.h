@@ -30,155 +30,282 @@ void up_row(const UpRow<A>& u) {
   }
 }
 
-// A row between a zero on either side; all zeros where there is none.
+// Values [0, count) of a row behind a zero, with zeros up to `room`; all zeros where there is no row.
 template <class A>
-inline const A* padded(const A* row, int64_t width, A* to) {
-  to[0] = to[width + 1] = A(0);
-  for (int64_t i = 0; i < width; ++i) to[i + 1] = row == nullptr ? A(0) : row[i];
+inline const A* padded(const A* row, int64_t count, int64_t room, A* to) {
+  to[0] = A(0);
+  const int64_t n = row == nullptr ? 0 : count;
+  for (int64_t i = 0; i < n; ++i) to[i + 1] = row[i];
+  for (int64_t i = n; i < room; ++i) to[i + 1] = A(0);
   return to + 1;
 }
 
+// Positions are rounded up to whole vectors; what lies behind the last is computed from zeros and never used.
+template <class A>
+inline int64_t whole_vectors(int64_t n) {
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+  return (n + lanes - 1) / lanes * lanes;
+}
+
 template <class A, int64_t F>
-inline void interleave(const A* phases, int64_t count, int64_t factor, A* out) {
-  const int64_t f = F > 0 ? F : factor;
+inline void up_positions(const A* n, const A* r, const UpRow<A>& u, int64_t count, A* whole) {
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+  const int64_t f = F > 0 ? F : u.factor;
+  for (int64_t i0 = 0; i0 < count; i0 += lanes) {
+    A phases[(F > 0 ? F : 1) * lanes];
+    for (int64_t k = 0; k < f; ++k) {
+      const A wn0 = u.weight_near[k], wn1 = u.weight_near[k + f];
+      const A wf0 = u.weight_far[k], wf1 = u.weight_far[k + f];
+      A* v = F > 0 ? phases + k * lanes : phases;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t k = 0; k < f; ++k) out[i * f + k] = phases[k * count + i];
+      for (int64_t i = 0; i < lanes; ++i) {
+        v[i] = n[i0 + i] * wn0 + n[i0 + i - 1] * wn1 + r[i0 + i] * wf0 + r[i0 + i - 1] * wf1;
+      }
+      if constexpr (F == 0) {
+        for (int64_t i = 0; i < lanes; ++i) whole[(i0 + i) * f + k] = v[i];
+      }
+    }
+    if constexpr (F > 0) {
+      A* to = whole + i0 * F;
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) {
+        for (int64_t k = 0; k < F; ++k) to[i * F + k] = phases[k * lanes + i];
+      }
+    }
   }
 }
 
 template <class A>
 void up_row_plane(const UpRow<A>& u) {
-  const int64_t f = u.factor, pad = f / 2, count = u.width + 1;
-  const A* n = padded(u.near, u.width, u.scratch);
-  const A* r = padded(u.far, u.width, u.scratch + u.width + 2);
-  A* whole = u.scratch + 2 * (u.width + 2);
-  // Every phase of the row on its own, then interleaved a position at a time through a block that stays in cache.
-  constexpr int64_t block = 64;
-  A phases[block * 8];
-  for (int64_t k0 = 0; k0 < f; k0 += 8) {
-    const int64_t ks = f - k0 < 8 ? f - k0 : 8;
-    for (int64_t i0 = 0; i0 < count; i0 += block) {
-      const int64_t n_block = count - i0 < block ? count - i0 : block;
-      for (int64_t k = 0; k < ks; ++k) {
-        const A wn0 = u.weight_near[k0 + k], wn1 = u.weight_near[k0 + k + f];
-        const A wf0 = u.weight_far[k0 + k], wf1 = u.weight_far[k0 + k + f];
-        A* v = phases + k * n_block;
+  const int64_t f = u.factor, pad = f / 2, count = whole_vectors<A>(u.width + 1), room = u.width + 1 + kPlaneSlack;
+  const A* n = padded(u.near, u.width, count, u.scratch);
+  const A* r = padded(u.far, u.width, count, u.scratch + room);
+  A* whole = u.scratch + 2 * room;
+  if (f == 2) {
+    up_positions<A, 2>(n, r, u, count, whole);
+  } else if (f == 4) {
+    up_positions<A, 4>(n, r, u, count, whole);
+  } else if (f == 8) {
+    up_positions<A, 8>(n, r, u, count, whole);
+  } else {
+    up_positions<A, 0>(n, r, u, count, whole);
+  }
+  const A* from = whole + u.begin + pad;
+  const int64_t values = u.end - u.begin;
+  if (u.skip != nullptr) {
 #pragma omp simd
-        for (int64_t i = 0; i < n_block; ++i) {
-          const int64_t at = i0 + i;
-          v[i] = n[at] * wn0 + n[at - 1] * wn1 + r[at] * wf0 + r[at - 1] * wf1;
-        }
-      }
-      if (f == 2) {
-        interleave<A, 2>(phases, n_block, f, whole + i0 * f);
-      } else if (f == 4) {
-        interleave<A, 4>(phases, n_block, f, whole + i0 * f);
-      } else if (f == 8) {
-        interleave<A, 8>(phases, n_block, f, whole + i0 * f);
-      } else {
-        for (int64_t i = 0; i < n_block; ++i) {
-          for (int64_t k = 0; k < ks; ++k) whole[(i0 + i) * f + k0 + k] = phases[k * n_block + i];
-        }
-      }
-    }
-  }
-  for (int64_t o = u.begin; o < u.end; ++o) {
-    u.out[o - u.begin] = u.skip != nullptr ? whole[o + pad] + u.skip[o - u.begin] : whole[o + pad];
+    for (int64_t o = 0; o < values; ++o) u.out[o] = from[o] + u.skip[o];
+  } else {
+    for (int64_t o = 0; o < values; ++o) u.out[o] = from[o];
   }
 }
 
-// Columns of x whose product with column k of the kernel falls inside the map: [first, last).
-inline int64_t first_column(int64_t k, int64_t f) {
-  const int64_t pad = f / 2;
-  return k >= pad ? 0 : (pad - k + f - 1) / f;
-}
-inline int64_t last_column(int64_t k, int64_t f, int64_t width, int64_t out_width) {
-  const int64_t room = out_width - 1 + f / 2 - k;
-  const int64_t last = room < 0 ? 0 : room / f + 1;
-  return last < width ? last : width;
-}
-
-// Channels [c, c + n) of up_row_backward, n at most NV vectors.
-template <class A, int NV>
-inline void up_block_backward(const UpRowBackward<A>& u, int64_t c, int64_t n) {
-  using V = VectorOf<A>;
-  const int64_t channels = u.channels, f = u.factor, pad = f / 2;
-  const auto load = [&](const A* p, int v) { return load_lanes(p + v * V::lanes, n - v * V::lanes); };
-  for (int64_t i = 0; u.dx != nullptr && i < u.width; ++i) {
-    typename V::type acc[NV] = {};
-    const int64_t from = i * f - pad, k0 = from < 0 ? -from : 0;
-    const int64_t k1 = u.out_width - from < 2 * f ? u.out_width - from : 2 * f;
-    for (int64_t ky = 0; ky < 2 * f; ++ky) {
-      if (u.dy[ky] == nullptr) continue;
-      for (int64_t kx = k0; kx < k1; ++kx) {
-        const A* d = u.dy[ky] + (from + kx) * channels + c;
-        const A* w = u.weight + (ky * 2 * f + kx) * channels + c;
+// Rows [ky, ky + R) and columns [first, first + KX) of the kernel, channels [c, c + n) of one vector: dx gains their
+// part, dw its own. All R rows of dy exist.
+template <class A, int R, int KX, bool DX, bool DW, bool WHOLE>
+inline void up_taps(UpRowBackward<A>& u, int64_t ky, int64_t first, int64_t c, int64_t rest, bool begin) {
+  using V = typename VectorOf<A>::type;
+  const int64_t channels = u.channels, f = u.factor, from = first - f / 2, width = u.width;
+  const int64_t n = WHOLE ? VectorOf<A>::lanes : rest;
+  const A* x = u.x + c;
+  A* dx = DX ? u.dx + c : nullptr;
+  const int64_t tap = (ky * 2 * f + first) * channels + c;
+  // A quarter of a line a tap and pixel: together the passes over a row fetch the next f rows of dy, no more.
+  const char* ahead = u.ahead;
+  constexpr int64_t lines = R * KX > 4 ? R * KX / 4 : 1;
+  const int64_t step = ahead == nullptr ? 0 : 64;
+  const A* dy[R];
+  V w[R][KX] = {}, sum[R][KX] = {};
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[v] += load(d, v) * load(w, v);
-      }
-    }
-    for (int v = 0; v < NV; ++v) store_lanes(u.dx + i * channels + c + v * V::lanes, acc[v], n - v * V::lanes);
+  for (int r = 0; r < R; ++r) {
+    dy[r] = u.dy[ky + r] + c;
+#pragma GCC unroll 8
+    for (int k = 0; DX && k < KX; ++k) w[r][k] = load_lanes(u.weight + tap + (r * 2 * f + k) * channels, n);
   }
-  for (int64_t ky = 0; u.dw != nullptr && ky < 2 * f; ++ky) {
-    if (u.dy[ky] == nullptr) continue;
-    for (int64_t kx = 0; kx < 2 * f; ++kx) {
-      typename V::type acc[NV] = {};
-      const int64_t last = last_column(kx, f, u.width, u.out_width);
-      for (int64_t i = first_column(kx, f); i < last; ++i) {
-        const A* x = u.x + i * channels + c;
-        const A* d = u.dy[ky] + (i * f - pad + kx) * channels + c;
+  const auto pixel = [&](int64_t i, auto inside) {
+    const int64_t o = i * f + from;
+    const V xi = DW ? load_lanes(x + i * channels, n) : V{};
+    // One chain a row: a single one would be as long as there are taps.
+    V acc[R] = {};
+    if (DX && !begin) acc[0] = load_lanes(dx + i * channels, n);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[v] += load(x, v) * load(d, v);
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int k = 0; k < KX; ++k) {
+        if (!decltype(inside)::value && (o + k < 0 || o + k >= u.out_width)) continue;
+        const V d = load_lanes(dy[r] + (o + k) * channels, n);
+        if constexpr (DX) acc[r] += d * w[r][k];
+        if constexpr (DW) sum[r][k] += xi * d;
       }
-      double* dw = u.dw + (ky * 2 * f + kx) * channels + c;
-      for (int64_t j = 0; j < n; ++j) dw[j] += acc[j / V::lanes][j % V::lanes];
+    }
+    for (int r = 1; r < R; ++r) acc[0] += acc[r];
+    if constexpr (DX) store_lanes(dx + i * channels, acc[0], n);
+    for (int64_t line = 0; line < lines; ++line, ahead += step) __builtin_prefetch(ahead, 0, 2);
+  };
+  // All KX columns lie inside the map for i in [low, high).
+  const int64_t low = from >= 0 ? 0 : (-from + f - 1) / f, room = u.out_width - KX - from;
+  const int64_t high = room < 0 ? 0 : room / f + 1;
+  int64_t i = 0;
+  for (; i < width && i < low; ++i) pixel(i, std::false_type());
+  for (; i < width && i < high; ++i) pixel(i, std::true_type());
+  for (; i < width; ++i) pixel(i, std::false_type());
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int k = 0; DW && k < KX; ++k) {
+      A* to = u.scratch + tap + (r * 2 * f + k) * channels;
+      store_lanes(to, load_lanes(to, n) + sum[r][k], n);
     }
   }
+  u.ahead = ahead;
 }
 
-template <class A>
-void up_row_backward(const UpRowBackward<A>& u) {
+// As many rows of the kernel at once as have their sums of dw in registers.
+template <class A, int KX>
+constexpr int rows_at_once() {
+  return DLA_VECTOR_BYTES == 64 && KX < 16 ? 16 / KX < 4 ? 16 / KX : 4 : 1;
+}
+
+template <class A, int KX, bool DX, bool DW>
+inline void up_columns(UpRowBackward<A>& u) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
-  int64_t c = 0;
-  for (; c + 4 * lanes <= u.channels; c += 4 * lanes) up_block_backward<A, 4>(u, c, 4 * lanes);
-  for (; c < u.channels; c += lanes) {
-    up_block_backward<A, 1>(u, c, u.channels - c < lanes ? u.channels - c : lanes);
+  constexpr int R = rows_at_once<A, KX>();
+  const int64_t rows = 2 * u.factor;
+  for (int64_t c = 0; c < u.channels; c += lanes) {
+    const int64_t rest = u.channels - c;
+    bool begin = true;
+    for (int64_t ky = 0; ky < rows;) {
+      bool together = rest >= lanes && ky + R <= rows;
+      for (int r = 0; together && r < R; ++r) together = u.dy[ky + r] != nullptr;
+      if (!together && u.dy[ky] == nullptr) {
+        ++ky;
+        continue;
+      }
+      for (int64_t first = 0; first < rows; first += KX) {
+        if (together) {
+          up_taps<A, R, KX, DX, DW, true>(u, ky, first, c, rest, begin);
+        } else if (rest >= lanes) {
+          up_taps<A, 1, KX, DX, DW, true>(u, ky, first, c, rest, begin);
+        } else {
+          up_taps<A, 1, KX, DX, DW, false>(u, ky, first, c, rest, begin);
+        }
+        begin = false;
+      }
+      ky += together ? R : 1;
+    }
+  }
+}
+
+template <class A, bool DX, bool DW>
+inline void up_factor_columns(UpRowBackward<A>& u) {
+  if (u.factor % 4 == 0) {
+    up_columns<A, 8, DX, DW>(u);
+  } else if (u.factor % 2 == 0) {
+    up_columns<A, 4, DX, DW>(u);
+  } else {
+    up_columns<A, 2, DX, DW>(u);
+  }
+}
+
+// Always a row of dy exists: position i f, since f / 2 < f.
+template <class A>
+void up_row_backward(const UpRowBackward<A>& given) {
+  UpRowBackward<A> u = given;
+  if (u.dx == nullptr) {
+    up_factor_columns<A, false, true>(u);
+  } else if (u.dw == nullptr) {
+    up_factor_columns<A, true, false>(u);
+  } else {
+    up_factor_columns<A, true, true>(u);
+  }
+  if (u.dw == nullptr || !u.flush) return;
+  const int64_t values = 4 * u.factor * u.factor * u.channels;
+#pragma omp simd
+  for (int64_t i = 0; i < values; ++i) {
+    u.dw[i] += u.scratch[i];
+    u.scratch[i] = A(0);
+  }
+}
+
+// phases[k][i] = row[i F + k - F / 2], zero outside the row.
+template <class A, int64_t F>
+inline void deinterleave(const A* row, int64_t width, int64_t out_width, int64_t factor, int64_t ld, A* phases) {
+  const int64_t f = F > 0 ? F : factor, pad = f / 2;
+  const auto edge = [&](int64_t i) {
+    for (int64_t k = 0; k < f; ++k) {
+      const int64_t o = i * f + k - pad;
+      phases[k * ld + i] = o >= 0 && o < out_width ? row[o] : A(0);
+    }
+  };
+  edge(0);
+  if constexpr (F > 0) {
+#pragma omp simd
+    for (int64_t i = 1; i < width; ++i) {
+      for (int64_t k = 0; k < F; ++k) phases[k * ld + i] = row[i * F + k - F / 2];
+    }
+  } else {
+    for (int64_t i = 1; i < width; ++i) edge(i);
+  }
+  edge(width);
+}
+
+template <class A, int64_t F, bool DW>
+inline void up_plane_backward(const UpRowBackward<A>& u) {
+  using V = typename VectorOf<A>::type;
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+  const int64_t f = F > 0 ? F : u.factor, ld = u.width + 2 + kPlaneSlack, count = whole_vectors<A>(u.width);
+  // Zeros behind the last value, from the caller and kept: whole vectors are read.
+  A *x = u.scratch, *dx = x + ld, *phases = dx + ld, *sums = phases + f * ld;
+  for (int64_t i = 0; DW && i < u.width; ++i) x[i] = u.x[i];
+  for (int64_t i = 0; i < count; ++i) dx[i] = A(0);
+  for (int64_t ky = 0; ky < 2 * f; ++ky) {
+    if (u.dy[ky] == nullptr) continue;
+    deinterleave<A, F>(u.dy[ky], u.width, u.out_width, f, ld, phases);
+    for (int64_t k = 0; k < f; ++k) {
+      const A *d = phases + k * ld, w0 = u.weight[ky * 2 * f + k], w1 = u.weight[ky * 2 * f + k + f];
+      A *to0 = sums + (ky * 2 * f + k) * lanes, *to1 = to0 + f * lanes;
+      V s0 = DW ? load_lanes(to0, lanes) : V{}, s1 = DW ? load_lanes(to1, lanes) : V{};
+      for (int64_t i = 0; i < count; i += lanes) {
+        const V d0 = load_lanes(d + i, lanes), d1 = load_lanes(d + i + 1, lanes);
+        store_lanes(dx + i, load_lanes(dx + i, lanes) + (d0 * w0 + d1 * w1), lanes);
+        if constexpr (DW) {
+          const V v = load_lanes(x + i, lanes);
+          s0 += v * d0;
+          s1 += v * d1;
+        }
+      }
+      if constexpr (DW) {
+        store_lanes(to0, s0, lanes);
+        store_lanes(to1, s1, lanes);
+      }
+    }
+  }
+  for (int64_t i = 0; u.dx != nullptr && i < u.width; ++i) u.dx[i] = dx[i];
+  if (!DW || !u.flush) return;
+  for (int64_t t = 0; t < 4 * f * f; ++t) {
+    double sum = 0;
+    for (int64_t j = 0; j < lanes; ++j) {
+      sum += sums[t * lanes + j];
+      sums[t * lanes + j] = A(0);
+    }
+    u.dw[t] += sum;
+  }
+}
+
+template <class A, bool DW>
+inline void up_factor_backward(const UpRowBackward<A>& u) {
+  if (u.factor == 2) {
+    up_plane_backward<A, 2, DW>(u);
+  } else if (u.factor == 4) {
+    up_plane_backward<A, 4, DW>(u);
+  } else if (u.factor == 8) {
+    up_plane_backward<A, 8, DW>(u);
+  } else {
+    up_plane_backward<A, 0, DW>(u);
   }
 }
 
 template <class A>
 void up_row_plane_backward(const UpRowBackward<A>& u) {
-  const int64_t f = u.factor, pad = f / 2, count = u.width + 1;
-  if (u.dx != nullptr) {
-    for (int64_t i = 0; i < u.width; ++i) u.dx[i] = A(0);
-  }
-  for (int64_t ky = 0; ky < 2 * f; ++ky) {
-    if (u.dy[ky] == nullptr) continue;
-    for (int64_t k = 0; k < f; ++k) {
-      // What of this row meets columns k and k + f of the kernel, side by side.
-      A* d = u.scratch;
-      const int64_t first = first_column(k, f);
-      int64_t last = (u.out_width - 1 + pad - k) / f + 1;
-      last = last < count ? last : count;
-      for (int64_t i = 0; i < first; ++i) d[i] = A(0);
-      for (int64_t i = first; i < last; ++i) d[i] = u.dy[ky][i * f + k - pad];
-      for (int64_t i = last; i < count; ++i) d[i] = A(0);
-      if (u.dx != nullptr) {
-        const A w0 = u.weight[ky * 2 * f + k], w1 = u.weight[ky * 2 * f + k + f];
-#pragma omp simd
-        for (int64_t i = 0; i < u.width; ++i) u.dx[i] += d[i] * w0 + d[i + 1] * w1;
-      }
-      if (u.dw != nullptr) {
-        A s0 = 0, s1 = 0;
-#pragma omp simd reduction(+ : s0, s1)
-        for (int64_t i = 0; i < u.width; ++i) {
-          s0 += u.x[i] * d[i];
-          s1 += u.x[i] * d[i + 1];
-        }
-        u.dw[ky * 2 * f + k] += s0;
-        u.dw[ky * 2 * f + k + f] += s1;
-      }
-    }
-  }
+  u.dw != nullptr ? up_factor_backward<A, true>(u) : up_factor_backward<A, false>(u);
 }
