@@ -145,7 +145,9 @@ def make_extension(cpu: list[str], cuda: list[str]) -> Extension:
     }
     if not cuda:
         return CppExtension("dla_fast._C", cpu, extra_compile_args={"cxx": cxx}, **common)
-    nvcc = ["-O3", "--expt-relaxed-constexpr"]
+    nvcc = ["-O3", "--expt-relaxed-constexpr", "-Xcudafe", "--diag_suppress=20012"]
+    if os.environ.get("DLA_FAST_WERROR", "0") not in ("", "0"):
+        nvcc += ["--Werror", "all-warnings"]
     common["define_macros"] = [("DLA_FAST_WITH_CUDA", "1")]
     return CUDAExtension("dla_fast._C", cpu + cuda, extra_compile_args={"cxx": cxx, "nvcc": nvcc}, **common)
 
@@ -156,6 +158,11 @@ def default_architectures() -> None:
     version = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
     newest = "9.0;10.0+PTX" if version >= (12, 8) else "9.0+PTX"
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.6;8.9;{newest}")
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What TORCH_CUDA_ARCH_LIST asks for, one by one."""
+    return tuple(re.split(r"[ ;,]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip(" ;,")))
 
 
 def make_plan() -> Plan:
@@ -202,6 +209,7 @@ def write_build_info(path: Path, *, with_cpu: bool, with_cuda: bool) -> None:
         "WITH_CPU": with_cpu,
         "WITH_CUDA": with_cuda,
         "REASON": None if with_cpu else f"the C++ extension was not built: {PLAN.reason}",
+        "CUDA_ARCHITECTURES": cuda_architectures() if with_cuda else (),
         "CUDA_REASON": None if with_cuda else f"the CUDA kernels were not built: {PLAN.cuda_reason}",
         "SANITIZE": SANITIZE or None,
     }

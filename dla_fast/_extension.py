@@ -26,6 +26,7 @@ class ExtensionStatus:
         built_cuda: version of CUDA that torch was built for.
         has_cuda: the CUDA kernels are in it.
         cuda_reason: why they are not.
+        cuda_architectures: what they are compiled for, as in TORCH_CUDA_ARCH_LIST.
         compiler: what compiled it.
     """
 
@@ -35,6 +36,7 @@ class ExtensionStatus:
     built_cuda: str | None = None
     has_cuda: bool = False
     cuda_reason: str | None = None
+    cuda_architectures: tuple[str, ...] = ()
     compiler: str | None = None
 
 
@@ -63,6 +65,7 @@ def _load() -> ExtensionStatus:
             built_cuda=getattr(build, "CUDA_VERSION", None),
             has_cuda=getattr(build, "WITH_CUDA", False),
             cuda_reason=getattr(build, "CUDA_REASON", None),
+            cuda_architectures=tuple(getattr(build, "CUDA_ARCHITECTURES", ())),
             compiler=getattr(build, "COMPILER", None),
         )
 

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 import torch
 
 from dla_fast import ops
-from dla_fast.ops import triton
+from dla_fast.ops import cuda, triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# What ``auto`` tries, best first.
-PREFERENCE = ("triton", "cuda", "cpu")
 OPS = ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
+# What ``auto`` tries, best first. By reasoning, until a GPU has measured it: what only moves memory, to C++, whose loads
+# and stores are written out; products of matrices to Triton, which has the tiles and the pipelines for them.
+PREFERENCE = {
+    "aggregate": ("triton", "cuda", "cpu"),
+    "merge": ("triton", "cuda", "cpu"),
+    "batch_norm_act": ("cuda", "triton", "cpu"),
+    "upsample": ("cuda", "triton", "cpu"),
+    "upsample_add": ("cuda", "triton", "cpu"),
+}
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _logger = logging.getLogger("dla_fast")
@@ -93,26 +100,33 @@ def can_run(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
         return reason
     if backend == "triton":
         return triton.refuses(device, dtype)
-    wanted = "cpu" if backend == "cpu" else "cuda"
-    if device != wanted:
-        return f"runs on {wanted} tensors, not {device}"
-    return None
+    if backend == "cuda":
+        return cuda.refuses(device, dtype)
+    return f"runs on cpu tensors, not {device}" if device != "cpu" else None
 
 
 def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
     # The interpreter serves only those who ask for it: it is there to check kernels, and slow.
-    names = [name for name in PREFERENCE if name != "triton" or device != "cpu"]
+    names = [name for name in PREFERENCE[op] if name != "triton" or device != "cpu"]
     return next((name for name in names if can_run(name, op, device, dtype) is None), "reference")
 
 
 # What does not change while the process runs, asked once: a call should not pay for it.
-_chosen = {(op, device): _automatic(op, device, torch.float32) for op in OPS for device in ("cpu", "cuda")}
+_chosen = {(op, "cpu"): _automatic(op, "cpu", torch.float32) for op in OPS}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chosen_later(op: str, device: str) -> str:
+    """The same for a device that the import must not touch."""
+    if (op, device) not in _chosen:
+        _chosen[op, device] = _automatic(op, device, torch.float32)
+    return _chosen[op, device]
 
 
 def _log_once(op: str, device: str, dtype: torch.dtype) -> None:
     if (op, device) not in _logged:
         _logged.add((op, device))
-        why = "; ".join(f"{name}: {can_run(name, op, device, dtype)}" for name in PREFERENCE)
+        why = "; ".join(f"{name}: {can_run(name, op, device, dtype)}" for name in PREFERENCE[op])
         _logger.info("%s runs on the PyTorch reference (%s)", op, why)
 
 
@@ -123,7 +137,9 @@ def resolve(op: str, device: str, dtype: torch.dtype) -> str:
         RuntimeError: a backend is forced and cannot run it.
     """
     if _selected == "auto":
-        backend = _chosen.get((op, device), "reference") if dtype in _DTYPES else "reference"
+        backend = "reference"
+        if dtype in _DTYPES:
+            backend = _chosen.get((op, device)) or _chosen_later(op, device)
         if backend == "reference" and not torch.compiler.is_compiling():
             _log_once(op, device, dtype)
         return backend
@@ -131,6 +147,24 @@ def resolve(op: str, device: str, dtype: torch.dtype) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {_selected!r} was asked for and cannot run {op}: {reason}")
     return _selected
+
+
+def serves_inference(op: str, device: str, dtype: torch.dtype, pixels: int) -> str | None:
+    """The backend that serves a call of ``op`` without gradients, where that is another than for training.
+
+    Args:
+        op: one of :data:`OPS`.
+        device: a device type.
+        dtype: the dtype of the inputs.
+        pixels: of the output, over all images.
+    """
+    if op != "aggregate" or device != cuda.DEVICE or _selected not in ("auto", "cuda"):
+        return None
+    if _selected == "auto" and pixels > cuda.SMALL:
+        return None
+    if can_run("cuda", "aggregate_inference", device, dtype) or cuda.refuses_aggregate(dtype):
+        return None
+    return "cuda"
 
 
 def explain(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Candidate]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dla_fast import backend, checks, ops, reference
+from dla_fast.ops import cuda
 from dla_fast.reference.activation import ActSpec, parse_act
 
 __all__ = ["aggregate", "batch_norm_act", "merge", "upsample", "upsample_add"]
@@ -40,8 +41,16 @@ def _needs_reference() -> bool:
     )
 
 
-def _serving(op: str, like: Tensor) -> str:
-    return "reference" if _needs_reference() else backend.resolve(op, like.device.type, like.dtype)
+def _serving(op: str, like: Tensor, inference: bool = False) -> str:
+    if _needs_reference():
+        return "reference"
+    device = like.device.type
+    if inference and device == cuda.DEVICE:
+        pixels = like.shape[0] * like.shape[2] * like.shape[3]
+        found = backend.serves_inference(op, device, like.dtype, pixels)
+        if found is not None:
+            return found
+    return backend.resolve(op, device, like.dtype)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -112,7 +121,8 @@ def aggregate(
         like=x,
         values_per_channel=x.shape[0] * x.shape[2] * x.shape[3],
     )
-    serving = _serving("aggregate", x)
+    differentiable = training or _needs_grad(*xs, weight, conv_bias, bn_weight, bn_bias)
+    serving = _serving("aggregate", x, inference=not differentiable)
     if serving == "reference":
         return reference.aggregate(
             xs,
@@ -128,7 +138,7 @@ def aggregate(
             residual=residual,
             act=act,
         )
-    if training or _needs_grad(*xs, weight, conv_bias, bn_weight, bn_bias):
+    if differentiable:
         return ops.differentiable(serving, "aggregate")(
             xs,
             weight,

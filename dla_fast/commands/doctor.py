@@ -35,6 +35,12 @@ VARIABLES = {
 }
 
 
+_BUILD_CUDA = (
+    "with nvcc, a CUDA build of torch and the compiler they need: "
+    "DLA_FAST_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``doctor``."""
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the report")
@@ -136,6 +142,7 @@ def collect() -> dict[str, Any]:
             "compiler": status.compiler,
             "cuda kernels": status.has_cuda,
             "cuda reason": status.cuda_reason,
+            "cuda architectures": list(status.cuda_architectures),
         },
         "backend": {"selected": _attempt(backend.selected), "table": _table(kinds)},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -178,7 +185,11 @@ def _report(facts: dict[str, Any]) -> str:
         rows["built with"] = f"{built['compiler']}, for torch {built['built for torch']}"
     missing = built["cuda reason"] or "they are part of the C++ extension"
     missing = missing.removeprefix("the CUDA kernels were not built: ")
-    rows["CUDA kernels"] = "yes" if built["cuda kernels"] else f"no: {missing}"
+    if built["cuda kernels"]:
+        rows["CUDA kernels"] = f"for compute capability {', '.join(built['cuda architectures'])}"
+    else:
+        rows["CUDA kernels"] = f"no: {missing}"
+        rows["to build them"] = f"{_BUILD_CUDA}; what stands in the way is then an error"
     lines += _section("built", rows)
     if facts["environment"]:
         rows = {name: f"{value!r:<12} {VARIABLES[name]}" for name, value in facts["environment"].items()}

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from dla_fast._extension import STATUS
-from dla_fast.ops import aggregate, batch_norm_act, merge, tail, triton, upsample
+from dla_fast.ops import aggregate, batch_norm_act, cuda, merge, tail, triton, upsample
 
 __all__ = ["NAMESPACES", "STATUS", "differentiable", "missing", "namespace"]
 
 # Backend -> the dispatch key its kernels are registered under. A backend joins the package by a line here.
-NAMESPACES = {"cpu": "CPU", "triton": triton.KEY}
+NAMESPACES = {"cpu": "CPU", "cuda": "CUDA", "triton": triton.KEY}
 
 # Unit -> the operators a backend needs kernels of to serve it.
 UNITS = {
     "aggregate": ("aggregate_inference", "aggregate_stage", "aggregate_backward", "tail", "tail_backward_reduce"),
+    "aggregate_inference": ("aggregate_inference",),
     "merge": ("merge_inference", "merge_stage", "merge_backward", "tail", "tail_backward_reduce"),
     "batch_norm_act": ("moments", "tail", "tail_backward_reduce", "tail_backward_apply"),
     "upsample": ("upsample", "upsample_backward"),
@@ -72,14 +73,18 @@ def missing(backend: str, op: str) -> str | None:
     return _missing[backend, op]
 
 
-def _find_missing(backend: str, key: str, op: str) -> str | None:
+def find_missing(backend: str, op: str, key: str) -> str | None:
+    """Why no kernels of the unit ``op`` are registered for a dispatch key; None when they are."""
+    reason = cuda.missing() if backend == "cuda" and key == "CUDA" else STATUS.reason
     lacking = [
         name
         for name in UNITS[op]
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dla_fast_{backend}::{name}", key)
     ]
-    return (STATUS.reason or f"no kernel for {', '.join(lacking)}") if lacking else None
+    return (reason or f"no kernel for {', '.join(lacking)}") if lacking else None
 
 
 # Asked once: kernels are registered when the extension is loaded, which the import above has done.
-_missing = {("cpu", op): _find_missing("cpu", NAMESPACES["cpu"], op) for op in UNITS}
+_missing = {
+    (backend, op): find_missing(backend, op, NAMESPACES[backend]) for backend in ("cpu", "cuda") for op in UNITS
+}

@@ -1,0 +1,72 @@
+"""What the CUDA C++ kernels are compiled for, and what they leave to others."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from dla_fast._extension import STATUS
+
+DEVICE = "cuda"
+
+# Pixels of a node up to which latency decides and its inference is one launch of these kernels: those of a 56 x 56 map.
+# By reasoning, until it is measured: beyond, a block's 32 x 32 tile reads its operands too often.
+SMALL = 56 * 56
+
+
+def missing() -> str | None:
+    """Why no kernel is there; None where they are built."""
+    if STATUS.has_cuda and STATUS.loaded:
+        return None
+    return STATUS.reason or STATUS.cuda_reason or "the CUDA kernels were not built"
+
+
+def built_for(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether one of the architectures, as in TORCH_CUDA_ARCH_LIST, runs on a device of this compute capability."""
+    for name in architectures:
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if parts is None:
+            return True  # a name such as Hopper, or native
+        major, minor, specific, ptx = int(parts[1]), int(parts[2]), parts[3], parts[4]
+        # Machine code runs on its own generation from its own minor version on, PTX on everything that comes after.
+        if (major, minor) == capability or (major == capability[0] and minor < capability[1] and not specific):
+            return True
+        if ptx and (major, minor) <= capability:
+            return True
+    return False
+
+
+# Whether the current device runs the kernels, asked once per device.
+_runs: dict[int, str | None] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refuses_device() -> str | None:
+    index = torch.cuda.current_device()
+    if index not in _runs:
+        capability = torch.cuda.get_device_capability(index)
+        known = STATUS.cuda_architectures
+        _runs[index] = None
+        if known and not built_for(known, capability):
+            device = f"this device is {capability[0]}.{capability[1]}"
+            _runs[index] = f"built for compute capability {', '.join(known)}, {device}: Triton or the reference serves it"
+    return _runs[index]
+
+
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    """Why tensors of this device type and dtype cannot be served, None where they can."""
+    if device != DEVICE:
+        return f"runs on {DEVICE} tensors, not {device}"
+    return _refuses_device() if DEVICE == "cuda" else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def refuses_aggregate(dtype: torch.dtype) -> str | None:
+    """Why the inference of an aggregation node of this dtype cannot be served, None where it can."""
+    if dtype == torch.float64:
+        return "its aggregation kernel multiplies float16, bfloat16 and TF32, not float64"
+    # Reading the older allow_tf32 can raise once this one is set.
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
+        return "its aggregation kernel multiplies float32 as TF32, and torch.backends.cudnn.conv.fp32_precision is not"
+    return None

@@ -1,0 +1,300 @@
+"""The CUDA kernels, run on the host thread by thread against the contract; see cuda_host/cuda_host.h.
+
+Every kernel, its dtypes, both layouts, sizes that fit its vectors and sizes that do not. A race on shared memory, a
+barrier that some threads miss, and shared memory that is read before it is written make a launch raise; under
+AddressSanitizer (make asan) so does every access outside a tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import cuda_host
+import pytest
+import torch
+from torch.library import opcheck
+
+from dla_fast import backend, functional, ops, reference, use_backend
+from dla_fast.commands import parity
+from dla_fast.commands.parity import Spec
+from dla_fast.ops import cuda
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
+OPS = ("batch_norm_act", "upsample", "upsample_add")
+
+
+@pytest.fixture(scope="module")
+def library():
+    path = cuda_host.build()
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(autouse=True)
+def _served(library, monkeypatch):
+    """Calls on CPU tensors go to the CUDA kernels, and every uninitialised tensor is full of NaN."""
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    for op in ops.UNITS:
+        monkeypatch.setitem(ops._missing, ("cuda", op), ops.find_missing("cuda", op, "CPU"))
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    with use_backend("cuda"):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def check(op: str, *specs: Spec) -> None:
+    pool = parity.Pool()
+    for spec in specs:
+        pool.add(parity.PROBLEMS[op](spec))
+    assert pool.cases
+    assert not pool.failures(), "\n" + pool.failures()
+
+
+@pytest.mark.parametrize(
+    ("fault", "found", "total"),
+    [
+        (0, "", 2 * sum(range(64))),
+        (1, "race: shared memory is read", None),
+        (2, "race: two threads write", None),
+        (3, "read that nobody wrote", None),
+        (4, "reached at 64 of 64", None),
+        (5, "not aligned", None),
+        (6, "wait at different places", None),
+        (7, "ended before a barrier", None),
+        (8, "written that another thread read", None),
+    ],
+)
+def test_faults_are_found(library, fault, found, total):
+    library.cuda_host_fault.restype = ctypes.c_char_p
+    result = ctypes.c_int()
+    message = library.cuda_host_fault(fault, ctypes.byref(result)).decode()
+    assert found in message
+    assert bool(found) == bool(message)
+    assert total in (None, result.value)
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTS)
+def test_batch_norm_act(dtype, layout, act):
+    # Vectors of 2, 4 or 8 values fit the first two; of the others some channels or pixels are left over.
+    sizes = ((24, 4, 6), (16, 8, 8), (5, 3, 7), (33, 1, 9))
+    check(
+        "batch_norm_act",
+        *(
+            Spec(dtype, layout, out_channels=c, height=h, width=w, act=act, residual=seed % 2 == 0, training=t, seed=seed)
+            for seed, ((c, h, w), t) in enumerate(itertools.product(sizes, (True, False)))
+        ),
+    )
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("channels", [3, 520])
+def test_batch_norm_act_in_many_blocks(layout, channels):
+    check("batch_norm_act", Spec(layout=layout, out_channels=channels, height=9, width=52 if channels < 9 else 4))
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"half_norm": True}], ids=str)
+def test_norm_variants(options):
+    check("batch_norm_act", Spec(torch.float16, out_channels=16, height=4, width=8, residual=True, **options))
+
+
+def test_moments_far_from_zero():
+    for layout in parity.LAYOUTS.values():
+        z = (torch.randn(4, 16, 28, 28) + 1000.0).to(memory_format=layout)
+        mean, var = torch.ops.dla_fast_cuda.moments(z, None, None, 0.1)
+        exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
+        assert ((var - exact_var).abs() / exact_var).max() < 1e-6
+        assert ((mean - exact_mean).abs() / exact_mean).max() < 1e-7
+
+
+def test_running_statistics_with_strides():
+    mean, var = torch.zeros(12)[::2], torch.ones(12)[::2]
+    expected = mean.clone(), var.clone()
+    x = torch.randn(2, 6, 3, 5)
+    functional.batch_norm_act(x, None, None, mean, var, training=True)
+    reference.batch_norm_act(x, None, None, *expected, training=True)
+    torch.testing.assert_close((mean, var), expected)
+
+
+@pytest.mark.parametrize("op", ["upsample", "upsample_add"])
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+def test_upsample(op, dtype, layout, factor):
+    # Whole vectors of channels and of rows, then neither; maps of one pixel and of one row.
+    sizes = ((8, 2, 3, 4), (24, 1, 2, 8), (3, 2, 3, 5), (1, 1, 1, 1), (16, 1, 1, 9))
+    check(
+        op,
+        *(
+            Spec(dtype, layout, out_channels=c, batch=n, height=h, width=w, factor=factor, seed=seed)
+            for seed, (c, n, h, w) in enumerate(sizes)
+        ),
+    )
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("factor", [28, 60])
+def test_upsample_by_more_than_shared_memory_holds(layout, factor):
+    for channels in (1, 8):
+        x = torch.randn(1, channels, 1, 2).to(memory_format=parity.LAYOUTS[layout])
+        weight = torch.randn(channels, 1, 2 * factor, 2 * factor)
+        torch.testing.assert_close(functional.upsample(x, weight, factor), reference.upsample(x, weight, factor))
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("factor", [2, 4])
+def test_upsample_in_many_blocks(layout, factor):
+    check("upsample", Spec(layout=layout, out_channels=72, height=9, width=32, factor=factor))
+
+
+def inference(xs, weight, norm, residual, act, conv_bias=None):
+    with torch.no_grad():
+        return functional.aggregate(xs, weight, *norm, training=False, residual=residual, act=act, conv_bias=conv_bias)
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTS)
+def test_aggregate_inference(dtype, layout, act):
+    # Depths beyond a round of the eight warps, outputs and pixels beyond a tile, and what fits no vector.
+    nodes = (((24, 40), 24, (2, 6, 6)), ((64,) * 3, 40, (1, 7, 7)), ((5, 3), 5, (2, 3, 1)), ((600,), 33, (1, 4, 4)))
+    mine, peer, largest = [], [], []
+    for seed, (channels, out_channels, (n, h, w)) in enumerate(nodes):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            # What float16 holds TF32 holds too.
+            return torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype)
+
+        xs = [draw(n, c, h, w).to(memory_format=parity.LAYOUTS[layout]) for c in channels]
+        weight = draw(out_channels, sum(channels), 1, 1) / sum(channels)
+        weight = weight.bfloat16().to(dtype).to(memory_format=parity.LAYOUTS[layout])
+        norm = [torch.rand(out_channels, generator=generator) + 0.5 for _ in range(4)]
+        options = {"residual": out_channels == channels[0], "act": act}
+        options["conv_bias"] = draw(out_channels) if seed % 2 else None
+        y = inference(xs, weight, norm, **options)
+        assert y.is_contiguous(memory_format=parity.LAYOUTS[layout])
+        if options["conv_bias"] is not None:
+            exact_bias = options["conv_bias"].double()
+        doubles = [x.double() for x in xs], weight.double(), [v.double() for v in norm]
+        exact = reference.aggregate(
+            doubles[0], doubles[1], *doubles[2], training=False, residual=options["residual"], act=act,
+            conv_bias=None if options["conv_bias"] is None else exact_bias,
+        )  # fmt: skip
+        eager = reference.aggregate(xs, weight, *norm, training=False, **options)
+        mine.append((y - exact).abs().max().item())
+        peer.append((eager - exact).abs().max().item())
+        largest.append(exact.abs().max().item())
+    assert max(mine) <= 2 * max(peer) + torch.finfo(dtype).eps / 2 * max(largest)
+
+
+def test_tf32_rounds_the_operands():
+    x, weight = torch.randn(1, 64, 4, 4), torch.randn(32, 64, 1, 1) / 8
+    norm = [torch.ones(32), torch.zeros(32), torch.zeros(32), torch.ones(32)]
+    exact = reference.aggregate([x.double()], weight.double(), *[v.double() for v in norm], training=False)
+    error = (inference([x], weight, norm, False, "relu") - exact).abs().max().item()
+    assert 1e-5 < error < 2e-3
+
+
+def test_what_the_aggregation_kernel_leaves_to_others():
+    x, weight = torch.randn(1, 8, 2, 2), torch.randn(4, 8, 1, 1)
+    norm = [torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4)]
+    with pytest.raises(RuntimeError, match="cannot run aggregate"):
+        functional.aggregate([x], weight, *norm, training=True)
+    with pytest.raises(RuntimeError, match="cannot run aggregate"):
+        inference([x.double()], weight.double(), [v.double() for v in norm], False, "relu")
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    with pytest.raises(RuntimeError, match="cannot run aggregate"):
+        inference([x], weight, norm, False, "relu")
+    assert "TF32" in str(cuda.refuses_aggregate(torch.float32))
+
+
+def test_small_nodes_alone_are_served_without_being_asked_for():
+    with use_backend("auto"):
+        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16, cuda.SMALL) == "cuda"
+        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16, cuda.SMALL + 1) is None
+        assert backend.serves_inference("merge", "cpu", torch.bfloat16, 1) is None
+    with use_backend("cpu"):
+        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16, 1) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("factor", [2, 3])
+def test_gradcheck(op, layout, factor):
+    spec = Spec(torch.float64, layout, out_channels=2, height=2, width=4, factor=factor, residual=True, act="silu")
+    run, inputs = parity.gradient_function(parity.PROBLEMS[op](spec))
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+def test_opcheck(layout):
+    namespace = torch.ops.dla_fast_cuda
+    x = torch.randn(2, 8, 3, 4).to(memory_format=parity.LAYOUTS[layout])
+    v = torch.rand(8) + 0.5
+    norm = (v, v, v, v, None, 1e-5, "relu", 0.0)
+    opcheck(namespace.moments, (x, v.clone(), v.clone(), 0.1))
+    opcheck(namespace.tail, (x, *norm))
+    opcheck(namespace.tail_backward_reduce, (x, x, *norm))
+    opcheck(namespace.tail_backward_apply, (x, x, v, v, v, v, x, v, v, 24.0, 1e-5, "relu", 0.0, True))
+    weight = torch.randn(8, 1, 4, 4)
+    y = namespace.upsample(x, weight, 2)
+    opcheck(namespace.upsample_add, (x, y, weight, 2))
+    opcheck(namespace.upsample_backward, (y, x, weight, 2, True, True))
+    opcheck(namespace.upsample_backward, (y, x, weight, 2, False, True))
+    opcheck(namespace.aggregate_inference, ([x, x], torch.randn(8, 16, 1, 1), None, v, v, v, v, 1e-5, True, "relu", 0.0))
+    x.requires_grad_()
+    opcheck(namespace.upsample, (x, weight.requires_grad_(), 2))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_same_bits_every_time(op):
+    for layout in parity.LAYOUTS:
+        problem = parity.PROBLEMS[op](Spec(layout=layout, out_channels=16, height=6, width=8, residual=True))
+        dy = parity.safe_gradient(problem, torch.device("cpu"))
+        first, again = (parity.execute(problem, functional, dy, None) for _ in range(2))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_empty_and_misaligned():
+    v = torch.ones(3)
+    for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
+        x = torch.randn(shape)
+        assert functional.batch_norm_act(x, v, v, v, v, training=False).shape == x.shape
+    x = torch.randn(0, 3, 4, 4, requires_grad=True)
+    weight = torch.randn(3, 1, 4, 4, requires_grad=True)
+    functional.upsample(x, weight, 2).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(3, 1, 4, 4))
+    # Starts four bytes after a multiple of 16.
+    x = torch.randn(1 + 2 * 8 * 4 * 4)[1:].view(2, 8, 4, 4)
+    expected = reference.batch_norm_act(x, None, None, None, None, training=True)
+    torch.testing.assert_close(functional.batch_norm_act(x, None, None, None, None, training=True), expected)
+    torch.testing.assert_close(functional.upsample(x, weight.new_ones(8, 1, 4, 4), 2), reference.upsample(x, weight.new_ones(8, 1, 4, 4), 2))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (("8.0", "9.0"), (8, 6), True),
+        (("8.0", "9.0"), (9, 0), True),
+        (("8.0", "9.0"), (7, 5), False),
+        (("8.0", "9.0"), (10, 0), False),
+        (("8.6",), (8, 0), False),
+        (("8.0", "9.0+PTX"), (12, 0), True),
+        (("9.0a",), (9, 0), True),
+        (("9.0a",), (10, 0), False),
+        (("10.0+PTX",), (9, 0), False),
+        (("Hopper",), (9, 0), True),
+    ],
+)
+def test_architectures(architectures, capability, runs):
+    assert cuda.built_for(architectures, capability) is runs
