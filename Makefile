@@ -15,7 +15,7 @@ export MAX_JOBS
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan aot traffic gates gates-newest bench readme lint format clean distclean
+.PHONY: help install demo test asan aot traffic gates gates-newest cuda-host cuda-check bench readme lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -36,7 +36,8 @@ asan: install ## run the kernels' tests under AddressSanitizer
 	cd $(ASAN) && DLA_FAST_SANITIZE=address DLA_FAST_BUILD_EXT=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(ASAN) && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider \
-	  tests/test_aggregate.py tests/test_batch_norm_act.py tests/test_merge.py tests/test_upsample.py -k "not compile and not vmap"
+	  tests/test_aggregate.py tests/test_batch_norm_act.py tests/test_merge.py tests/test_upsample.py \
+	  tests/test_cuda_host.py -k "not compile and not vmap"
 
 # Ten minutes at most on two cores: no case starts after the eighth, and what was left out is told.
 bench: install ## run the benchmarks; writes benchmarks/out/bench.json and bench.html
@@ -52,7 +53,13 @@ aot: install ## compile the Triton kernels that ship ahead of time, with no GPU
 traffic: install ## count the bytes that the Triton kernels move, with no GPU
 	$(PY) -m benchmarks.traffic --passes
 
-gates: traffic aot ## what the Triton kernels are held to where there is no GPU
+gates: traffic aot cuda-check ## what the GPU kernels are held to where there is no GPU
+
+cuda-host: install ## run the CUDA kernels on the host, thread by thread, against the reference
+	$(PY) -m pytest -n 2 tests/test_cuda_host*.py $(PYTEST_ARGS)
+
+cuda-check: install ## compile the CUDA kernels for every architecture and look at the machine code (needs nvcc)
+	$(PY) -m benchmarks.cuda_check
 
 # A second environment: kernels must compile with the newest Triton too. Not in .ci/run, which it would make too long.
 NEWEST_TRITON ?= 3.9.0

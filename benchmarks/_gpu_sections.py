@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import _gpu_kernels
 from dla_fast import backend, functional, nn, swap_
 from dla_fast.commands import parity, verify
 from dla_fast.commands.bench import cases, networks, timing
@@ -23,6 +24,9 @@ SECTIONS = {
     "compile": 1.0,
     "networks": 2.0,
     "launch": 0.5,
+    "sanitizer": 1.5,
+    "bandwidth": 1.0,
+    "latency": 0.5,
     "ops": 2.0,
     "roots": 6.0,
     "peers": 5.0,
@@ -333,6 +337,9 @@ _FOUND: dict[str, Callable[[torch.device, bool], Iterator[tuple[str, Run]]]] = {
     "compile": _compile,
     "networks": _networks,
     "launch": _launch,
+    "sanitizer": _gpu_kernels.sanitizer,
+    "bandwidth": _gpu_kernels.bandwidth,
+    "latency": _gpu_kernels.latency,
     "ops": _time_ops,
     "roots": _time_roots,
     "peers": _time_peers,

@@ -115,7 +115,7 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
 _chosen = {(op, "cpu"): _automatic(op, "cpu", torch.float32) for op in OPS}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cuda.constant_when_traced
 def _chosen_later(op: str, device: str) -> str:
     """The same for a device that the import must not touch."""
     if (op, device) not in _chosen:

@@ -89,7 +89,9 @@ def test_batch_norm_act(dtype, layout, act):
     check(
         "batch_norm_act",
         *(
-            Spec(dtype, layout, out_channels=c, height=h, width=w, act=act, residual=seed % 2 == 0, training=t, seed=seed)
+            Spec(
+                dtype, layout, out_channels=c, height=h, width=w, act=act, residual=seed % 2 == 0, training=t, seed=seed
+            )
             for seed, ((c, h, w), t) in enumerate(itertools.product(sizes, (True, False)))
         ),
     )
@@ -251,7 +253,9 @@ def test_opcheck(layout):
     opcheck(namespace.upsample_add, (x, y, weight, 2))
     opcheck(namespace.upsample_backward, (y, x, weight, 2, True, True))
     opcheck(namespace.upsample_backward, (y, x, weight, 2, False, True))
-    opcheck(namespace.aggregate_inference, ([x, x], torch.randn(8, 16, 1, 1), None, v, v, v, v, 1e-5, True, "relu", 0.0))
+    opcheck(
+        namespace.aggregate_inference, ([x, x], torch.randn(8, 16, 1, 1), None, v, v, v, v, 1e-5, True, "relu", 0.0)
+    )
     x.requires_grad_()
     opcheck(namespace.upsample, (x, weight.requires_grad_(), 2))
 
@@ -278,7 +282,9 @@ def test_empty_and_misaligned():
     x = torch.randn(1 + 2 * 8 * 4 * 4)[1:].view(2, 8, 4, 4)
     expected = reference.batch_norm_act(x, None, None, None, None, training=True)
     torch.testing.assert_close(functional.batch_norm_act(x, None, None, None, None, training=True), expected)
-    torch.testing.assert_close(functional.upsample(x, weight.new_ones(8, 1, 4, 4), 2), reference.upsample(x, weight.new_ones(8, 1, 4, 4), 2))
+    torch.testing.assert_close(
+        functional.upsample(x, weight.new_ones(8, 1, 4, 4), 2), reference.upsample(x, weight.new_ones(8, 1, 4, 4), 2)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 // Aggregation node in inference, for problems so small that latency decides: y = act(BN(sum of W_i x_i) + x_0).
 //
-// M pixels, K = sum of the inputs' channels, N outputs. One launch. A block makes 32 pixels x 32 outputs; its eight warps
-// divide the depth among them, so that a deep node is no longer than an eighth of its depth. Nothing is staged: each
-// lane reads the words of its fragments from memory, 16 bytes at a time. The order of the depth in a product is free as
-// long as both operands agree, so a lane's 16 bytes are the words of two products. The warps' sums meet in shared memory,
-// where BN, the residual and the activation follow. (M K ceil(N / 32) + N K ceil(M / 32) + M N) b bytes are issued, all
-// but (M K + N K + M N) b of them to the caches; 2 M N K flops.
+// M pixels, K = sum of the inputs' channels, N outputs. One launch. A block makes 32 pixels x 32 outputs; its eight
+// warps divide the depth among them, so that a deep node is no longer than an eighth of its depth. Nothing is staged:
+// each lane reads the words of its fragments from memory, 16 bytes at a time. The order of the depth in a product is
+// free as long as both operands agree, so a lane's 16 bytes are the words of two products. The warps' sums meet in
+// shared memory, where BN, the residual and the activation follow. (M K ceil(N / 32) + N K ceil(M / 32) + M N) b bytes
+// are issued, all but (M K + N K + M N) b of them to the caches; 2 M N K flops.
 //
 // x_i: (M, C_i) channels_last or (images, C_i, pixels); weight: (N, K); y like x_i.
 
@@ -15,8 +15,8 @@
 
 namespace dla_fast::cuda {
 
-constexpr int kTile = 32;       // pixels and outputs of a block
-constexpr int kDepthWords = 16; // of 32 bits: what a warp takes of the depth at once
+constexpr int kTile = 32;        // pixels and outputs of a block
+constexpr int kDepthWords = 16;  // of 32 bits: what a warp takes of the depth at once
 
 struct NodeShape {
   int64_t images, pixels, channels;  // channels: of the output
@@ -106,11 +106,11 @@ __device__ __forceinline__ void pixel_words(const T* x, int channels, int k, int
 }
 
 template <class T, bool CL, bool WIDE>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     aggregate_inference_kernel(NodeShape s, Norm norm, const __grid_constant__ Inputs xs, const T* weight,
                                Vector conv_bias, bool residual, T* y) {
   constexpr int P = kPerWord<T>, STEP = kDepthWords * P, WARPS = kThreads / 32;
-  DLA_SHARED(float, sums, WARPS* kTile*(kTile + 1));
+  DLA_SHARED(float, sums, WARPS * kTile * (kTile + 1));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t per_image = (s.pixels + kTile - 1) / kTile;
   const int64_t image = blockIdx.x / per_image, pixel = blockIdx.x % per_image * kTile;
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int column = 0; column < 4; ++column) {
         const int64_t n = output + column * 8 + g;
         const bool inside = n < s.channels;
-        depth_words<WIDE>(weight + (inside ? n : 0) * s.depth + offset, k + t * 4 * P, inside ? channels : 0, b[column]);
+        depth_words<WIDE>(weight + (inside ? n : 0) * s.depth + offset, k + t * 4 * P, inside ? channels : 0,
+                          b[column]);
       }
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
@@ -170,8 +171,8 @@ __global__ void __launch_bounds__(kThreads)
     if (p >= s.pixels || n >= s.channels) continue;
     float z = 0.f;
     for (int w = 0; w < WARPS; ++w) z += sums[(w * kTile + row) * (kTile + 1) + column];
-    const float scale = value_of<float>(norm.gamma, n, 1.f) /
-                        sqrtf(value_of<float>(norm.var, n, 1.f) + static_cast<float>(norm.eps));
+    const float scale =
+        value_of<float>(norm.gamma, n, 1.f) / sqrtf(value_of<float>(norm.var, n, 1.f) + static_cast<float>(norm.eps));
     float u = (z + value_of<float>(conv_bias, n, 0.f) - value_of<float>(norm.mean, n, 0.f)) * scale +
               value_of<float>(norm.beta, n, 0.f);
     const int64_t to = CL ? (image * s.pixels + p) * s.channels + n : (image * s.channels + n) * s.pixels + p;

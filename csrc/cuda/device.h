@@ -10,7 +10,7 @@
 #include <cuda_fp16.h>
 
 #define DLA_SHARED(T, name, n) __shared__ T name[n]
-#define DLA_DYNAMIC_SHARED(T, name)                 \
+#define DLA_DYNAMIC_SHARED(T, name)                  \
   extern __shared__ __align__(16) char name##_raw[]; \
   T* name = reinterpret_cast<T*>(name##_raw)
 #define DLA_LAUNCH(kernel, grid, block, shared, stream, ...) \
@@ -68,14 +68,59 @@ struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
 
+template <int BYTES>
+struct Words {
+  using type = uint16_t;
+};
+template <>
+struct Words<4> {
+  using type = uint32_t;
+};
+template <>
+struct Words<8> {
+  using type = uint2;
+};
+template <>
+struct Words<16> {
+  using type = uint4;
+};
+
+// As the vector types that the compiler knows: a structure's values it may read and write one by one.
 template <int V, class T>
 __device__ __forceinline__ Pack<T, V> load(const T* p) {
-  return *reinterpret_cast<const Pack<T, V>*>(p);
+  using W = typename Words<(sizeof(T) * V < 16 ? sizeof(T) * V : 16)>::type;
+  constexpr int parts = sizeof(T) * V / sizeof(W);
+  W words[parts];
+#pragma unroll
+  for (int i = 0; i < parts; ++i) words[i] = reinterpret_cast<const W*>(p)[i];
+  Pack<T, V> pack;
+  memcpy(&pack, words, sizeof(pack));
+  return pack;
 }
+
+template <class W>
+__device__ __forceinline__ void store_words(W* p, const W& words) {
+  *p = words;
+}
+
+#if defined(__CUDA_ARCH__)
+// Written out: where a store stands behind branches, the compiler takes it apart.
+template <>
+__device__ __forceinline__ void store_words(uint4* p, const uint4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(p)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w));
+}
+#endif
 
 template <int V, class T>
 __device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+  using W = typename Words<(sizeof(T) * V < 16 ? sizeof(T) * V : 16)>::type;
+  constexpr int parts = sizeof(T) * V / sizeof(W);
+  W words[parts];
+  memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+  for (int i = 0; i < parts; ++i) store_words(reinterpret_cast<W*>(p) + i, words[i]);
 }
 
 // Values of a shared array from an index that is a multiple of V.
@@ -96,7 +141,8 @@ __device__ __forceinline__ void read_values(const void* from, int64_t channel, A
 
 // K values of a per-channel vector, whatever its type; `otherwise` where there is none.
 template <class A, int K>
-__device__ __forceinline__ void read_values(const Vector& vector, int64_t channel, bool here, A otherwise, A (&out)[K]) {
+__device__ __forceinline__ void read_values(const Vector& vector, int64_t channel, bool here, A otherwise,
+                                            A (&out)[K]) {
 #pragma unroll
   for (int k = 0; k < K; ++k) out[k] = otherwise;
   if (vector.data == nullptr || !here) return;
@@ -208,8 +254,8 @@ __host__ __device__ __forceinline__ auto with_act(Act act, const F& f) {
 constexpr int kThreads = 256;
 
 // Adds up shared[k * kThreads + thread] for each k < K over threads `stride` apart: `slots` of them, a power of two, of
-// which the caller is number `slot`. The sums are then where slot 0 has its values. In a fixed order; the values must be
-// there for all to see, and all threads of the block must call it.
+// which the caller is number `slot`. The sums are then where slot 0 has its values. In a fixed order; the values must
+// be there for all to see, and all threads of the block must call it.
 template <int K, class S>
 __device__ __forceinline__ void add_over_slots(S& shared, int slot, int slots, int stride) {
   const int thread = threadIdx.x;
@@ -217,7 +263,8 @@ __device__ __forceinline__ void add_over_slots(S& shared, int slot, int slots, i
     if (slot < further) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        shared[k * kThreads + thread] = shared[k * kThreads + thread] + shared[k * kThreads + thread + further * stride];
+        shared[k * kThreads + thread] =
+            shared[k * kThreads + thread] + shared[k * kThreads + thread + further * stride];
       }
     }
     __syncthreads();

@@ -11,7 +11,8 @@
 namespace dla_fast::cuda {
 
 enum class Type : int { kDouble, kFloat, kHalf, kBFloat16 };
-enum class Act : int { kIdentity, kRelu, kLeakyRelu, kSilu, kHardswish };
+// kAsk is no activation: a kernel compiled for it looks at what the call says.
+enum class Act : int { kIdentity, kRelu, kLeakyRelu, kSilu, kHardswish, kAsk };
 
 inline int64_t size_of(Type type) {
   return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2;

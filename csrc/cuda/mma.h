@@ -1,8 +1,8 @@
 // One product of a warp's matrix unit: d += a b, a of 16 x 2k and b of 2k x 8 words, as PTX names it.
 //
 // Lane 4 g + t holds of a the rows g (words 0 and 2) and g + 8 (words 1 and 3), of b the column g; the first of each
-// pair of words at position t along the depth and the second at position t + 4, a position being 32 bits wide: two halves
-// or a float in TF32. Of d it has the rows g (0, 1) and g + 8 (2, 3), columns 2 t and 2 t + 1.
+// pair of words at position t along the depth and the second at position t + 4, a position being 32 bits wide: two
+// halves or a float in TF32. Of d it has the rows g (0, 1) and g + 8 (2, 3), columns 2 t and 2 t + 1.
 
 #pragma once
 

@@ -91,7 +91,9 @@ Tensor like(const Tensor& t, at::IntArrayRef sizes, bool channels_last) {
 }
 
 Tensor statistics(const Tensor& t, int64_t channels) {
-  return at::empty({channels}, t.options().memory_format(std::nullopt).dtype(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  return at::empty(
+      {channels},
+      t.options().memory_format(std::nullopt).dtype(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
 }
 
 Tensor partial_sums(const Tensor& t, const Groups& groups, int64_t channels) {
@@ -240,7 +242,8 @@ Tensor upsampled(const Tensor& x_in, const OptionalTensor& skip_in, const Tensor
   const Tensor x = arranged(x_in, channels_last), weight = weight_in.contiguous();
   const OptionalTensor skip = arranged(skip_in, channels_last);
   const Upsampling sizes = upsampling_of(x, factor, channels_last, true);
-  Tensor y = like(x, {sizes.images, sizes.channels, sizes.large(sizes.height), sizes.large(sizes.width)}, channels_last);
+  Tensor y =
+      like(x, {sizes.images, sizes.channels, sizes.large(sizes.height), sizes.large(sizes.width)}, channels_last);
   upsample(device.stream, upsampling_of(x, factor, channels_last, aligned(x, skip, weight, y)), x.const_data_ptr(),
            weight.const_data_ptr(), data(skip), y.mutable_data_ptr());
   return y;

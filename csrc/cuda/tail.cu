@@ -33,9 +33,14 @@ void with_walk(const Map& map, const Groups& groups, const char* kernel, Act act
     constexpr int kWide = 16 / sizeof(T);
     with_bool(map.channels_last, [&](auto cl) {
       if (groups.width == 1) {
-        f(type, Int<1>{}, cl, OfAct<Act::kIdentity>{}, walk, grid);
+        // For odd sizes: not worth a kernel for each activation.
+        f(type, Int<1>{}, cl, OfAct<Act::kAsk>{}, walk, grid);
+      } else if (act == Act::kRelu) {
+        f(type, Int<kWide>{}, cl, OfAct<Act::kRelu>{}, walk, grid);
+      } else if (act == Act::kIdentity) {
+        f(type, Int<kWide>{}, cl, OfAct<Act::kIdentity>{}, walk, grid);
       } else {
-        with_act(act, [&](auto of_act) { f(type, Int<kWide>{}, cl, of_act, walk, grid); });
+        f(type, Int<kWide>{}, cl, OfAct<Act::kAsk>{}, walk, grid);
       }
     });
   });
@@ -72,7 +77,8 @@ Groups groups_of(const Map& map, const Stream& stream, bool aligned) {
   const int64_t vectors = vectors_of(map, width);
   const int64_t slots = kThreads / lanes_of(map, width);
   // Eight blocks a multiprocessor fill it; a thread that takes fewer than four vectors is not worth its sums.
-  const int64_t wanted = divide_up(8 * static_cast<int64_t>(stream.processors), std::max<int64_t>(blocks_along_x(map, width), 1));
+  const int64_t wanted =
+      divide_up(8 * static_cast<int64_t>(stream.processors), std::max<int64_t>(blocks_along_x(map, width), 1));
   const int64_t most = divide_up(vectors, 4 * slots);
   const int64_t count = std::clamp<int64_t>(wanted, std::min<int64_t>(most, 1), std::max<int64_t>(most, 0));
   if (count == 0) return {width, 0, 1};

@@ -78,7 +78,19 @@ struct Position {
   }
 };
 
-// Kernels know the activation, but for those that take single values (V = 1): they are for odd sizes, and ask.
+// Kernels know the activation where it is ReLU or none, as mostly; the others ask.
+
+template <Act ACT, class A>
+__device__ __forceinline__ A activate_as(Act act, A slope, A u) {
+  if constexpr (ACT != Act::kAsk) return activate<ACT>(slope, u);
+  return with_act(act, [&](auto of) { return activate<of.value>(slope, u); });
+}
+
+template <Act ACT, class A>
+__device__ __forceinline__ A activate_backward_as(Act act, A slope, A u, A dy) {
+  if constexpr (ACT != Act::kAsk) return activate_backward<ACT>(slope, u, dy);
+  return with_act(act, [&](auto of) { return activate_backward<of.value>(slope, u, dy); });
+}
 
 // The norm of K channels in registers.
 template <class A, int K>
@@ -214,29 +226,20 @@ __global__ void __launch_bounds__(kThreads, 2) tail_kernel(Walk walk, Norm norm,
           const int k = CL ? v : 0;
           A value = (widen(in[u].v[v]) - of.mean[k]) * of.scale[k] + of.beta[k];
           if (residual != nullptr) value += widen(skip[u].v[v]);
-          if constexpr (V == 1) {
-            value = with_act(norm.act, [&](auto act) { return activate<act.value>(of.slope, value); });
-          } else {
-            value = activate<ACT>(of.slope, value);
-          }
-          out.v[v] = narrow<T>(value);
+          out.v[v] = narrow<T>(activate_as<ACT>(norm.act, of.slope, value));
         }
         store<V>(y + at, out);
       });
 }
 
 // g and x_hat of one value.
-template <Act ACT, int V, class A, int K>
+template <Act ACT, class A, int K>
 __device__ __forceinline__ void pre_activation_gradient(const Norm& norm, const NormOf<A, K>& of, int k, A z, A skip,
                                                         A dy, A& g, A& x_hat) {
   const A off = z - of.mean[k];
   x_hat = off * of.rstd[k];
   const A u = off * of.scale[k] + of.beta[k] + skip;
-  if constexpr (V == 1) {
-    g = with_act(norm.act, [&](auto act) { return activate_backward<act.value>(of.slope, u, dy); });
-  } else {
-    g = activate_backward<ACT>(of.slope, u, dy);
-  }
+  g = activate_backward_as<ACT>(norm.act, of.slope, u, dy);
 }
 
 template <class T, int V, bool CL, Act ACT>
@@ -259,9 +262,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int v = 0; v < V; ++v) {
           const int k = CL ? v : 0;
           A g, x_hat;
-          pre_activation_gradient<ACT, V>(norm, of, k, A(widen(in[u].v[v])),
-                                        residual != nullptr ? A(widen(skip[u].v[v])) : A(0), A(widen(grad[u].v[v])), g,
-                                        x_hat);
+          pre_activation_gradient<ACT>(norm, of, k, A(widen(in[u].v[v])),
+                                       residual != nullptr ? A(widen(skip[u].v[v])) : A(0), A(widen(grad[u].v[v])), g,
+                                       x_hat);
           first[k] += g;
           second[k] += g * x_hat;
         }
@@ -330,9 +333,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int v = 0; v < V; ++v) {
           const int k = CL ? v : 0;
           A g, x_hat;
-          pre_activation_gradient<ACT, V>(norm, of, k, A(widen(in[u].v[v])),
-                                        residual != nullptr ? A(widen(skip[u].v[v])) : A(0), A(widen(grad[u].v[v])), g,
-                                        x_hat);
+          pre_activation_gradient<ACT>(norm, of, k, A(widen(in[u].v[v])),
+                                       residual != nullptr ? A(widen(skip[u].v[v])) : A(0), A(widen(grad[u].v[v])), g,
+                                       x_hat);
           out.v[v] = narrow<T>((g - m0[k] - x_hat * m1[k]) * of.scale[k]);
           passed.v[v] = narrow<T>(g);
         }

@@ -100,8 +100,8 @@ void upsample_contiguous(const Stream& stream, const Upsampling& up, const T* x,
     constexpr int F = decltype(factor)::value, W = V > F ? V : F;
     if (!has_rows<T, F>(up)) return;
     const int64_t count = up.images * up.channels * (up.height + 1) * (up.large(up.width) / W);
-    DLA_LAUNCH((upsample_rows_kernel<T, V, F>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, shape_of(up), x,
-               weight, skip, y);
+    DLA_LAUNCH((upsample_rows_kernel<T, V, F>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, shape_of(up),
+               x, weight, skip, y);
     done = true;
   });
   if (done) return;
@@ -157,8 +157,8 @@ void upsample_any_backward(const Stream& stream, const Upsampling& up, const T* 
   const Steps large = steps_of(up, up.large(up.height), up.large(up.width));
   if (dx != nullptr) {
     const int64_t count = up.images * up.channels * up.height * up.width;
-    DLA_LAUNCH((upsample_any_dx_kernel<T>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, shape_of(up), small,
-               large, dy, weight, dx);
+    DLA_LAUNCH((upsample_any_dx_kernel<T>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, shape_of(up),
+               small, large, dy, weight, dx);
     check_launch("upsample_any_dx_kernel");
   }
   if (dweight != nullptr) {
@@ -219,8 +219,8 @@ void upsample_backward(const Stream& stream, const Upsampling& up, const void* d
         DLA_LAUNCH((upsample_backward_kernel<T, V, F>), grid, kThreads, plan.lanes * V * up.taps() * sizeof(T), stream,
                    shape_of(up), plan.lanes, dy, x, weight, partial, dx);
       } else {
-        DLA_LAUNCH((upsample_rows_backward_kernel<T, 16 / sizeof(T), F>), grid, kThreads, 0, stream, shape_of(up), dy, x,
-                   weight, partial, dx);
+        DLA_LAUNCH((upsample_rows_backward_kernel<T, 16 / sizeof(T), F>), grid, kThreads, 0, stream, shape_of(up), dy,
+                   x, weight, partial, dx);
       }
       check_launch("upsample_backward_kernel");
       if (dweight != nullptr) {

@@ -27,12 +27,12 @@ struct TapGroups {
 // channels_last. Thread: V channels of X pixels side by side and `rows` rows of the kernel.
 // thread = (group * slots + slot) * lanes + lane.
 template <class T, int V, int F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     upsample_backward_kernel(UpShape s, int lanes, const T* dy, const T* x, const T* weight, acc_t<T>* partial, T* dx) {
   using A = acc_t<T>;
   constexpr int X = 2, ROWS = TapGroups<T, V, F>::rows, G = TapGroups<T, V, F>::count, P = F / 2, TAPS = 4 * F * F;
   DLA_DYNAMIC_SHARED(T, staged);
-  DLA_SHARED(A, sums, kThreads* X* V);
+  DLA_SHARED(A, sums, kThreads * X * V);
   const int wide = lanes * V, slots = kThreads / (lanes * G);
   const int lane = threadIdx.x % lanes, slot = threadIdx.x / lanes % slots, group = threadIdx.x / (lanes * slots);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * wide, channel = first + lane * V;
@@ -140,13 +140,13 @@ __global__ void __launch_bounds__(kThreads)
 // The same for contiguous maps whose rows of y are a multiple of W = max(V, F). A block takes one channel. Thread: W
 // values of a row of dy, which are W / F pixels of dx, and `rows` rows of the kernel.
 template <class T, int V, int F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     upsample_rows_backward_kernel(UpShape s, const T* dy, const T* x, const T* weight, acc_t<T>* partial, T* dx) {
   using A = acc_t<T>;
   constexpr int W = V > F ? V : F, X = W / F, P = F / 2, TAPS = 4 * F * F;
   constexpr int ROWS = TapGroups<T, 1, F>::rows, G = TapGroups<T, 1, F>::count, slots = kThreads / G;
   DLA_SHARED(A, taps, TAPS);
-  DLA_SHARED(A, sums, kThreads* X);
+  DLA_SHARED(A, sums, kThreads * X);
   const int slot = threadIdx.x % slots, group = threadIdx.x / slots;
   const int64_t channel = blockIdx.x;
   for (int i = threadIdx.x; i < TAPS; i += kThreads) taps[i] = widen(weight[channel * TAPS + i]);
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // dw from the sums of the blocks.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     weight_sum_kernel(const acc_t<T>* partial, int64_t count, int64_t blocks, T* dweight) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -249,7 +249,7 @@ struct Steps {
 
 // Any f, either layout: a thread a value of dx.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     upsample_any_dx_kernel(UpShape s, Steps small, Steps large, const T* dy, const T* weight, T* dx) {
   using A = acc_t<T>;
   const int f = s.factor, pad = f / 2;
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Any f, either layout: a block a tap of a channel.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     upsample_any_dw_kernel(UpShape s, Steps small, Steps large, const T* dy, const T* x, T* dweight) {
   const int f = s.factor, pad = f / 2;
   const int64_t taps = 4 * static_cast<int64_t>(f) * f, pixels = static_cast<int64_t>(s.height) * s.width;

@@ -1,8 +1,9 @@
-// Learned upsampling: depthwise transposed convolution with kernel 2f, stride f, padding p = f / 2, and an optional add.
+// Learned upsampling: depthwise transposed convolution with kernel 2f, stride f, padding p = f / 2, and an optional
+// add.
 //
 // y[oy, ox] = sum over the up to 2 x 2 pixels (iy, ix) with 0 <= oy + p - iy f < 2f of x[iy, ix] w[oy + p - iy f, ...].
-// With oy + p = q f + r these are iy = q (row r of the kernel) and iy = q - 1 (row r + f): the cell q has f phases r, and
-// its f x f outputs need the same four values of x. A thread reads those once and writes all phases from registers.
+// With oy + p = q f + r these are iy = q (row r of the kernel) and iy = q - 1 (row r + f): the cell q has f phases r,
+// and its f x f outputs need the same four values of x. A thread reads those once and writes all phases from registers.
 // Per low-resolution pixel and channel: 1 value read, f^2 written (and f^2 read for the add), 8 f^2 flops.
 //
 // x: (images, channels, H, W), y and skip: (images, channels, (H - 1) f - 2p + 2f, ...), weight: (channels, 2f, 2f).
@@ -21,7 +22,7 @@ struct UpShape {
 // channels_last. Thread: V channels of R cells side by side, whose phases share the weights that they load.
 // STAGED: the block's weights lie in shared memory, tap by tap; else they are read where they are.
 template <class T, int V, int R, bool STAGED>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     upsample_kernel(UpShape s, int lanes, const T* x, const T* weight, const T* skip, T* y) {
   using A = acc_t<T>;
   DLA_DYNAMIC_SHARED(T, staged);
@@ -40,7 +41,8 @@ __global__ void __launch_bounds__(kThreads)
   if (channel >= s.channels) return;
   const int strips = (s.width + R) / R;
   const int64_t count = s.images * (s.height + 1) * strips;
-  for (int64_t i = static_cast<int64_t>(blockIdx.y) * slots + slot; i < count; i += static_cast<int64_t>(gridDim.y) * slots) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * slots + slot; i < count;
+       i += static_cast<int64_t>(gridDim.y) * slots) {
     const int qx = static_cast<int>(i % strips) * R;
     const int64_t row = i / strips;
     const int qy = static_cast<int>(row % (s.height + 1));
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
 // Contiguous, f = F, rows of y a multiple of W = max(V, F). Thread: W outputs in a row of all F phases of a cell row,
 // written V at a time.
 template <class T, int V, int F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     upsample_rows_kernel(UpShape s, const T* x, const T* weight, const T* skip, T* y) {
   using A = acc_t<T>;
   constexpr int W = V > F ? V : F, P = F / 2, Q = W / F + 2;
@@ -144,8 +146,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const int q = (part + v + P) / F, r = (part + v + P) % F;
-          A sum = in[0][q] * widen(high.v[r + F]) + in[0][q + 1] * widen(high.v[r]) +
-                  in[1][q] * widen(low.v[r + F]) + in[1][q + 1] * widen(low.v[r]);
+          A sum = in[0][q] * widen(high.v[r + F]) + in[0][q + 1] * widen(high.v[r]) + in[1][q] * widen(low.v[r + F]) +
+                  in[1][q + 1] * widen(low.v[r]);
           if (skip != nullptr) sum += widen(added.v[v]);
           out.v[v] = narrow<T>(sum);
         }
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Contiguous, any f and size: a thread an output.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     upsample_any_kernel(UpShape s, const T* x, const T* weight, const T* skip, T* y) {
   using A = acc_t<T>;
   const int f = s.factor, pad = f / 2;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -37,11 +39,20 @@ def built_for(architectures: tuple[str, ...], capability: tuple[int, int]) -> bo
     return False
 
 
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def constant_when_traced(function: F) -> F:
+    """``torch.compiler.assume_constant_result``, which would import all of torch's compiler with the package."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Whether the current device runs the kernels, asked once per device.
 _runs: dict[int, str | None] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _refuses_device() -> str | None:
     index = torch.cuda.current_device()
     if index not in _runs:
@@ -50,7 +61,9 @@ def _refuses_device() -> str | None:
         _runs[index] = None
         if known and not built_for(known, capability):
             device = f"this device is {capability[0]}.{capability[1]}"
-            _runs[index] = f"built for compute capability {', '.join(known)}, {device}: Triton or the reference serves it"
+            _runs[index] = (
+                f"built for compute capability {', '.join(known)}, {device}: Triton or the reference serves it"
+            )
     return _runs[index]
 
 
@@ -61,7 +74,7 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
     return _refuses_device() if DEVICE == "cuda" else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def refuses_aggregate(dtype: torch.dtype) -> str | None:
     """Why the inference of an aggregation node of this dtype cannot be served, None where it can."""
     if dtype == torch.float64:

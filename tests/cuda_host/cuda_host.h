@@ -40,6 +40,12 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaError_t = int;
@@ -253,7 +259,8 @@ class Shared {
     operator T() const {
       if (cell_.written_at < 0) block.fail("shared memory is read that nobody wrote");
       if (cell_.written_at == block.barriers && cell_.writer != block.running) {
-        block.fail("race: shared memory is read that thread " + std::to_string(cell_.writer) + " wrote since the last barrier");
+        block.fail("race: shared memory is read that thread " + std::to_string(cell_.writer) +
+                   " wrote since the last barrier");
       }
       const bool another = cell_.read_at == block.barriers && cell_.reader != block.running;
       cell_.reader = another ? -2 : block.running;

@@ -8,7 +8,17 @@ namespace {
 
 using namespace dla_fast::cuda;
 
-enum class Fault { kNone, kNoBarrier, kTwoWriters, kUnwritten, kOutside, kMisaligned, kDivergentBarrier, kEarlyEnd, kStale };
+enum class Fault {
+  kNone,
+  kNoBarrier,
+  kTwoWriters,
+  kUnwritten,
+  kOutside,
+  kMisaligned,
+  kDivergentBarrier,
+  kEarlyEnd,
+  kStale
+};
 
 void kernel(Fault fault, int* out) {
   DLA_SHARED(int, values, 64);
