@@ -1,4 +1,4 @@
-"""Sections of benchmarks.gpu for kernels alone, backend beside backend: bandwidth, latency, and the sanitizer's runs."""
+"""Sections of benchmarks.gpu for kernels alone, backend beside backend: bandwidth, latency, the sanitizer's runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAYOUTS = tuple(parity.LAYOUTS)
 def _calls(
     operators: Any, dtype: torch.dtype, layout: str, device: torch.device, values: int
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """Every memory-bound operator of a namespace with the bytes that it has to move; maps of about ``values`` values."""
+    """Every memory-bound operator of a namespace and the bytes it has to move; maps of about ``values`` values."""
     channels, side, factor = 64, 32, 2
     batch = max(1, values // (channels * side * side))
     form = parity.LAYOUTS[layout]
@@ -67,16 +67,12 @@ def bandwidth(device: torch.device, small: bool) -> Iterator[tuple[str, Run]]:
         rates = cases.measure_rates(dtype, device)
         values = (2**20 if small else WORKING_SET) // dtype.itemsize
         found = []
-        runners = {
-            (b, op): call
-            for b in served
-            for op, call in _calls(ops.namespace(b), dtype, layout, device, values).items()
-        }
-        for op in dict.fromkeys(op for _, op in runners):
-            alike = {b: runners[b, op][0] for b in served}
+        calls = {b: _calls(ops.namespace(b), dtype, layout, device, values) for b in served}
+        for op in calls[served[0]] if served else ():
+            alike = {b: calls[b][op][0] for b in served}
             timings = measure.interleave(alike, rounds=3 if small else 15, device=device)
             for name in served:
-                share = runners[name, op][1] / (rates.bytes_per_s * timings[name].median_ms / 1e3)
+                share = calls[name][op][1] / (rates.bytes_per_s * timings[name].median_ms / 1e3)
                 label = f"{op} {name} {str(dtype).removeprefix('torch.')} {layout}"
                 # The goal is the CUDA kernels'; a CPU's caches and threads make other figures.
                 ok = device.type == "cpu" or name != "cuda" or share >= 0.85

@@ -1,4 +1,6 @@
-"""Compile the CUDA kernels for every architecture with no GPU, and look at what came out: ``python -m benchmarks.cuda_check``.
+"""Compile the CUDA kernels for every architecture with no GPU, and look at what came out.
+
+``python -m benchmarks.cuda_check``
 
 Prints the registers, shared memory, stack and spills of every kernel. Exits 1 where a kernel spills or has a stack
 frame, where one that is vectorised has no 128-bit load or store in its machine code, where the matrix kernel has no
@@ -169,9 +171,11 @@ def compile_kernels(cuda: Path, source: Path, architecture: str, out: Path) -> l
     if kept.exists():
         return [Kernel(**entry) for entry in json.loads(kept.read_text(encoding="utf-8"))]
     cubin = kept.with_suffix(".cubin")
+    # As torch's build helper calls it, with the oldest standard that any torch it serves picks.
+    no_operators = [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")]
     log = _run(
-        str(cuda / "bin" / "nvcc"), "-cubin", f"-arch=sm_{architecture}", "-std=c++20", "-O3", "--expt-relaxed-constexpr",
-        "--Werror", "all-warnings", "-Xptxas", "-v", str(source), "-o", str(cubin),
+        str(cuda / "bin" / "nvcc"), "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3",
+        "--expt-relaxed-constexpr", "--Werror", "all-warnings", *no_operators, "-Xptxas", "-v", str(source), "-o", str(cubin),
     )  # fmt: skip
     found = resources(log)
     tool = disassembler(cuda)
@@ -211,7 +215,7 @@ def check_bindings(cuda: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, print the table and what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_check", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_check", description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), metavar="NN", help="as in sm_NN")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "cuda", help="where results are kept")
     parser.add_argument("--all", action="store_true", help="a line for every kernel, not one for each name")

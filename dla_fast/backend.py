@@ -16,8 +16,8 @@ from dla_fast.ops import cuda, triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
-# What ``auto`` tries, best first. By reasoning, until a GPU has measured it: what only moves memory, to C++, whose loads
-# and stores are written out; products of matrices to Triton, which has the tiles and the pipelines for them.
+# What ``auto`` tries, best first. By reasoning, until a GPU has measured it: C++ for what only moves memory, since its
+# loads and stores are written out; Triton for products of matrices, since it has the tiles and pipelines for them.
 PREFERENCE = {
     "aggregate": ("triton", "cuda", "cpu"),
     "merge": ("triton", "cuda", "cpu"),

@@ -1,4 +1,4 @@
-"""benchmarks.cuda_check: what it reads out of the compiler's output, what it calls a fault, and what it says without nvcc."""
+"""benchmarks.cuda_check: what it reads in the compiler's output, what it calls a fault, what it says without nvcc."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def test_without_nvcc_it_says_so(monkeypatch, capsys):
 def test_a_kernel_that_spills_and_one_that_does_not_compile_fail(monkeypatch, tmp_path, capsys):
     (tmp_path / "spills.cu").write_text(
         "__global__ void __launch_bounds__(1024, 2) tail_kernel(float* p) {\n"
-        "  float v[64];\n#pragma unroll\n  for (int i = 0; i < 64; ++i) v[i] = p[i * threadIdx.x];\n  __syncthreads();\n"
+        "  float v[64];\n#pragma unroll\n"
+        "  for (int i = 0; i < 64; ++i) v[i] = p[i * threadIdx.x];\n  __syncthreads();\n"
         "#pragma unroll\n  for (int i = 0; i < 64; ++i) p[(i * i) ^ threadIdx.x] = v[i] * v[63 - i];\n}\n"
     )
     (tmp_path / "broken.cu").write_text("__global__ void kernel() { nothing(); }\n")

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the host: the library that registers them for CPU tensors in torch.ops.dla_fast_cuda."""
+"""The CUDA kernels compiled for the host: a library that registers torch.ops.dla_fast_cuda for CPU tensors."""
 
 from __future__ import annotations
 
