@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_fast import backend, cli, commands
+from dla_fast import _extension, backend, cli, commands
 from dla_fast.commands import demo_memory, demo_setup, doctor, measure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,22 @@ def test_doctor_shows_a_forced_backend_that_cannot_run(capsys):
     with backend.use_backend("cuda"):
         assert cli.main(["doctor"]) == 0
     assert f"upsample on cpu: none, calls raise; cuda is forced: {reason}" in capsys.readouterr().out
+
+
+def test_doctor_tells_of_the_cuda_kernels(monkeypatch, capsys):
+    status = _extension.STATUS
+    without = dataclasses.replace(status, has_cuda=False, cuda_reason="the CUDA kernels were not built: no nvcc")
+    monkeypatch.setattr(_extension, "STATUS", without)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "CUDA kernels   no: no nvcc" in out
+    assert "DLA_FAST_BUILD_CUDA=1 pip install" in out
+    built = dataclasses.replace(status, has_cuda=True, cuda_architectures=("8.0", "9.0", "10.0+PTX"))
+    monkeypatch.setattr(_extension, "STATUS", built)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "CUDA kernels   for compute capability 8.0, 9.0, 10.0+PTX" in out
+    assert "DLA_FAST_BUILD_CUDA" not in out
 
 
 @pytest.mark.parametrize("broken", ["_cuda_devices", "_cpu_name", "_version", "explain"])

@@ -44,6 +44,22 @@ NormVectors<A>::NormVectors(const Tensor& mean, const Tensor& var, const Optiona
   shift = vector_of<A>(bias, n, A(0));
 }
 
+template <class T>
+std::vector<T> repeated(const std::vector<T>& values, int64_t times) {
+  std::vector<T> out;
+  out.reserve(values.size() * times);
+  for (int64_t i = 0; i < times; ++i) out.insert(out.end(), values.begin(), values.end());
+  return out;
+}
+
+template std::vector<float> repeated(const std::vector<float>&, int64_t);
+template std::vector<double> repeated(const std::vector<double>&, int64_t);
+
+template <class A>
+void NormVectors<A>::repeat(int64_t times) {
+  for (std::vector<A>* v : {&center, &rstd, &scale, &shift}) *v = repeated(*v, times);
+}
+
 template struct NormVectors<float>;
 template struct NormVectors<double>;
 
@@ -51,6 +67,12 @@ Tiling::Tiling(const Tensor& t, bool channels_last)
     : channels_last(channels_last), images(t.size(0)), channels(t.size(1)), pixels(t.size(2) * t.size(3)) {
   constexpr int64_t target = 8192;  // values in a tile: 32 KB of floats
   if (channels_last) {
+    while (channels > 0 && 2 * channels <= kChunk && images * pixels % 2 == 0 && images * pixels > 0) {
+      fold *= 2;
+      channels *= 2;
+      pixels = images * pixels / 2;
+      images = 1;
+    }
     const int64_t total = images * pixels;
     block_rows = std::clamp<int64_t>(target / std::max<int64_t>(channels, 1), 16, 1024);
     block_cols = channels;

@@ -108,10 +108,16 @@ struct NormVectors {
   NormVectors(const Tensor& mean, const Tensor& var, const OptionalTensor& conv_bias, const OptionalTensor& weight,
               const OptionalTensor& bias, double eps, std::string_view act, double slope);
 
+  // The vectors so many times one after another: of as many pixels side by side, as Tiling folds them.
+  void repeat(int64_t times);
+
   Norm<A> from(int64_t channel) const {
     return {center.data() + channel, rstd.data() + channel, scale.data() + channel, shift.data() + channel, act, slope};
   }
 };
+
+template <class T>
+std::vector<T> repeated(const std::vector<T>& values, int64_t times);
 
 // How a normalisation pass walks a (N, C, H, W) tensor: tiles that fit the first-level cache.
 struct Tile {
@@ -119,8 +125,11 @@ struct Tile {
   Shape shape;
 };
 
+// Pixels of few channels lie side by side in a channels_last map: `fold` of them are taken for one with as many times
+// the channels, since a row of 16 values costs about as much as one of 256.
 struct Tiling {
   bool channels_last;
+  int64_t fold = 1;
   int64_t images, channels, pixels, block_rows, block_cols, groups, per_group;
 
   Tiling(const Tensor& t, bool channels_last);

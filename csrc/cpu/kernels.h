@@ -13,6 +13,9 @@
 
 namespace dla_fast::cpu {
 
+// Values of a row that the passes over every value take at once.
+constexpr int64_t kChunk = 256;
+
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

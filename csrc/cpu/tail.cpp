@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z_in, const OptionalTensor& run
   DLA_DISPATCH_FLOATING(z.scalar_type(), "moments", [&] {
     using A = acc_t<scalar_t>;
     const Tiling tiling(z, channels_last);
-    MomentPartials<A> partials(tiling.groups, tiling.channels);
+    MomentPartials<A> partials(tiling.groups * tiling.fold, z.size(1));
     const scalar_t* data = z.const_data_ptr<scalar_t>();
     parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
       for (int64_t i = take(); i >= 0; i = take()) {
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z_in, const OptionalTensor& run
         const int64_t at = t.group * tiling.channels + t.channel;
         kernels<scalar_t>().moments(t.shape, {data + t.offset, tiling.ld()}, &partials.mean[at], &partials.m2[at],
                                     &partials.delta[at]);
-        if (t.channel == 0) partials.count[t.group] = tiling.group_size(t.group);
+        if (t.channel == 0) std::fill_n(&partials.count[t.group * tiling.fold], tiling.fold, tiling.group_size(t.group));
       }
     });
     partials.finalise(mean, var);
@@ -69,8 +69,9 @@ Tensor tail(const Tensor& z_in, const Tensor& mean, const Tensor& var, const Opt
   const OptionalTensor residual = in_format(residual_in, channels_last);
   Tensor y = at::empty(z.sizes(), z.options().memory_format(format_of(channels_last)));
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail", [&] {
-    const NormVectors<acc_t<scalar_t>> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
+    NormVectors<acc_t<scalar_t>> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const Tiling tiling(z, channels_last);
+    norm.repeat(tiling.fold);
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     scalar_t* yp = y.mutable_data_ptr<scalar_t>();
     parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
@@ -95,8 +96,9 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
   Tensor sum_dy = at::empty({z.size(1)}, options), sum_dy_xhat = at::empty({z.size(1)}, options);
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail_backward_reduce", [&] {
     using A = acc_t<scalar_t>;
-    const NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
+    NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const Tiling tiling(z, channels_last);
+    norm.repeat(tiling.fold);
     const int64_t channels = tiling.channels;
     std::vector<double> partial(2 * tiling.groups * channels, 0.0);
     double* first = partial.data();
@@ -115,11 +117,12 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
     A* out[2] = {sum_dy.mutable_data_ptr<A>(), sum_dy_xhat.mutable_data_ptr<A>()};
     for (int which = 0; which < 2; ++which) {
       const double* from = which == 0 ? first : second;
-      std::vector<double> sum(channels, 0.0);
-      for (int64_t g = 0; g < tiling.groups; ++g) {
-        for (int64_t c = 0; c < channels; ++c) sum[c] += from[g * channels + c];
+      const int64_t own = z.size(1);
+      std::vector<double> sum(own, 0.0);
+      for (int64_t g = 0; g < tiling.groups * tiling.fold; ++g) {
+        for (int64_t c = 0; c < own; ++c) sum[c] += from[g * own + c];
       }
-      for (int64_t c = 0; c < channels; ++c) out[which][c] = static_cast<A>(sum[c]);
+      for (int64_t c = 0; c < own; ++c) out[which][c] = static_cast<A>(sum[c]);
     }
   });
   return {sum_dy, sum_dy_xhat};
@@ -139,26 +142,34 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
   Tensor du = residual_grad ? at::empty(z.sizes(), z.options().memory_format(format)) : at::empty({0}, z.options());
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail_backward_apply", [&] {
     using A = acc_t<scalar_t>;
-    const NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
+    NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const Tiling tiling(z, channels_last);
-    const std::vector<A> m0 = batch_term<A>(sum_dy, count, tiling.channels),
-                         m1 = batch_term<A>(sum_dy_xhat, count, tiling.channels);
+    norm.repeat(tiling.fold);
+    const std::vector<A> m0 = repeated(batch_term<A>(sum_dy, count, z.size(1)), tiling.fold),
+                         m1 = repeated(batch_term<A>(sum_dy_xhat, count, z.size(1)), tiling.fold);
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     const scalar_t* dp = dy.const_data_ptr<scalar_t>();
     scalar_t* out = dz.mutable_data_ptr<scalar_t>();
     scalar_t* dup = residual_grad ? du.mutable_data_ptr<scalar_t>() : nullptr;
     const auto& k = kernels<scalar_t>();
     parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
-      const int64_t size = tiling.block_rows * tiling.block_cols;
+      constexpr bool in_place = std::is_same_v<scalar_t, A>;
+      const int64_t size = in_place ? 0 : tiling.block_rows * tiling.block_cols;
       const Scratch<A> dz_tile(size), du_tile(residual_grad ? size : 0);
       for (int64_t i = take(); i >= 0; i = take()) {
         const Tile t = tiling[i];
         const int64_t ld = tiling.ld(), cols = t.shape.cols;
-        k.apply(t.shape, norm.from(t.channel), m0.data() + t.channel, m1.data() + t.channel, {dp + t.offset, ld},
-                {zp + t.offset, ld}, part<scalar_t>(residual, t.offset, ld), {dz_tile.get(), cols},
-                {residual_grad ? du_tile.get() : nullptr, cols});
-        k.store({dz_tile.get(), cols}, {out + t.offset, ld}, t.shape.rows, cols);
-        if (residual_grad) k.store({du_tile.get(), cols}, {dup + t.offset, ld}, t.shape.rows, cols);
+        const auto apply = [&](Strided<A> to_dz, Strided<A> to_du) {
+          k.apply(t.shape, norm.from(t.channel), m0.data() + t.channel, m1.data() + t.channel, {dp + t.offset, ld},
+                  {zp + t.offset, ld}, part<scalar_t>(residual, t.offset, ld), to_dz, to_du);
+        };
+        if constexpr (in_place) {
+          apply({out + t.offset, ld}, {residual_grad ? dup + t.offset : nullptr, ld});
+        } else {
+          apply({dz_tile.get(), cols}, {residual_grad ? du_tile.get() : nullptr, cols});
+          k.store({dz_tile.get(), cols}, {out + t.offset, ld}, t.shape.rows, cols);
+          if (residual_grad) k.store({du_tile.get(), cols}, {dup + t.offset, ld}, t.shape.rows, cols);
+        }
       }
     });
   });
