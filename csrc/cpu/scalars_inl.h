@@ -1,7 +1,6 @@
 // Storage conversions and activations, one value or one row at a time.
 // Included by tile_kernels_inl.h, inside a namespace and under one instruction set.
 
-
 inline float widen(c10::BFloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.x) << 16;
   float out;

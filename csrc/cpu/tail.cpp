@@ -52,7 +52,8 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z_in, const OptionalTensor& run
         const int64_t at = t.group * tiling.channels + t.channel;
         kernels<scalar_t>().moments(t.shape, {data + t.offset, tiling.ld()}, &partials.mean[at], &partials.m2[at],
                                     &partials.delta[at]);
-        if (t.channel == 0) std::fill_n(&partials.count[t.group * tiling.fold], tiling.fold, tiling.group_size(t.group));
+        if (t.channel == 0)
+          std::fill_n(&partials.count[t.group * tiling.fold], tiling.fold, tiling.group_size(t.group));
       }
     });
     partials.finalise(mean, var);
