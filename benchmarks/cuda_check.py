@@ -175,7 +175,8 @@ def compile_kernels(cuda: Path, source: Path, architecture: str, out: Path) -> l
     no_operators = [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")]
     log = _run(
         str(cuda / "bin" / "nvcc"), "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3",
-        "--expt-relaxed-constexpr", "--Werror", "all-warnings", *no_operators, "-Xptxas", "-v", str(source), "-o", str(cubin),
+        "--expt-relaxed-constexpr", "--Werror", "all-warnings", *no_operators, "-Xptxas", "-v",
+        str(source), "-o", str(cubin),
     )  # fmt: skip
     found = resources(log)
     tool = disassembler(cuda)
