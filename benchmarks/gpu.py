@@ -243,7 +243,7 @@ def summary(data: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all sections: 0 where everything holds, 1 where not, 130 after an interruption."""
+    """Run all sections: 0 where everything holds or there is no GPU, 1 where not, 130 after an interruption."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything (default: %(default)s)")
@@ -257,8 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.section:
         return child(args)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("gpu: no CUDA device was found; --device cpu tests this program on the CPU's kernels", file=sys.stderr)
-        return 1
+        print("gpu: no CUDA device was found, so nothing was measured; --device cpu tests this program on the CPU")
+        return 0
     collected = Collected(args.json, args.device)
     end = collected.started + 60 * args.minutes
     interrupted = False

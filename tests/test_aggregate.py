@@ -40,15 +40,6 @@ def served(request):
         yield request.param
 
 
-@pytest.fixture
-def poisoned():
-    """Every uninitialised tensor is full of NaN, so that reading one shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def check(specs: Iterable[Spec]) -> None:
     pool = parity.Pool()
     for spec in specs:

@@ -34,18 +34,15 @@ def library():
 
 
 @pytest.fixture(autouse=True)
-def _served(library, monkeypatch):
-    """Calls on CPU tensors go to the CUDA kernels, and every uninitialised tensor is full of NaN."""
+def _served(library, poisoned, monkeypatch):
+    """Calls on CPU tensors go to the CUDA kernels."""
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     for op in ops.UNITS:
         monkeypatch.setitem(ops._missing, ("cuda", op), ops.find_missing("cuda", op, "CPU"))
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
     with use_backend("cuda"):
         yield
-    torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.conv.fp32_precision = before
 
 

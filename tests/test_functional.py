@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dla_fast import functional
+from dla_fast.commands import parity
 
 
 def node(**changes: Any) -> dict[str, Any]:
@@ -177,3 +178,23 @@ def test_double_precision_is_not_cast_by_autocast(grad):
     arguments["xs"] = [x.double() for x in arguments["xs"]]
     with torch.autocast("cpu", dtype=torch.bfloat16), contextlib.nullcontext() if grad else torch.no_grad():
         assert functional.aggregate(**arguments).dtype == torch.float64
+
+
+def test_a_peer_that_fails_is_no_yardstick(monkeypatch):
+    """PyTorch's NaN neither excuses an error nor fails what is right."""
+    spec = parity.Spec(dtype=torch.bfloat16)
+    right = parity.execute
+
+    def execute(problem, module, dy, dtype):
+        found = right(problem, module, dy, dtype)
+        if module is parity.reference and dtype is None:
+            found["d x"][0, 0, 0, 0] = float("nan")
+        elif module is parity.functional and wrong:
+            found["d x"] *= 1.1
+        return found
+
+    monkeypatch.setattr(parity, "execute", execute)
+    for wrong in (False, True):
+        pool = parity.Pool()
+        pool.add(parity.upsample(spec))
+        assert bool(pool.failures()) == wrong
