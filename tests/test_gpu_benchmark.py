@@ -37,9 +37,29 @@ def test_on_the_cpu(tmp_path, capsys):
     assert data["machine"]["threads"] > 0
     assert "torch" in data["versions"]
     goals = {t["what"]: t for t in data["targets"]}
-    assert goals["aggregate inference over eager"]["value"] > 0
+    assert goals["aggregate inference: slowest shape over eager"]["value"] > 0
     assert goals["upsample_add over eager"]["met"] is None
     assert "goal upsample_add over eager >= 3: not measured" in out
+
+
+def test_goals():
+    """Against the fastest of the compiled peers, at the batch they are set for, where memory decides."""
+
+    def record(impl, case, batch, median, floor):
+        shape = {"op": "aggregate", "mode": "inference", "dtype": "bfloat16", "bytes": 100.0}
+        return {**shape, "case": case, "batch": batch, "impl": impl, "median_ms": median, "floor_ms": floor}
+
+    times = {"dla_fast": 1.0, "eager": 3.0, "compile": 2.0, "compile_frozen": 1.5}
+    records = [record(impl, "root", 256, time, 0.9) for impl, time in times.items()]
+    records += [record(impl, "deep", 256, 2 * time, 1.0) for impl, time in times.items()]
+    records += [record("dla_fast", "root", 1, 1.0, 0.1), record("eager", "root", 1, 0.5, 0.1)]
+    goals = {t["what"]: (t["value"], t["met"]) for t in gpu.targets(records)}
+    assert goals["aggregate inference over eager, batch 256"] == (pytest.approx(3.0), True)
+    assert goals["aggregate inference over compiled, batch 256"] == (pytest.approx(1.5), False)
+    assert goals["aggregate inference: slowest shape over eager"] == (pytest.approx(0.5), False)
+    memory = "aggregate inference, batch 256, memory-bound: share of the floor"
+    assert goals[memory] == (pytest.approx(0.9), True)
+    assert goals["aggregate training over eager, batch 256"] == (None, None)
 
 
 @pytest.fixture
