@@ -26,7 +26,7 @@ def run(path: Path, *arguments: object) -> tuple[int, dict]:
 @needs_extension
 def test_on_the_cpu(tmp_path, capsys):
     sections = ["parity", "determinism", "launch", "ops", "roots"]
-    status, data = run(tmp_path / "gpu.json", "--minutes", 3, "--sections", *sections)
+    status, data = run(tmp_path / "gpu.json", "--minutes", 12, "--sections", *sections)
     out = capsys.readouterr().out
     assert status == 0, out
     assert data["complete"], data["left_out"]
