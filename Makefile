@@ -67,8 +67,9 @@ NEWEST_TRITON ?= 3.9.0
 NEWEST := $(VENV)-triton-$(NEWEST_TRITON)
 gates-newest: ## the same with the newest Triton, in an environment of its own
 	$(PYTHON) -m venv $(NEWEST)
+	grep -E '^(--|torch==|numpy==|tqdm==|setuptools==)' requirements.txt > $(NEWEST)/requirements.txt
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  $$(grep -E '^(--|torch==|numpy==|tqdm==|setuptools==)' requirements.txt | cut -d';' -f1) triton==$(NEWEST_TRITON)
+	  -r $(NEWEST)/requirements.txt triton==$(NEWEST_TRITON)
 	$(NEWEST)/bin/python -m benchmarks.traffic --passes
 	$(NEWEST)/bin/python -m benchmarks.aot
 
