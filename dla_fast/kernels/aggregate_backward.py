@@ -91,7 +91,7 @@ def weight_kernel(
     outs = n < out_channels
     x, dx = xs[0], dxs[0]
     own, start, first = channels[0], starts[0], 0
-    wanted = tl.full((), DX & 1, tl.int32)
+    wanted = tl.full((), (DX & 1) != 0, tl.int1)
     for i in tl.static_range(1, len(xs)):
         if block >= blocks[i]:
             x = xs[i]
@@ -99,8 +99,9 @@ def weight_kernel(
         own = tl.where(block >= blocks[i], channels[i], own)
         start = tl.where(block >= blocks[i], starts[i], start)
         first = tl.where(block >= blocks[i], blocks[i], first)
-        wanted = tl.where(block >= blocks[i], (DX >> i) & 1, wanted)
+        wanted = tl.where(block >= blocks[i], ((DX >> i) & 1) != 0, wanted)
     k = (block - first) * BK + tl.arange(0, BK)
+    own_of_first = tl.where(block < blocks[1], own, 0)
     column = along(k, pixels, CL, I64)[None, :]
     at_weights = n[:, None] * depth + (start + k)[None, :]
     weights_mask = outs[:, None] & (k < own)[None, :]
@@ -125,13 +126,13 @@ def weight_kernel(
             made = tl.dot(dz, weights, input_precision=PRECISION, out_dtype=ACC)
             if ADD:
                 # Where the block is not one of input 0, nothing is loaded.
-                of_first = mask & (block < blocks[1])
+                of_first = mask & (k < own_of_first)[None, :]
                 grad, _, _ = pre_activation_gradient(
                     dy, z, residual, pixel + column, of_first, mean, var, gamma, beta, k,
-                    (k < own) & (block < blocks[1]), EPS, ACT, SLOPE, ACC,
+                    k < own_of_first, EPS, ACT, SLOPE, ACC,
                 )  # fmt: skip
                 made += grad
-            tl.store(dx + offset, made.to(dx.dtype.element_ty), mask=mask & (wanted != 0))
+            tl.store(dx + offset, made.to(dx.dtype.element_ty), mask=mask & wanted)
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth + at_weights
     tl.store(to, acc.to(dw.dtype.element_ty), mask=weights_mask)
 
