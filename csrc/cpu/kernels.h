@@ -126,6 +126,17 @@ struct UpRowBackward {
   bool flush = true;
 };
 
+// Winograd's minimal filtering F(2x2, 3x3): a tile of 2x2 outputs of a 3x3 convolution takes 16 products a channel pair
+// where the sum of products takes 36. y = A^T [(G w G^T) (B^T x B)] A, with the products summed over channels between
+// (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016). These are rows x cols tiles in the
+// transformed domain: [16 positions, `plane` apart][tile, `ld` apart][channels].
+template <class A>
+struct WinogradTiles {
+  int64_t rows, cols, channels;
+  A* data;
+  int64_t plane, ld;
+};
+
 template <class T>
 struct Kernels {
   using A = acc_t<T>;
@@ -150,6 +161,14 @@ struct Kernels {
   void (*up_row_plane)(const UpRow<A>&);
   void (*up_row_backward)(const UpRowBackward<A>&);
   void (*up_row_plane_backward)(const UpRowBackward<A>&);
+  // B^T x B of pixels [2 rows + 2][2 cols + 2][channels]; A dy A^T of pixels [2 rows][2 cols][channels].
+  void (*winograd_input)(const WinogradTiles<A>&, const A* x);
+  void (*winograd_gradient)(const WinogradTiles<A>&, const A* dy);
+  // z[2 rows][2 cols][ld] = A^T m A.
+  void (*winograd_output)(const WinogradTiles<A>& m, A* z);
+  // u = G w G^T of nine taps (in reverse where flipped) `plane` apart, and w = G^T u G, along rows of channels.
+  void (*winograd_weight)(const A* w, int64_t plane, bool flipped, int64_t channels, A* u, int64_t u_plane);
+  void (*winograd_weight_gradient)(const A* u, int64_t u_plane, int64_t channels, A* w, int64_t plane);
 };
 
 enum class Isa : int { generic, avx2, avx512 };

@@ -10,6 +10,8 @@ namespace {
 
 #include "upsample_inl.h"
 
+#include "winograd_inl.h"
+
 template <class T, class A>
 void load(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -331,7 +333,12 @@ const Kernels<T>& kernels() {
                                    &up_row<A>,
                                    &up_row_plane<A>,
                                    &up_row_backward<A>,
-                                   &up_row_plane_backward<A>};
+                                   &up_row_plane_backward<A>,
+                                   &winograd_input<A>,
+                                   &winograd_gradient<A>,
+                                   &winograd_output<A>,
+                                   &winograd_weight<A>,
+                                   &winograd_weight_gradient<A>};
   return table;
 }
 

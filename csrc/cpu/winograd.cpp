@@ -1,0 +1,109 @@
+#include "winograd.h"
+
+#include <ATen/ops/sum.h>
+
+namespace dla_fast::cpu {
+
+TileGrid::TileGrid(int64_t images, int64_t height, int64_t width, int64_t most_tiles)
+    : images(images), height(height), width(width) {
+  // About as high as wide: a block reads a pixel more on every side.
+  constexpr int64_t widest = 16;
+  const int64_t down = std::max<int64_t>(divide_up(height, 2), 1), across = std::max<int64_t>(divide_up(width, 2), 1);
+  cols = divide_up(across, divide_up(across, widest));
+  col_blocks = divide_up(across, cols);
+  rows = std::clamp<int64_t>(most_tiles / cols, 1, down);
+  rows = divide_up(down, divide_up(down, rows));
+  row_blocks = divide_up(down, rows);
+}
+
+TileGrid::Block TileGrid::operator[](int64_t i) const {
+  const int64_t w = i % col_blocks * 2 * cols, h = i / col_blocks % row_blocks * 2 * rows;
+  return {i / col_blocks / row_blocks, h, w, std::min(2 * rows, height - h), std::min(2 * cols, width - w)};
+}
+
+int64_t tiles_in_cache(int64_t channels) {
+  constexpr int64_t values = 3 << 17;  // transformed inputs of a block: 1.5 MB of floats
+  return std::clamp<int64_t>(values / (16 * std::max<int64_t>(channels, 1)), 16, 48);
+}
+
+namespace {
+
+// The gradient of a weight is cut into pieces that stay in the second-level cache while the map passes by.
+constexpr int64_t kDeep = 64, kWide = 128;
+
+struct Piece {
+  size_t input;
+  int64_t channel, depth;  // of that input
+  int64_t out, wide;       // of dz
+};
+
+std::vector<Piece> pieces_of(const MergeInputs& in) {
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < in.xs.size(); ++i) {
+    for (int64_t c = 0; c < in.xs[i].size(1); c += kDeep) {
+      for (int64_t n = 0; n < in.out_channels; n += kWide) {
+        pieces.push_back(
+            {i, c, std::min(kDeep, in.xs[i].size(1) - c), n, std::min(kWide, in.out_channels - n)});
+      }
+    }
+  }
+  return pieces;
+}
+
+}  // namespace
+
+template <class T>
+Tensor winograd_weight_gradient(const Tensor& dz, const MergeInputs& in, const std::vector<Tensor>& xs) {
+  using A = acc_t<T>;
+  const auto& k = kernels<T>();
+  const TileGrid grid(in.images, in.height, in.width, 48);
+  const std::vector<Piece> pieces = pieces_of(in);
+  const int64_t count = static_cast<int64_t>(pieces.size()), tiles = grid.tiles(), threads = at::get_num_threads();
+  // Where there are fewer pieces than threads, each is summed over parts of the map, which are added in order.
+  const int64_t parts =
+      std::clamp<int64_t>(divide_up(2 * threads, std::max<int64_t>(count, 1)), 1, std::max<int64_t>(grid.count(), 1));
+  const int64_t n = in.out_channels, plane = in.in_channels * n;
+  Tensor dw = at::empty({parts, 3, 3, in.in_channels, n},
+                        dz.options().memory_format(std::nullopt).dtype(accumulation_type(dz.scalar_type())));
+  if (grid.count() == 0) return dw.zero_()[0];
+  A* out = dw.mutable_data_ptr<A>();
+  std::vector<Map<T>> maps;
+  for (const Tensor& x : xs) maps.emplace_back(x, in.channels_last);
+  const Map<T> gradient(dz, in.channels_last);
+  const int64_t cost = divide_up(grid.count(), parts) * tiles * kDeep * kWide;
+  parallel_queue(count * parts, cost, [&](const auto& take) {
+    const int64_t rows = 2 * grid.rows, cols = 2 * grid.cols;
+    const Scratch<A> x((rows + 2) * (cols + 2) * kDeep), dy(rows * cols * kWide), v(16 * tiles * kDeep),
+        d(16 * tiles * kWide, true), du(16 * kDeep * kWide);
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const Piece& piece = pieces[task / parts];
+      const int64_t part = task % parts, first = grid.count() * part / parts;
+      for (int64_t b = first; b < grid.count() * (part + 1) / parts; ++b) {
+        const TileGrid::Block block = grid[b];
+        maps[piece.input].gather(block.image, block.h - 1, block.w - 1, rows + 2, cols + 2, piece.channel, piece.depth,
+                                 x.get());
+        k.winograd_input({grid.rows, grid.cols, piece.depth, v.get(), tiles * kDeep, kDeep}, x.get());
+        gradient.gather(block.image, block.h, block.w, rows, cols, piece.out, piece.wide, dy.get());
+        k.winograd_gradient({grid.rows, grid.cols, piece.wide, d.get(), tiles * kWide, kWide}, dy.get());
+        for (int64_t position = 0; position < 16; ++position) {
+          const Segment<A> segment = {v.get() + position * tiles * kDeep, kDeep, tiles};
+          k.gemm({piece.depth, piece.wide, &segment, 1, true, d.get() + position * tiles * kWide, kWide,
+                  du.get() + position * kDeep * kWide, kWide, b > first});
+        }
+      }
+      for (int64_t c = 0; c < piece.depth; ++c) {
+        const int64_t row = (in.offsets[piece.input] + piece.channel + c) * n + piece.out;
+        k.winograd_weight_gradient(du.get() + c * kWide, kDeep * kWide, piece.wide, out + part * 9 * plane + row,
+                                   plane);
+      }
+    }
+  });
+  return parts == 1 ? dw[0] : dw.sum(0);
+}
+
+template Tensor winograd_weight_gradient<float>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
+template Tensor winograd_weight_gradient<double>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
+template Tensor winograd_weight_gradient<c10::BFloat16>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
+template Tensor winograd_weight_gradient<c10::Half>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
+
+}  // namespace dla_fast::cpu
