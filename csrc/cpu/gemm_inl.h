@@ -33,8 +33,8 @@ inline void store_lanes(A* p, typename VectorOf<A>::type v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// Products are added up in registers this often before they go on to c: a sum of sums rounds far less than one long
-// chain, and c is in cache.
+// So many products are added up in registers before they go on to c: a sum of sums rounds far less than one long chain,
+// and these rows of b stay in the first-level cache for all rows of a.
 constexpr int64_t kDepth = 128;
 
 // Asks for the next lines of what the caller will read after this product.
@@ -92,56 +92,82 @@ inline __attribute__((always_inline)) void flush(typename VectorOf<A>::type (&ac
   }
 }
 
+// Where in the segments a block of the depth begins, and how deep it is.
+template <class A>
+struct Depth {
+  int64_t segment, offset;
+  const A* b;
+  int64_t count;
+};
+
+// Goes on from there: calls f(segment, offset in it, b, count) for its parts and moves past them.
+template <class A, class F>
+inline __attribute__((always_inline)) void parts(const Gemm<A>& g, Depth<A>& at, const F& f) {
+  for (int64_t left = at.count; left > 0;) {
+    const Segment<A>& segment = g.segments[at.segment];
+    if (at.offset == 0 && segment.b != nullptr) at.b = segment.b;
+    const int64_t count = segment.k - at.offset < left ? segment.k - at.offset : left;
+    if (count > 0) f(segment, at.offset, at.b, count);
+    at.b += count * g.ldb;
+    at.offset += count;
+    left -= count;
+    if (at.offset == segment.k) {
+      ++at.segment;
+      at.offset = 0;
+    }
+  }
+}
+
 template <class A, int MR, int NV, bool TRANSPOSED>
-inline void micro(const Gemm<A>& g, int64_t i0, int64_t j0) {
+inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool add) {
   typename VectorOf<A>::type acc[MR][NV] = {};
   A* c = g.c + i0 * g.ldc + j0;
-  const A* b = g.b == nullptr ? nullptr : g.b + j0;
-  bool add = g.add;
   // c may lie far away: fetched now, it is there when the products are done.
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
   }
-  int64_t depth = 0;
-  for (int64_t s = 0; s < g.segment_count; ++s) {
-    const Segment<A>& segment = g.segments[s];
-    const A* a = segment.a + (TRANSPOSED ? i0 : i0 * segment.lda);
-    if (segment.b != nullptr) b = segment.b + j0;
-    for (int64_t p = 0; p < segment.k;) {
-      const int64_t count = segment.k - p < kDepth - depth ? segment.k - p : kDepth - depth;
-      accumulate<A, MR, NV, TRANSPOSED>(acc, a + (TRANSPOSED ? p * segment.lda : p), segment.lda, b, g.ldb, count,
-                                        g.ahead);
-      b += count * g.ldb;
-      p += count;
-      depth += count;
-      if (depth == kDepth) {
-        flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
-        add = true;
-        depth = 0;
-      }
-    }
+  parts(g, at, [&](const Segment<A>& segment, int64_t p, const A* b, int64_t count) {
+    accumulate<A, MR, NV, TRANSPOSED>(acc, segment.a + (TRANSPOSED ? p * segment.lda + i0 : i0 * segment.lda + p),
+                                      segment.lda, b + j0, g.ldb, count, g.ahead);
+  });
+  flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
+}
+
+template <class A, int NV, bool TRANSPOSED>
+inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add) {
+  int64_t i = 0;
+  for (; i + kRows <= g.m; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, add);
+  switch (g.m - i) {
+    case 5:
+      return micro<A, 5, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 4:
+      return micro<A, 4, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 3:
+      return micro<A, 3, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 2:
+      return micro<A, 2, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 1:
+      return micro<A, 1, NV, TRANSPOSED>(g, at, i, j0, add);
+    default:
+      return;
   }
-  // Nothing is left over only where all of it has been written.
-  if (depth > 0 || !add) flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
 }
 
 template <class A, int NV, bool TRANSPOSED>
 inline void column(const Gemm<A>& g, int64_t j0) {
-  int64_t i = 0;
-  for (; i + kRows <= g.m; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, i, j0);
-  switch (g.m - i) {
-    case 5:
-      return micro<A, 5, NV, TRANSPOSED>(g, i, j0);
-    case 4:
-      return micro<A, 4, NV, TRANSPOSED>(g, i, j0);
-    case 3:
-      return micro<A, 3, NV, TRANSPOSED>(g, i, j0);
-    case 2:
-      return micro<A, 2, NV, TRANSPOSED>(g, i, j0);
-    case 1:
-      return micro<A, 1, NV, TRANSPOSED>(g, i, j0);
-    default:
-      return;
+  int64_t total = 0;
+  for (int64_t s = 0; s < g.segment_count; ++s) total += g.segments[s].k;
+  if (total == 0) {
+    if (!g.add) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, false);
+    return;
+  }
+  const int64_t blocks = (total + kDepth - 1) / kDepth, even = ((total + blocks - 1) / blocks + 15) / 16 * 16;
+  bool add = g.add;
+  Depth<A> at = {0, 0, g.b, 0};
+  for (int64_t done = 0; done < total; done += even, add = true) {
+    at.count = total - done < even ? total - done : even;
+    rows<A, NV, TRANSPOSED>(g, at, j0, add);
+    parts(g, at, [](const Segment<A>&, int64_t, const A*, int64_t) {});
   }
 }
 
