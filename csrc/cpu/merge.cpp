@@ -51,17 +51,13 @@ Tensor MergeInputs::output(const Tensor& weight) const {
   return at::empty({images, out_channels, height, width}, weight.options().memory_format(format_of(channels_last)));
 }
 
-Tensor MergeInputs::taps(const Tensor& weight) const {
-  return weight.permute({2, 3, 1, 0}).to(accumulation_type(weight.scalar_type())).contiguous();
-}
-
 namespace {
 
 template <class T>
 Winograd<T> convolution(const MergeInputs& in, const Tensor& weight) {
   std::vector<typename Winograd<T>::Panel> panels;
   Winograd<T>::add_panels(panels, 0, in.out_channels);
-  return Winograd<T>(in, in.taps(weight), false, std::move(panels));
+  return Winograd<T>(in, Taps<T>(weight, false), std::move(panels));
 }
 
 // The part of an output that a row of pixels covers.
@@ -89,8 +85,8 @@ Tensor merge_inference(at::TensorList xs, at::TensorList up_weights, const Tenso
     using A = acc_t<scalar_t>;
     const NormVectors<A> norm(running_mean, running_var, conv_bias, bn_weight, bn_bias, eps, act, slope);
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
-    convolution<scalar_t>(in, weight).run(
-        [&](const Shape& shape, const auto& row, int64_t channel, Strided<const A> z) {
+    convolution<scalar_t>(in, weight)
+        .run([&](const Shape& shape, const auto& row, int64_t channel, Strided<const A> z) {
           kernels<scalar_t>().tail_accumulated(shape, norm.from(channel), z, {nullptr, 0},
                                                row_at(out, in, row.image, row.h, row.w, channel));
         });

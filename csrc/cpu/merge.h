@@ -41,7 +41,6 @@ struct MergeInputs {
   Tensor full(size_t i) const;  // input i at the output's size
   std::vector<Tensor> all_full() const;
   Tensor output(const Tensor& weight) const;
-  Tensor taps(const Tensor& weight) const;  // [3][3][in_channels][out_channels] in the accumulation type
 };
 
 }  // namespace dla_fast::cpu

@@ -1,8 +1,8 @@
 // Backward of the IDA node, CPU. K = sum of the inputs' channels, N = output channels.
 //
 // Per output pixel: 6N + 2K values and, for a 3x3 kernel, 16KN flops by Winograd's algorithm (a sum of products takes
-// 36KN). dz is formed once; dx is a convolution of it with the flipped weight, dW one of the inputs with it. An upsampled
-// input is upsampled again rather than kept, and no gradient of a concat exists.
+// 36KN). dz is formed once; dx is a convolution of it with the flipped weight, dW one of the inputs with it. An
+// upsampled input is upsampled again rather than kept, and no gradient of a concat exists.
 
 #include "aggregate.h"
 #include "merge.h"
@@ -17,6 +17,12 @@ namespace {
 Tensor in_layout(const Tensor& t, at::MemoryFormat format) {
   Tensor out = at::empty(t.sizes(), t.options().memory_format(format));
   return out.strides() == t.strides() ? t : out.copy_(t);
+}
+
+// The same of a weight's gradient, which may be in the accumulation type.
+Tensor like(const Tensor& t, const Tensor& weight) {
+  const Tensor out = at::empty_like(weight);
+  return out.strides() == t.strides() && out.scalar_type() == t.scalar_type() ? t : out.copy_(t);
 }
 
 // The gradients of the inputs that need one, at the size of dz; the others stay empty.
@@ -38,9 +44,8 @@ std::vector<Tensor> input_gradients(const Tensor& dz, const MergeInputs& in, con
   if (panels.empty() || in.empty()) return dxs;
   MergeInputs gradient({dz}, {}, {1}, weight.transpose(0, 1));
   gradient.channels_last = in.channels_last;
-  const Tensor taps = weight.permute({2, 3, 0, 1}).to(accumulation_type(weight.scalar_type())).contiguous();
   const int64_t pixels = in.height * in.width;
-  Winograd<T>(gradient, taps, true, std::move(panels))
+  Winograd<T>(gradient, Taps<T>(weight, true), std::move(panels))
       .run([&](const Shape& shape, const auto& row, int64_t channel, Strided<const A> z) {
         size_t i = in.offsets.size() - 1;
         while (in.offsets[i] > channel) --i;
@@ -76,13 +81,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_backward(
     std::tie(dxs, dw) = aggregate_backward(dy, in.all_full(), weight, z, mean, var, bn_weight, bn_bias, sum_dy,
                                            sum_dy_xhat, count, eps, false, act, slope, need_full, need_dw);
   } else {
-    dw = need_dw ? at::empty_like(weight) : at::empty({0}, options);
+    dw = at::empty({0}, options);
     const Tensor dz = std::get<0>(tail_backward_apply(dy, z, mean, var, bn_weight, bn_bias, std::nullopt, sum_dy,
                                                       sum_dy_xhat, count, eps, act, slope, false))
                           .contiguous(format);
     DLA_DISPATCH_FLOATING(weight.scalar_type(), "merge_backward", [&] {
       dxs = input_gradients<scalar_t>(dz, in, weight, need_full);
-      if (need_dw) dw.copy_(winograd_weight_gradient<scalar_t>(dz, in, in.all_full()).permute({3, 2, 0, 1}));
+      if (need_dw) dw = like(winograd_weight_gradient<scalar_t>(dz, in, in.all_full(), weight), weight);
     });
   }
   for (size_t i = 0; i < in.xs.size(); ++i) {

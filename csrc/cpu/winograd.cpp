@@ -21,9 +21,9 @@ TileGrid::Block TileGrid::operator[](int64_t i) const {
   return {i / col_blocks / row_blocks, h, w, std::min(2 * rows, height - h), std::min(2 * cols, width - w)};
 }
 
-int64_t tiles_in_cache(int64_t channels) {
-  constexpr int64_t values = 3 << 17;  // transformed inputs of a block: 1.5 MB of floats
-  return std::clamp<int64_t>(values / (16 * std::max<int64_t>(channels, 1)), 16, 48);
+int64_t tiles_of_block(int64_t in_channels, int64_t out_channels) {
+  constexpr int64_t few = 48, many = 96, cached = 3 << 17;
+  return few * 16 * (in_channels + out_channels) <= cached ? few : many;
 }
 
 namespace {
@@ -42,8 +42,7 @@ std::vector<Piece> pieces_of(const MergeInputs& in) {
   for (size_t i = 0; i < in.xs.size(); ++i) {
     for (int64_t c = 0; c < in.xs[i].size(1); c += kDeep) {
       for (int64_t n = 0; n < in.out_channels; n += kWide) {
-        pieces.push_back(
-            {i, c, std::min(kDeep, in.xs[i].size(1) - c), n, std::min(kWide, in.out_channels - n)});
+        pieces.push_back({i, c, std::min(kDeep, in.xs[i].size(1) - c), n, std::min(kWide, in.out_channels - n)});
       }
     }
   }
@@ -53,19 +52,21 @@ std::vector<Piece> pieces_of(const MergeInputs& in) {
 }  // namespace
 
 template <class T>
-Tensor winograd_weight_gradient(const Tensor& dz, const MergeInputs& in, const std::vector<Tensor>& xs) {
+Tensor winograd_weight_gradient(const Tensor& dz, const MergeInputs& in, const std::vector<Tensor>& xs,
+                                const Tensor& weight) {
   using A = acc_t<T>;
   const auto& k = kernels<T>();
   const TileGrid grid(in.images, in.height, in.width, 48);
-  const std::vector<Piece> pieces = pieces_of(in);
+  const std::vector<Piece> pieces = grid.count() > 0 ? pieces_of(in) : std::vector<Piece>();
   const int64_t count = static_cast<int64_t>(pieces.size()), tiles = grid.tiles(), threads = at::get_num_threads();
   // Where there are fewer pieces than threads, each is summed over parts of the map, which are added in order.
   const int64_t parts =
       std::clamp<int64_t>(divide_up(2 * threads, std::max<int64_t>(count, 1)), 1, std::max<int64_t>(grid.count(), 1));
-  const int64_t n = in.out_channels, plane = in.in_channels * n;
-  Tensor dw = at::empty({parts, 3, 3, in.in_channels, n},
+  const bool taps_apart = is_channels_last(weight);
+  const int64_t depth = in.in_channels, row = 9 * depth;
+  Tensor dw = at::empty({parts, in.out_channels, taps_apart ? 9 * depth : depth * 9},
                         dz.options().memory_format(std::nullopt).dtype(accumulation_type(dz.scalar_type())));
-  if (grid.count() == 0) return dw.zero_()[0];
+  if (pieces.empty()) dw.zero_();
   A* out = dw.mutable_data_ptr<A>();
   std::vector<Map<T>> maps;
   for (const Tensor& x : xs) maps.emplace_back(x, in.channels_last);
@@ -74,7 +75,7 @@ Tensor winograd_weight_gradient(const Tensor& dz, const MergeInputs& in, const s
   parallel_queue(count * parts, cost, [&](const auto& take) {
     const int64_t rows = 2 * grid.rows, cols = 2 * grid.cols;
     const Scratch<A> x((rows + 2) * (cols + 2) * kDeep), dy(rows * cols * kWide), v(16 * tiles * kDeep),
-        d(16 * tiles * kWide, true), du(16 * kDeep * kWide);
+        d(16 * tiles * kWide, true), du(16 * kDeep * kWide), taps(9 * kDeep * kWide);
     for (int64_t task = take(); task >= 0; task = take()) {
       const Piece& piece = pieces[task / parts];
       const int64_t part = task % parts, first = grid.count() * part / parts;
@@ -91,19 +92,36 @@ Tensor winograd_weight_gradient(const Tensor& dz, const MergeInputs& in, const s
                   du.get() + position * kDeep * kWide, kWide, b > first});
         }
       }
+      // [tap][channel][kWide] or [channel][tap][kWide], as they follow each other in the weight.
+      const int64_t per_tap = (taps_apart ? piece.depth : 1) * kWide, per_channel = (taps_apart ? 1 : 9) * kWide;
       for (int64_t c = 0; c < piece.depth; ++c) {
-        const int64_t row = (in.offsets[piece.input] + piece.channel + c) * n + piece.out;
-        k.winograd_weight_gradient(du.get() + c * kWide, kDeep * kWide, piece.wide, out + part * 9 * plane + row,
-                                   plane);
+        k.winograd_weight_gradient(du.get() + c * kWide, kDeep * kWide, piece.wide, taps.get() + c * per_channel,
+                                   per_tap);
+      }
+      const int64_t channel = in.offsets[piece.input] + piece.channel;
+      A* const to = out + (part * in.out_channels + piece.out) * row;
+      if (taps_apart) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          kernels<A>().load_transposed({taps.get() + tap * per_tap, kWide}, {to + tap * depth + channel, row},
+                                       piece.depth, piece.wide);
+        }
+      } else {
+        kernels<A>().load_transposed({taps.get(), kWide}, {to + channel * 9, row}, piece.depth * 9, piece.wide);
       }
     }
   });
-  return parts == 1 ? dw[0] : dw.sum(0);
+  const Tensor sum = parts == 1 ? dw[0] : dw.sum(0);
+  return taps_apart ? sum.view({in.out_channels, 3, 3, depth}).permute({0, 3, 1, 2})
+                    : sum.view({in.out_channels, depth, 3, 3});
 }
 
-template Tensor winograd_weight_gradient<float>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
-template Tensor winograd_weight_gradient<double>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
-template Tensor winograd_weight_gradient<c10::BFloat16>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
-template Tensor winograd_weight_gradient<c10::Half>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&);
+template Tensor winograd_weight_gradient<float>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&,
+                                                const Tensor&);
+template Tensor winograd_weight_gradient<double>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&,
+                                                 const Tensor&);
+template Tensor winograd_weight_gradient<c10::BFloat16>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&,
+                                                        const Tensor&);
+template Tensor winograd_weight_gradient<c10::Half>(const Tensor&, const MergeInputs&, const std::vector<Tensor>&,
+                                                    const Tensor&);
 
 }  // namespace dla_fast::cpu

@@ -112,8 +112,8 @@ class Blocks {
       } else {
         upsample_block(i, block, work);
       }
-      kernels<T>().winograd_input(
-          {grid_.rows, grid_.cols, channels, v + in_.offsets[i], grid_.tiles() * depth, depth}, work.patch.get());
+      kernels<T>().winograd_input({grid_.rows, grid_.cols, channels, v + in_.offsets[i], grid_.tiles() * depth, depth},
+                                  work.patch.get());
     }
   }
 
@@ -172,8 +172,53 @@ class Blocks {
   int64_t most_channels_ = 0, row_ = 0, zeros_ = 0, planes_ = 0;
 };
 
-// Tiles in a block, so that what a block transforms stays in the second-level cache.
-int64_t tiles_in_cache(int64_t channels);
+// A 3x3 weight (N, K, 3, 3), dense in the one layout or the other.
+template <class T>
+struct Taps {
+  using A = acc_t<T>;
+  Tensor weight;
+  bool channels_last;
+  bool adjoint;  // of the gradient's convolution: from N to K channels, taps in reverse
+
+  Taps(const Tensor& w, bool adjoint)
+      : weight(is_channels_last(w) ? w.contiguous(at::MemoryFormat::ChannelsLast) : w.contiguous()),
+        channels_last(is_channels_last(weight)),
+        adjoint(adjoint) {}
+
+  static constexpr int64_t block = 16;
+
+  // `count` input channels from k on, of `cols` output channels from n on, as G w G^T: u[16, plane apart][k][kPanel].
+  // work: 9 * block * kPanel.
+  void transform(int64_t k, int64_t count, int64_t n, int64_t cols, A* u, int64_t plane, A* work) const {
+    const auto& table = kernels<T>();
+    const T* w = weight.const_data_ptr<T>();
+    const int64_t inner = weight.size(1), row = 9 * inner;
+    int64_t per_channel = 9 * kPanel, per_tap = kPanel;
+    if (adjoint) {
+      for (int64_t i = 0; i < count; ++i) {
+        const T* from = w + (k + i) * row;
+        const Strided<A> to = {work + i * per_channel, kPanel};
+        channels_last ? table.load({from + n, inner}, to, 9, cols)
+                      : table.load_transposed({from + n * 9, 9}, to, cols, 9);
+      }
+    } else if (channels_last) {
+      per_channel = kPanel;
+      per_tap = count * kPanel;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        table.load_transposed({w + n * row + tap * inner + k, row}, {work + tap * per_tap, kPanel}, cols, count);
+      }
+    } else {
+      table.load_transposed({w + n * row + k * 9, row}, {work, kPanel}, cols, count * 9);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      table.winograd_weight(work + i * per_channel, per_tap, adjoint, cols, u + i * kPanel, plane);
+    }
+  }
+};
+
+// How many tiles a block has: few enough for the second-level cache to hold them before and after the products, or
+// where it cannot, so many that the weight passes by less often.
+int64_t tiles_of_block(int64_t in_channels, int64_t out_channels);
 
 template <class T>
 class Winograd {
@@ -190,28 +235,23 @@ class Winograd {
     int64_t group;  // counts rows of blocks, for the moments
   };
 
-  // taps: [3][3][in_channels][output channels] in A; taken in reverse where flipped.
-  Winograd(const MergeInputs& in, const Tensor& taps, bool flipped, std::vector<Panel> panels)
+  Winograd(const MergeInputs& in, const Taps<T>& taps, std::vector<Panel> panels)
       : in_(in),
-        grid_(in.images, in.height, in.width, tiles_in_cache(in.in_channels)),
+        grid_(in.images, in.height, in.width, tiles_of_block(in.in_channels, in.out_channels)),
         blocks_(in, grid_),
         panels_(std::move(panels)),
-        packed_(static_cast<int64_t>(panels_.size()) * 16 * in.in_channels * kPanel, true) {
-    const int64_t n = taps.size(3), depth = in.in_channels, step = std::min<int64_t>(depth, 64);
-    const int64_t pieces = divide_up(depth, step);
-    const A* from = taps.const_data_ptr<A>();
+        packed_(static_cast<int64_t>(panels_.size()) * 16 * in.in_channels * kPanel, ragged(panels_)) {
+    const int64_t depth = in.in_channels, step = Taps<T>::block, pieces = divide_up(depth, step);
     parallel(static_cast<int64_t>(panels_.size()) * pieces, 16 * step * kPanel, [&](int64_t begin, int64_t end) {
+      const Scratch<A> work(9 * step * kPanel);
       for (int64_t task = begin; task < end; ++task) {
         const Panel panel = panels_[task / pieces];
-        const int64_t first = task % pieces * step, last = std::min(first + step, depth);
-        for (int64_t k = first; k < last; ++k) {
-          kernels<T>().winograd_weight(from + k * n + panel.channel, depth * n, flipped, panel.count,
-                                       packed_.get() + (task / pieces * 16 * depth + k) * kPanel, depth * kPanel);
-        }
+        const int64_t k = task % pieces * step;
+        taps.transform(k, std::min(step, depth - k), panel.channel, panel.count,
+                       packed_.get() + (task / pieces * 16 * depth + k) * kPanel, depth * kPanel, work.get());
       }
     });
   }
-
   Winograd(const Winograd&) = delete;
 
   // The panels of so many channels from `first` on.
@@ -229,16 +269,17 @@ class Winograd {
     const int64_t groups = std::clamp<int64_t>(divide_up(2 * threads, grid_.count()), 1, std::max<int64_t>(count, 1));
     const int64_t cost = tiles * depth * divide_up(count, groups) * kPanel;
     parallel_queue(grid_.count() * groups, cost, [&](const auto& take) {
-      const Scratch<A> v(16 * tiles * depth), m(16 * tiles * kPanel), z(4 * tiles * kPanel),
+      const Scratch<A> v(16 * tiles * depth), m(divide_up(count, groups) * 16 * tiles * kPanel), z(4 * tiles * kPanel),
           rows(in_.channels_last ? 0 : kPanel * 2 * grid_.cols);
       const typename Blocks<T>::Work work(blocks_);
       for (int64_t task = take(); task >= 0; task = take()) {
         const TileGrid::Block block = grid_[task / groups];
-        const int64_t group = task % groups;
+        const int64_t group = task % groups, first = count * group / groups, last = count * (group + 1) / groups;
         blocks_.transform(block, v.get(), work);
-        for (int64_t p = count * group / groups; p < count * (group + 1) / groups; ++p) {
-          products(p, v.get(), m.get());
-          kernels<T>().winograd_output({grid_.rows, grid_.cols, panels_[p].count, m.get(), tiles * kPanel, kPanel},
+        products(first, last, v.get(), m.get());
+        for (int64_t p = first; p < last; ++p) {
+          kernels<T>().winograd_output({grid_.rows, grid_.cols, panels_[p].count,
+                                        m.get() + (p - first) * 16 * tiles * kPanel, tiles * kPanel, kPanel},
                                        z.get());
           for (int64_t r = 0; r < block.height; ++r) {
             const Row row = {block.image, block.h + r, block.w,
@@ -251,13 +292,20 @@ class Winograd {
   }
 
  private:
-  void products(int64_t panel, const A* v, A* m) const {
+  static bool ragged(const std::vector<Panel>& panels) {
+    return std::any_of(panels.begin(), panels.end(), [](const Panel& p) { return p.count % kPanel != 0; });
+  }
+
+  // m[panel][position][tile][kPanel]; position by position, so that its part of v serves all panels from the cache.
+  void products(int64_t first, int64_t last, const A* v, A* m) const {
     const int64_t depth = in_.in_channels, tiles = grid_.tiles();
     for (int64_t position = 0; position < 16; ++position) {
       const Segment<A> segment = {v + position * tiles * depth, depth, depth};
-      kernels<T>().gemm({tiles, panels_[panel].count, &segment, 1, false,
-                         packed_.get() + (panel * 16 + position) * depth * kPanel, kPanel, m + position * tiles * kPanel,
-                         kPanel, false});
+      for (int64_t p = first; p < last; ++p) {
+        kernels<T>().gemm({tiles, panels_[p].count, &segment, 1, false,
+                           packed_.get() + (p * 16 + position) * depth * kPanel, kPanel,
+                           m + ((p - first) * 16 + position) * tiles * kPanel, kPanel, false});
+      }
     }
   }
 
@@ -280,9 +328,9 @@ class Winograd {
   Scratch<A> packed_;
 };
 
-// Gradient of the weight, [3][3][in_channels][out_channels] in the accumulation type; xs are the inputs of `in` at the
-// size of dz.
+// Gradient of the weight, laid out like it and in the accumulation type; xs are the inputs of `in` at the size of dz.
 template <class T>
-Tensor winograd_weight_gradient(const Tensor& dz, const MergeInputs& in, const std::vector<Tensor>& xs);
+Tensor winograd_weight_gradient(const Tensor& dz, const MergeInputs& in, const std::vector<Tensor>& xs,
+                                const Tensor& weight);
 
 }  // namespace dla_fast::cpu

@@ -42,15 +42,15 @@ inline void weight_gradient_step(const V (&u)[4], V (&w)[3]) {
 }
 
 // An in x in block to out x out, one axis after the other: STEP(values, results).
-#define DLA_BOTH_AXES(STEP, IN, OUT, from, to)                \
-  {                                                           \
-    V half[OUT][IN];                                          \
-    _Pragma("GCC unroll 8") for (int j = 0; j < IN; ++j) {    \
-      V column[IN], result[OUT];                              \
-      for (int i = 0; i < IN; ++i) column[i] = from[i][j];    \
-      STEP(column, result);                                   \
-      for (int i = 0; i < OUT; ++i) half[i][j] = result[i];   \
-    }                                                         \
+#define DLA_BOTH_AXES(STEP, IN, OUT, from, to)                                  \
+  {                                                                             \
+    V half[OUT][IN];                                                            \
+    _Pragma("GCC unroll 8") for (int j = 0; j < IN; ++j) {                      \
+      V column[IN], result[OUT];                                                \
+      for (int i = 0; i < IN; ++i) column[i] = from[i][j];                      \
+      STEP(column, result);                                                     \
+      for (int i = 0; i < OUT; ++i) half[i][j] = result[i];                     \
+    }                                                                           \
     _Pragma("GCC unroll 8") for (int i = 0; i < OUT; ++i) STEP(half[i], to[i]); \
   }
 
