@@ -1,0 +1,87 @@
+"""The CPU's 3x3 convolutions on maps of many blocks: several panels, pieces and blocks, and ragged ones of each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dla_fast import backend, functional
+from dla_fast.commands import parity
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def cpu():
+    with backend.use_backend("cpu"):
+        yield
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_blocks(dtype, layout):
+    pool = parity.Pool()
+    for factor, height, width, out in ((2, 10, 21, 130), (3, 8, 12, 67)):
+        pool.add(
+            parity.merge(
+                parity.Spec(
+                    dtype=dtype,
+                    layout=layout,
+                    kernel=3,
+                    channels=(70, 66),
+                    out_channels=out,
+                    batch=1,
+                    height=height,
+                    width=width,
+                    factor=factor,
+                )
+            )
+        )
+    assert pool.failures() == ""
+
+
+@pytest.mark.parametrize("channels", [(64, 64), (256, 256), (512, 512)], ids=str)
+def test_deep_sums(channels):
+    """What the transforms round does not grow past the bound with the depth."""
+    pool = parity.Pool()
+    for seed in range(2):
+        pool.add(
+            parity.merge(
+                parity.Spec(kernel=3, channels=channels, out_channels=64, batch=1, height=8, width=8, seed=seed)
+            )
+        )
+    assert pool.failures() == ""
+
+
+def test_only_what_is_needed():
+    """An input without a gradient costs none, and those of the others are what they were."""
+    torch.manual_seed(0)
+    xs = [torch.randn(2, c, 9, 9) for c in (5, 66, 3)]
+    weight = torch.randn(7, 74, 3, 3)
+    norm = (torch.rand(7), torch.randn(7), torch.zeros(7), torch.ones(7))
+
+    def gradients(needed):
+        leaves = [x.clone().requires_grad_(i in needed) for i, x in enumerate(xs)]
+        y = functional.merge(leaves, weight, *norm, training=True)
+        return dict(zip(needed, torch.autograd.grad(y.square().sum(), [leaves[i] for i in needed]), strict=True))
+
+    every = gradients([0, 1, 2])
+    for needed in ([0], [1], [2], [0, 2]):
+        for i, grad in gradients(needed).items():
+            torch.testing.assert_close(grad, every[i], rtol=0, atol=0)
+
+
+def test_a_weight_in_either_layout():
+    torch.manual_seed(0)
+    x = torch.randn(2, 20, 11, 6)
+    weight = torch.randn(70, 20, 3, 3)
+    norm = (torch.rand(70), torch.randn(70), torch.zeros(70), torch.ones(70))
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaves = [x.clone().requires_grad_(), weight.clone(memory_format=layout).requires_grad_()]
+        y = functional.merge(leaves[:1], leaves[1], *norm, training=False)
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+        assert grads[1].stride() == leaves[1].stride()
+        results.append([y, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
