@@ -30,7 +30,7 @@ AggregateInputs::AggregateInputs(at::TensorList inputs, const Tensor& weight)
 
 int64_t tile_rows(int64_t total) {
   const int64_t wanted = divide_up(total, 8 * static_cast<int64_t>(at::get_num_threads()));
-  return std::clamp<int64_t>(round_up(wanted, 6), 24, 60);
+  return std::clamp<int64_t>(round_up(wanted, 6), 24, 96);
 }
 
 std::vector<int64_t> AggregateInputs::output_sizes() const {
@@ -93,12 +93,15 @@ void forward_channels_last(const AggregateInputs& in, const T* weight, const Tar
                          segments[i] = {to, depth, channels};
                        }
                      }
+                     const int64_t panel_begin = tasks.panels * group / tasks.groups;
                      const int64_t panel_end = tasks.panels * (group + 1) / tasks.groups;
-                     for (int64_t panel = tasks.panels * group / tasks.groups; panel < panel_end; ++panel) {
+                     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
                        const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
                        const Strided<A> to = target(first, channel, Strided<A>{z.get(), kPanel});
+                       const int64_t next = panel + 1 < panel_end ? panel + 1 : panel_begin;
+                       Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, kPanel);
                        k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
-                               packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false});
+                               packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false, &ahead});
                        epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{to.data, to.ld});
                      }
                    }

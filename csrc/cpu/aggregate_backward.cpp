@@ -12,7 +12,8 @@
 namespace dla_fast::cpu {
 namespace {
 
-constexpr int64_t kPad = 16;  // keeps the rows of a tile off the same cache sets
+constexpr int64_t kPad = 16;      // keeps the rows of a tile off the same cache sets
+constexpr int64_t kDzPanel = 96;  // channels of dz that lie together where all of it is kept
 
 template <class T, class A>
 struct Backward {
@@ -63,7 +64,9 @@ struct Backward {
     const int64_t total = in.total(), n = in.out_channels, depth = in.in_channels;
     const int64_t per_slice = divide_up(total, slices);
     const int64_t rows_max = round_up(divide_up(per_slice, divide_up(per_slice, 126)), 6);
-    const int64_t ld = round_up(n, kPad) + kPad;
+    // Across all pixels the product for dW reads a few channels of every row of dz: in whole rows each is a page away.
+    const int64_t width = whole ? kDzPanel : n, ld = whole ? kDzPanel : round_up(n, kPad) + kPad;
+    const int64_t dz_panels = divide_up(n, width), panel_size = total * ld;
     // W_i in panels of kPanel input channels, [N][kPanel] each: the right-hand sides of dx_i.
     std::vector<int64_t> panel_at(in.xs.size() + 1, 0);
     int64_t widest = 0;
@@ -86,16 +89,25 @@ struct Backward {
     }
     // dz of a tile of pixels, and from it the tile of every dx_i; x_i comes into the cache meanwhile where it is next.
     const auto pixels = [&](int64_t first, int64_t rows, A* dz, A* du, A* dx_tile, bool x_next) {
-      k.apply(Shape{rows, n, false}, norm.from(0), m0.data(), m1.data(), {dy + first * n, n}, {z + first * n, n},
-              {residual ? x(0) + first * n : nullptr, n}, {dz, ld}, {residual ? du : nullptr, n});
-      const Segment<A> segment = {dz, ld, n};
+      std::vector<Segment<A>> segments;
+      for (int64_t c = 0; c < n; c += width) {
+        const int64_t cols = std::min(width, n - c), at = first * n + c;
+        A* const to = dz + c / width * panel_size;
+        k.apply(Shape{rows, cols, false}, norm.from(c), m0.data() + c, m1.data() + c, {dy + at, n}, {z + at, n},
+                {residual ? x(0) + at : nullptr, n}, {to, ld}, {residual ? du + c : nullptr, n});
+        segments.push_back({to, ld, cols});
+      }
       for (size_t i = 0; i < in.xs.size(); ++i) {
         const int64_t channels = in.xs[i].size(1);
         Ahead ahead = x_next ? Ahead::of<const T>({x(i) + first * channels, channels}, rows, channels) : Ahead{};
         for (int64_t c = 0; need_dx[i] && c < channels; c += kPanel) {
-          const A* b = packed.get() + (panel_at[i] + c / kPanel) * n * kPanel;
-          const Gemm<A> g = {rows,  std::min(kPanel, channels - c), &segment, 1, false, b, kPanel, nullptr, 0, false,
-                             &ahead};
+          const int64_t panel = panel_at[i] + c / kPanel;
+          const A* b = packed.get() + panel * n * kPanel;
+          if (!x_next)
+            ahead = Ahead::of<const A>({packed.get() + (panel + 1) % panel_at.back() * n * kPanel, kPanel}, n, kPanel);
+          const Gemm<A> g = {
+              rows,  std::min(kPanel, channels - c), segments.data(), dz_panels, false, b, kPanel, nullptr, 0, false,
+              &ahead};
           write_dx(g, residual && i == 0 ? du + c : nullptr, n, dx(i) + first * channels + c, channels, dx_tile);
         }
       }
@@ -103,7 +115,7 @@ struct Backward {
     if (whole) {
       constexpr int64_t depth_block = 256;
       const int64_t tile = tile_rows(total);
-      const Scratch<A> dz(total * ld);
+      const Scratch<A> dz(dz_panels * panel_size);
       parallel_queue(divide_up(total, tile), tile * n * depth / 16, [&](const auto& take) {
         const Scratch<A> du(residual ? tile * n : 0), dx_tile(tile * kPanel);
         for (int64_t i = take(); i >= 0; i = take()) {
@@ -120,11 +132,13 @@ struct Backward {
           for (int64_t first = 0; first < total; first += depth_block) {
             const int64_t rows = std::min(depth_block, total - first);
             k.load({x(i) + first * channels + c, channels}, {x_block.get(), kPanel}, rows, cols);
-            const Segment<A> across = {dz.get() + first * ld, ld, rows};
             Ahead next = Ahead::of<const T>({x(i) + (first + rows) * channels + c, channels},
                                             std::min(depth_block, total - first - rows), cols);
-            k.gemm({n, cols, &across, 1, true, x_block.get(), kPanel, dw.get() + in.offsets[i] + c, depth, first > 0,
-                    &next});
+            for (int64_t p = 0; p < dz_panels; ++p) {
+              const Segment<A> across = {dz.get() + p * panel_size + first * ld, ld, rows};
+              k.gemm({std::min(width, n - p * width), cols, &across, 1, true, x_block.get(), kPanel,
+                      dw.get() + p * width * depth + in.offsets[i] + c, depth, first > 0, &next});
+            }
           }
         }
       });

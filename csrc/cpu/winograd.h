@@ -296,15 +296,20 @@ class Winograd {
     return std::any_of(panels.begin(), panels.end(), [](const Panel& p) { return p.count % kPanel != 0; });
   }
 
+  const A* packed(int64_t panel, int64_t position) const {
+    return packed_.get() + (panel * 16 + position) * in_.in_channels * kPanel;
+  }
+
   // m[panel][position][tile][kPanel]; position by position, so that its part of v serves all panels from the cache.
   void products(int64_t first, int64_t last, const A* v, A* m) const {
     const int64_t depth = in_.in_channels, tiles = grid_.tiles();
     for (int64_t position = 0; position < 16; ++position) {
       const Segment<A> segment = {v + position * tiles * depth, depth, depth};
       for (int64_t p = first; p < last; ++p) {
-        kernels<T>().gemm({tiles, panels_[p].count, &segment, 1, false,
-                           packed_.get() + (p * 16 + position) * depth * kPanel, kPanel,
-                           m + ((p - first) * 16 + position) * tiles * kPanel, kPanel, false});
+        const A* next = p + 1 < last ? packed(p + 1, position) : packed(first, (position + 1) % 16);
+        Ahead ahead = Ahead::of<const A>({next, kPanel}, depth, kPanel);
+        kernels<T>().gemm({tiles, panels_[p].count, &segment, 1, false, packed(p, position), kPanel,
+                           m + ((p - first) * 16 + position) * tiles * kPanel, kPanel, false, &ahead});
       }
     }
   }
