@@ -50,6 +50,10 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 
 Act parse_act(std::string_view name);
 
+// at::empty for what a kernel is about to write whole. A large one asks for huge pages: memory fresh from the system is
+// faulted in page by page, which takes several times as long as writing it.
+Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // Runs f(begin, end) over the tasks: in parallel when each thread gets enough to pay for waking it, about ten
 // microseconds. `values` is what a task costs, in values that a norm pass touches; a product costs a value per 32
 // flops.

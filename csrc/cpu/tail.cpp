@@ -68,7 +68,7 @@ Tensor tail(const Tensor& z_in, const Tensor& mean, const Tensor& var, const Opt
   const bool channels_last = is_channels_last(z_in);
   const Tensor z = z_in.contiguous(format_of(channels_last));
   const OptionalTensor residual = in_format(residual_in, channels_last);
-  Tensor y = at::empty(z.sizes(), z.options().memory_format(format_of(channels_last)));
+  Tensor y = empty_output(z.sizes(), z.options().memory_format(format_of(channels_last)));
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail", [&] {
     NormVectors<acc_t<scalar_t>> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const Tiling tiling(z, channels_last);
@@ -139,8 +139,8 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
   const auto format = format_of(channels_last);
   const Tensor z = z_in.contiguous(format), dy = dy_in.contiguous(format);
   const OptionalTensor residual = in_format(residual_in, channels_last);
-  Tensor dz = at::empty(z.sizes(), z.options().memory_format(format));
-  Tensor du = residual_grad ? at::empty(z.sizes(), z.options().memory_format(format)) : at::empty({0}, z.options());
+  Tensor dz = empty_output(z.sizes(), z.options().memory_format(format));
+  Tensor du = residual_grad ? empty_output(z.sizes(), z.options().memory_format(format)) : at::empty({0}, z.options());
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail_backward_apply", [&] {
     using A = acc_t<scalar_t>;
     NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
