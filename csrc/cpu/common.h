@@ -63,18 +63,58 @@ void parallel(int64_t tasks, int64_t values, const F& f) {
   at::parallel_for(0, tasks, std::max<int64_t>(1, enough / std::max<int64_t>(values, 1)), f);
 }
 
-// Runs f() on every thread, which takes tasks from a common counter until none is left: threads that the machine holds
-// up take fewer. For tasks whose results do not depend on who computes them.
+// The tasks of one call, a range for each thread. Who is through with its own range helps the others, so threads that
+// the machine holds up do less; else a thread meets the same memory in one pass as in the next, and finds it in its own
+// cache. A reversed pass begins with what the one before touched last.
+class TaskQueue {
+ public:
+  TaskQueue(int64_t tasks, int64_t threads, bool reversed)
+      : tasks_(tasks), reversed_(reversed), counters_(threads), end_(threads) {
+    for (int64_t t = 0; t < threads; ++t) {
+      counters_[t].next.store(tasks * t / threads, std::memory_order_relaxed);
+      end_[t] = tasks * (t + 1) / threads;
+    }
+  }
+
+  // The next task for a thread, or -1. `victim` is where it took the last one: its own number at first.
+  int64_t take(int64_t& victim) {
+    const int64_t threads = static_cast<int64_t>(end_.size());
+    for (int64_t tries = 0; tries < threads; ++tries) {
+      if (counters_[victim].next.load(std::memory_order_relaxed) < end_[victim]) {
+        const int64_t task = counters_[victim].next.fetch_add(1, std::memory_order_relaxed);
+        if (task < end_[victim]) return reversed_ ? mirrored(task, victim) : task;
+      }
+      victim = (victim + 1) % threads;
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+  };
+
+  int64_t mirrored(int64_t task, int64_t thread) const {
+    const int64_t begin = tasks_ * thread / static_cast<int64_t>(end_.size());
+    return begin + end_[thread] - 1 - task;
+  }
+
+  int64_t tasks_;
+  bool reversed_;
+  std::vector<Counter> counters_;
+  std::vector<int64_t> end_;
+};
+
+// Runs f(take) on every thread, where take() gives one task after another, then -1. For tasks whose results do not
+// depend on who computes them.
 template <class F>
-void parallel_queue(int64_t tasks, int64_t values, const F& f) {
-  std::atomic<int64_t> next{0};
+void parallel_queue(int64_t tasks, int64_t values, const F& f, bool reversed = false) {
   const int64_t enough = 32768 / std::max<int64_t>(values, 1);
   const int64_t threads = std::clamp<int64_t>(tasks / std::max<int64_t>(enough, 1), 1, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    f([&]() -> int64_t {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      return task < tasks ? task : -1;
-    });
+  TaskQueue queue(tasks, threads, reversed);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    int64_t victim = begin;
+    f([&]() -> int64_t { return queue.take(victim); });
   });
 }
 
