@@ -82,9 +82,8 @@ void NormVectors<A>::repeat(int64_t times) {
 template struct NormVectors<float>;
 template struct NormVectors<double>;
 
-Tiling::Tiling(const Tensor& t, bool channels_last)
+Tiling::Tiling(const Tensor& t, bool channels_last, int64_t target)
     : channels_last(channels_last), images(t.size(0)), channels(t.size(1)), pixels(t.size(2) * t.size(3)) {
-  constexpr int64_t target = 8192;  // values in a tile: 32 KB of floats
   if (channels_last) {
     while (channels > 0 && 2 * channels <= kChunk && images * pixels % 2 == 0 && images * pixels > 0) {
       fold *= 2;

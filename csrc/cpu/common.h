@@ -163,7 +163,7 @@ struct NormVectors {
 template <class T>
 std::vector<T> repeated(const std::vector<T>& values, int64_t times);
 
-// How a normalisation pass walks a (N, C, H, W) tensor: tiles that fit the first-level cache.
+// How a normalisation pass walks a (N, C, H, W) tensor: tiles of about `target` values.
 struct Tile {
   int64_t offset, group, channel;
   Shape shape;
@@ -176,14 +176,20 @@ struct Tiling {
   int64_t fold = 1;
   int64_t images, channels, pixels, block_rows, block_cols, groups, per_group;
 
-  Tiling(const Tensor& t, bool channels_last);
+  static constexpr int64_t kTile = 8192;  // values that fit the first-level cache: 32 KB of floats
+
+  Tiling(const Tensor& t, bool channels_last, int64_t target = kTile);
+  // Passes that leave sums for every tile take larger ones, since somebody has to add those, but enough to share out.
+  static Tiling for_sums(const Tensor& t, bool channels_last) {
+    return {t, channels_last, std::clamp<int64_t>(t.numel() / 64, kTile, 8 * kTile)};
+  }
   int64_t count() const { return groups * per_group; }
   int64_t ld() const { return channels_last ? channels : pixels; }
   Tile operator[](int64_t i) const;
   int64_t group_size(int64_t group) const;  // values per channel in a group
 };
 
-// Per group and channel: mean, m2, delta of the tile kernels, and how many values they stand for.
+// Per group and channel: mean, m2, delta of the tile kernels' moments, and how many values they stand for.
 template <class A>
 struct MomentPartials {
   int64_t groups, channels;

@@ -138,7 +138,7 @@ struct Kernels {
   // y = act(u); z in T, or still in A. residual.data may be null.
   void (*tail)(const Shape&, const Norm<A>&, Strided<const T> z, Strided<const T> residual, Strided<T> y);
   void (*tail_accumulated)(const Shape&, const Norm<A>&, Strided<const A> z, Strided<const T> residual, Strided<T> y);
-  // Per channel of the tile: mean, sum of (z - mean)^2, sum of (z - mean) (what rounding left in the mean).
+  // Per channel of the tile: a value near its mean, and the sums of (z - value)^2 and of z - value.
   void (*moments)(const Shape&, Strided<const T> z, A* mean, A* m2, A* delta);
   // Adds to, per channel: the sum of dy' = dy * act'(u), and of dy' * x_hat.
   void (*reduce)(const Shape&, const Norm<A>&, Strided<const T> dy, Strided<const T> z, Strided<const T> residual,

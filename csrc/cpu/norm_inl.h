@@ -104,13 +104,22 @@ inline void sum_row(Strided<const T> z, int64_t row, int64_t cols, A (&out)[SUMS
   for (int s = 0; s < SUMS; ++s) out[s] += lane_sum<A>(total[s]);
 }
 
+// The mean of a part of the tile, an eighth or so, is what the sums are taken about: then one pass over the rest does.
+// It lies within sqrt(7) standard deviations of the tile's mean whatever the values are, since the part has its share
+// in them, so that taking n (part's mean - mean)^2 off the squares amplifies rounding eight times at most.
+inline int64_t part_of(int64_t values) {
+  const int64_t part = (values + 7) / 8;
+  return values < 16 ? values : (part < 16 ? 16 : part);
+}
+
 template <class T, class A>
 void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
+  const int64_t part = part_of(shape.channels_are_rows ? shape.cols : shape.rows);
   if (shape.channels_are_rows) {
     for (int64_t r = 0; r < shape.rows; ++r) {
       A sum[1] = {}, sums[2] = {};
-      sum_row<1>(z, r, shape.cols, sum, [](auto v, auto& to) { to[0] += v; });
-      const A m = sum[0] / A(shape.cols);
+      sum_row<1>(z, r, part, sum, [](auto v, auto& to) { to[0] += v; });
+      const A m = sum[0] / A(part);
       sum_row<2>(z, r, shape.cols, sums, [m](auto v, auto& to) {
         const auto d = v - m;
         to[0] += d;
@@ -122,12 +131,12 @@ void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
     }
     return;
   }
-  const A inverse = A(1) / A(shape.rows);
+  const A inverse = A(1) / A(part);
   A zb[kTogether][kChunk];
   for (int64_t c = 0; c < shape.cols; c += kChunk) {
     const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
     A sum[kChunk] = {}, rest[kChunk] = {}, squares[kChunk] = {};
-    rows_together(0, shape.rows, [&](int64_t r, auto count) {
+    rows_together(0, part, [&](int64_t r, auto count) {
       constexpr int R = decltype(count)::value;
       const Rows<A, R> zr(z, r, c, n, zb);
 #pragma omp simd
@@ -245,27 +254,45 @@ void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, S
   }
 }
 
+// dz = scale * dy' + slope * (z - center) + offset, with what does not depend on the pixel in two vectors.
 template <class T, class A, Act ACT, bool ROWS>
 void apply_tile(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const A* mean_dy_xhat, Strided<const T> dy,
                 Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du) {
-  A db[kChunk], zb[kChunk], rb[kChunk] = {}, ub[kChunk];
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    for (int64_t c = 0; c < shape.cols; c += kChunk) {
-      const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
-      const Along<A, ROWS> center(norm.center, r, c), rstd(norm.rstd, r, c), scale(norm.scale, r, c),
-          shift(norm.shift, r, c), m0(mean_dy, r, c), m1(mean_dy_xhat, r, c);
-      const A* dr = read<T, A>(at(dy, r, c), db, n);
-      const A* zr = read<T, A>(at(z, r, c), zb, n);
-      const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
-      A* out = dz.data + r * dz.ld + c;
-      A* ur = du.data == nullptr ? ub : du.data + r * du.ld + c;
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const A d = zr[i] - center[i];
-        const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr[i], dr[i], norm.slope);
-        ur[i] = g;
-        out[i] = scale[i] * (g - m0[i] - (d * rstd[i]) * m1[i]);
+  A db[kTogether][kChunk], zb[kTogether][kChunk], rb[kTogether][kChunk], slope[kChunk], offset[kChunk];
+  for (A& v : rb[0]) v = A(0);
+  for (int64_t c = 0; c < shape.cols; c += kChunk) {
+    const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
+    const auto prepare = [&](int64_t from, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        offset[i] = -norm.scale[from + i] * mean_dy[from + i];
+        slope[i] = -norm.scale[from + i] * norm.rstd[from + i] * mean_dy_xhat[from + i];
       }
+    };
+    if (!ROWS) prepare(c, n);
+    const auto rows = [&](int64_t r, auto count) {
+      constexpr int R = decltype(count)::value;
+      if (ROWS) prepare(r, 1);
+      const Along<A, ROWS> center(norm.center, r, c), scale(norm.scale, r, c), shift(norm.shift, r, c), by(slope, 0, 0),
+          more(offset, 0, 0);
+      const Rows<A, R> dr(dy, r, c, n, db), zr(z, r, c, n, zb), rr(residual, r, c, n, rb);
+      const auto write = [&](auto with_du) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < R; ++j) {
+            const A d = zr(j, i) - center[i];
+            const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr(j, i), dr(j, i), norm.slope);
+            if constexpr (decltype(with_du)::value) du.data[(r + j) * du.ld + c + i] = g;
+            dz.data[(r + j) * dz.ld + c + i] = scale[i] * g + (by[i] * d + more[i]);
+          }
+        }
+      };
+      du.data == nullptr ? write(std::false_type()) : write(std::true_type());
+    };
+    if constexpr (ROWS) {
+      for (int64_t r = 0; r < shape.rows; ++r) rows(r, std::integral_constant<int, 1>());
+    } else {
+      rows_together(0, shape.rows, rows);
     }
   }
 }

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z_in, const OptionalTensor& run
   Tensor mean = at::empty({z.size(1)}, options), var = at::empty({z.size(1)}, options);
   DLA_DISPATCH_FLOATING(z.scalar_type(), "moments", [&] {
     using A = acc_t<scalar_t>;
-    const Tiling tiling(z, channels_last);
+    const Tiling tiling = Tiling::for_sums(z, channels_last);
     MomentPartials<A> partials(tiling.groups * tiling.fold, z.size(1));
     const scalar_t* data = z.const_data_ptr<scalar_t>();
     parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
@@ -81,7 +81,7 @@ Tensor tail(const Tensor& z_in, const Tensor& mean, const Tensor& var, const Opt
         kernels<scalar_t>().tail(t.shape, norm.from(t.channel), {zp + t.offset, tiling.ld()},
                                  part<scalar_t>(residual, t.offset, tiling.ld()), {yp + t.offset, tiling.ld()});
       }
-    });
+    }, true);
   });
   return y;
 }
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail_backward_reduce", [&] {
     using A = acc_t<scalar_t>;
     NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
-    const Tiling tiling(z, channels_last);
+    const Tiling tiling = Tiling::for_sums(z, channels_last);
     norm.repeat(tiling.fold);
     const int64_t channels = tiling.channels;
     std::vector<double> partial(2 * tiling.groups * channels, 0.0);
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
           if (residual_grad) k.store({du_tile.get(), cols}, {dup + t.offset, ld}, t.shape.rows, cols);
         }
       }
-    });
+    }, true);
   });
   return {dz, du};
 }
