@@ -103,8 +103,10 @@ struct UpRow {
 
 // Kernels that walk a plane take whole vectors, this much past its width at most.
 constexpr int64_t kPlaneSlack = 64;
+// Rows of dy by their columns' phases that are kept at a time: of four rows where the factor is two.
+constexpr int64_t kPlaneRows = 8;
 inline int64_t plane_scratch(int64_t width, int64_t factor) {
-  return (factor + 2) * (width + 2 + kPlaneSlack) + 4 * factor * factor * 16;
+  return ((factor > kPlaneRows ? factor : kPlaneRows) + 2) * (width + 2 + kPlaneSlack) + 4 * factor * factor * 16;
 }
 
 // What one low-resolution row gives and takes in the backward of that: dx of the row, and its part of dw, from the 2f
