@@ -65,7 +65,7 @@ void parallel(int64_t tasks, int64_t values, const F& f) {
 
 // The tasks of one call, a range for each thread. Who is through with its own range helps the others, so threads that
 // the machine holds up do less; else a thread meets the same memory in one pass as in the next, and finds it in its own
-// cache. A reversed pass begins with what the one before touched last.
+// cache.
 class TaskQueue {
  public:
   TaskQueue(int64_t tasks, int64_t threads, bool reversed)
@@ -116,6 +116,12 @@ void parallel_queue(int64_t tasks, int64_t values, const F& f, bool reversed = f
     int64_t victim = begin;
     f([&]() -> int64_t { return queue.take(victim); });
   });
+}
+
+// The same from the end of each thread's range, for a second pass: what the first touched last is still in the cache.
+template <class F>
+void backwards_queue(int64_t tasks, int64_t values, const F& f) {
+  parallel_queue(tasks, values, f, true);
 }
 
 // 64-byte aligned working memory; zeroed where it has padding that is read, so that this never holds slow denormals.

@@ -75,13 +75,13 @@ Tensor tail(const Tensor& z_in, const Tensor& mean, const Tensor& var, const Opt
     norm.repeat(tiling.fold);
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     scalar_t* yp = y.mutable_data_ptr<scalar_t>();
-    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
+    backwards_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
       for (int64_t i = take(); i >= 0; i = take()) {
         const Tile t = tiling[i];
         kernels<scalar_t>().tail(t.shape, norm.from(t.channel), {zp + t.offset, tiling.ld()},
                                  part<scalar_t>(residual, t.offset, tiling.ld()), {yp + t.offset, tiling.ld()});
       }
-    }, true);
+    });
   });
   return y;
 }
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
     scalar_t* out = dz.mutable_data_ptr<scalar_t>();
     scalar_t* dup = residual_grad ? du.mutable_data_ptr<scalar_t>() : nullptr;
     const auto& k = kernels<scalar_t>();
-    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
+    backwards_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
       constexpr bool in_place = std::is_same_v<scalar_t, A>;
       const int64_t size = in_place ? 0 : tiling.block_rows * tiling.block_cols;
       const Scratch<A> dz_tile(size), du_tile(residual_grad ? size : 0);
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
           if (residual_grad) k.store({du_tile.get(), cols}, {dup + t.offset, ld}, t.shape.rows, cols);
         }
       }
-    }, true);
+    });
   });
   return {dz, du};
 }
