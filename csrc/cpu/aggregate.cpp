@@ -173,7 +173,7 @@ Tensor aggregate_inference(at::TensorList xs, const Tensor& weight, const Option
                            const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const Tensor& running_mean,
                            const Tensor& running_var, double eps, bool residual, std::string_view act, double slope) {
   const AggregateInputs in(xs, weight);
-  Tensor y = at::empty(in.output_sizes(), weight.options().memory_format(format_of(in.channels_last)));
+  Tensor y = empty_output(in.output_sizes(), weight.options().memory_format(format_of(in.channels_last)));
   DLA_DISPATCH_FLOATING(weight.scalar_type(), "aggregate_inference", [&] {
     using A = acc_t<scalar_t>;
     const NormVectors<A> norm(running_mean, running_var, conv_bias, bn_weight, bn_bias, eps, act, slope);
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_stage(at::TensorList xs, const Tens
                                                    const OptionalTensor& conv_bias, const OptionalTensor& running_mean,
                                                    const OptionalTensor& running_var, double momentum, bool moments) {
   const AggregateInputs in(xs, weight);
-  Tensor z = at::empty(in.output_sizes(), weight.options().memory_format(format_of(in.channels_last)));
+  Tensor z = empty_output(in.output_sizes(), weight.options().memory_format(format_of(in.channels_last)));
   const auto options = weight.options().memory_format(std::nullopt).dtype(accumulation_type(weight.scalar_type()));
   const int64_t channels = moments ? in.out_channels : 0;
   Tensor mean = at::empty({channels}, options), var = at::empty({channels}, options);

@@ -221,7 +221,7 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
   const auto options = weight.options().memory_format(std::nullopt);
   std::vector<Tensor> dxs;
   for (size_t i = 0; i < in.xs.size(); ++i) {
-    dxs.push_back(need_dx[i] ? at::empty(in.xs[i].sizes(), options.memory_format(format)) : at::empty({0}, options));
+    dxs.push_back(need_dx[i] ? empty_output(in.xs[i].sizes(), options.memory_format(format)) : at::empty({0}, options));
   }
   Tensor dweight = need_dw ? at::empty_like(weight) : at::empty({0}, options);
   const int64_t size = in.out_channels * in.in_channels;

@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace dla_fast::cpu {
 
 Act parse_act(std::string_view name) {
@@ -12,6 +16,21 @@ Act parse_act(std::string_view name) {
   if (name == "leaky_relu") return Act::leaky_relu;
   if (name == "hardswish") return Act::hardswish;
   TORCH_CHECK_VALUE(false, "act: unknown activation '", std::string(name), "'");
+}
+
+Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor out = at::empty(sizes, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // The whole huge pages inside alone: their neighbours belong to other tensors, and memory in use must not grow.
+  constexpr size_t huge = size_t{1} << 21, enough = 2 * huge;
+  if (out.nbytes() >= enough) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()), end = begin + out.nbytes();
+    const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+    // Refused where the system has none, and then nothing is lost.
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
 }
 
 namespace {
@@ -63,9 +82,8 @@ void NormVectors<A>::repeat(int64_t times) {
 template struct NormVectors<float>;
 template struct NormVectors<double>;
 
-Tiling::Tiling(const Tensor& t, bool channels_last)
+Tiling::Tiling(const Tensor& t, bool channels_last, int64_t target)
     : channels_last(channels_last), images(t.size(0)), channels(t.size(1)), pixels(t.size(2) * t.size(3)) {
-  constexpr int64_t target = 8192;  // values in a tile: 32 KB of floats
   if (channels_last) {
     while (channels > 0 && 2 * channels <= kChunk && images * pixels % 2 == 0 && images * pixels > 0) {
       fold *= 2;

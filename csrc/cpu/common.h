@@ -50,6 +50,10 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 
 Act parse_act(std::string_view name);
 
+// at::empty for what a kernel is about to write whole. A large one asks for huge pages: memory fresh from the system is
+// faulted in page by page, which takes several times as long as writing it.
+Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // Runs f(begin, end) over the tasks: in parallel when each thread gets enough to pay for waking it, about ten
 // microseconds. `values` is what a task costs, in values that a norm pass touches; a product costs a value per 32
 // flops.
@@ -59,19 +63,65 @@ void parallel(int64_t tasks, int64_t values, const F& f) {
   at::parallel_for(0, tasks, std::max<int64_t>(1, enough / std::max<int64_t>(values, 1)), f);
 }
 
-// Runs f() on every thread, which takes tasks from a common counter until none is left: threads that the machine holds
-// up take fewer. For tasks whose results do not depend on who computes them.
+// The tasks of one call, a range for each thread. Who is through with its own range helps the others, so threads that
+// the machine holds up do less; else a thread meets the same memory in one pass as in the next, and finds it in its own
+// cache.
+class TaskQueue {
+ public:
+  TaskQueue(int64_t tasks, int64_t threads, bool reversed)
+      : tasks_(tasks), reversed_(reversed), counters_(threads), end_(threads) {
+    for (int64_t t = 0; t < threads; ++t) {
+      counters_[t].next.store(tasks * t / threads, std::memory_order_relaxed);
+      end_[t] = tasks * (t + 1) / threads;
+    }
+  }
+
+  // The next task for a thread, or -1. `victim` is where it took the last one: its own number at first.
+  int64_t take(int64_t& victim) {
+    const int64_t threads = static_cast<int64_t>(end_.size());
+    for (int64_t tries = 0; tries < threads; ++tries) {
+      if (counters_[victim].next.load(std::memory_order_relaxed) < end_[victim]) {
+        const int64_t task = counters_[victim].next.fetch_add(1, std::memory_order_relaxed);
+        if (task < end_[victim]) return reversed_ ? mirrored(task, victim) : task;
+      }
+      victim = (victim + 1) % threads;
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+  };
+
+  int64_t mirrored(int64_t task, int64_t thread) const {
+    const int64_t begin = tasks_ * thread / static_cast<int64_t>(end_.size());
+    return begin + end_[thread] - 1 - task;
+  }
+
+  int64_t tasks_;
+  bool reversed_;
+  std::vector<Counter> counters_;
+  std::vector<int64_t> end_;
+};
+
+// Runs f(take) on every thread, where take() gives one task after another, then -1. For tasks whose results do not
+// depend on who computes them.
 template <class F>
-void parallel_queue(int64_t tasks, int64_t values, const F& f) {
-  std::atomic<int64_t> next{0};
+void parallel_queue(int64_t tasks, int64_t values, const F& f, bool reversed = false) {
   const int64_t enough = 32768 / std::max<int64_t>(values, 1);
   const int64_t threads = std::clamp<int64_t>(tasks / std::max<int64_t>(enough, 1), 1, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    f([&]() -> int64_t {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      return task < tasks ? task : -1;
-    });
+  TaskQueue queue(tasks, threads, reversed);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    int64_t victim = begin;
+    f([&]() -> int64_t { return queue.take(victim); });
   });
+}
+
+// The same from the end of each thread's range, for a second pass: what the first touched last is still in the cache.
+template <class F>
+void backwards_queue(int64_t tasks, int64_t values, const F& f) {
+  parallel_queue(tasks, values, f, true);
 }
 
 // 64-byte aligned working memory; zeroed where it has padding that is read, so that this never holds slow denormals.
@@ -119,7 +169,7 @@ struct NormVectors {
 template <class T>
 std::vector<T> repeated(const std::vector<T>& values, int64_t times);
 
-// How a normalisation pass walks a (N, C, H, W) tensor: tiles that fit the first-level cache.
+// How a normalisation pass walks a (N, C, H, W) tensor: tiles of about `target` values.
 struct Tile {
   int64_t offset, group, channel;
   Shape shape;
@@ -132,14 +182,20 @@ struct Tiling {
   int64_t fold = 1;
   int64_t images, channels, pixels, block_rows, block_cols, groups, per_group;
 
-  Tiling(const Tensor& t, bool channels_last);
+  static constexpr int64_t kTile = 8192;  // values that fit the first-level cache: 32 KB of floats
+
+  Tiling(const Tensor& t, bool channels_last, int64_t target = kTile);
+  // Passes that leave sums for every tile take larger ones, since somebody has to add those, but enough to share out.
+  static Tiling for_sums(const Tensor& t, bool channels_last) {
+    return {t, channels_last, std::clamp<int64_t>(t.numel() / 64, kTile, 8 * kTile)};
+  }
   int64_t count() const { return groups * per_group; }
   int64_t ld() const { return channels_last ? channels : pixels; }
   Tile operator[](int64_t i) const;
   int64_t group_size(int64_t group) const;  // values per channel in a group
 };
 
-// Per group and channel: mean, m2, delta of the tile kernels, and how many values they stand for.
+// Per group and channel: mean, m2, delta of the tile kernels' moments, and how many values they stand for.
 template <class A>
 struct MomentPartials {
   int64_t groups, channels;

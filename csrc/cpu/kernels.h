@@ -103,8 +103,10 @@ struct UpRow {
 
 // Kernels that walk a plane take whole vectors, this much past its width at most.
 constexpr int64_t kPlaneSlack = 64;
+// Rows of dy by their columns' phases that are kept at a time: of four rows where the factor is two.
+constexpr int64_t kPlaneRows = 8;
 inline int64_t plane_scratch(int64_t width, int64_t factor) {
-  return (factor + 2) * (width + 2 + kPlaneSlack) + 4 * factor * factor * 16;
+  return ((factor > kPlaneRows ? factor : kPlaneRows) + 2) * (width + 2 + kPlaneSlack) + 4 * factor * factor * 16;
 }
 
 // What one low-resolution row gives and takes in the backward of that: dx of the row, and its part of dw, from the 2f
@@ -149,7 +151,7 @@ struct Kernels {
   // y = act(u); z in T, or still in A. residual.data may be null.
   void (*tail)(const Shape&, const Norm<A>&, Strided<const T> z, Strided<const T> residual, Strided<T> y);
   void (*tail_accumulated)(const Shape&, const Norm<A>&, Strided<const A> z, Strided<const T> residual, Strided<T> y);
-  // Per channel of the tile: mean, sum of (z - mean)^2, sum of (z - mean) (what rounding left in the mean).
+  // Per channel of the tile: a value near its mean, and the sums of (z - value)^2 and of z - value.
   void (*moments)(const Shape&, Strided<const T> z, A* mean, A* m2, A* delta);
   // Adds to, per channel: the sum of dy' = dy * act'(u), and of dy' * x_hat.
   void (*reduce)(const Shape&, const Norm<A>&, Strided<const T> dy, Strided<const T> z, Strided<const T> residual,

@@ -48,7 +48,7 @@ std::vector<Tensor> MergeInputs::all_full() const {
 }
 
 Tensor MergeInputs::output(const Tensor& weight) const {
-  return at::empty({images, out_channels, height, width}, weight.options().memory_format(format_of(channels_last)));
+  return empty_output({images, out_channels, height, width}, weight.options().memory_format(format_of(channels_last)));
 }
 
 namespace {

@@ -15,7 +15,7 @@ namespace {
 
 // A gradient as the fakes promise it, whatever strides the library chose.
 Tensor in_layout(const Tensor& t, at::MemoryFormat format) {
-  Tensor out = at::empty(t.sizes(), t.options().memory_format(format));
+  Tensor out = empty_output(t.sizes(), t.options().memory_format(format));
   return out.strides() == t.strides() ? t : out.copy_(t);
 }
 
@@ -35,8 +35,8 @@ std::vector<Tensor> input_gradients(const Tensor& dz, const MergeInputs& in, con
   std::vector<typename Winograd<T>::Panel> panels;
   for (size_t i = 0; i < in.xs.size(); ++i) {
     const int64_t channels = in.xs[i].size(1);
-    dxs.push_back(needed.get(i) ? at::empty({in.images, channels, in.height, in.width},
-                                            dz.options().memory_format(format_of(in.channels_last)))
+    dxs.push_back(needed.get(i) ? empty_output({in.images, channels, in.height, in.width},
+                                               dz.options().memory_format(format_of(in.channels_last)))
                                 : at::empty({0}, dz.options().memory_format(std::nullopt)));
     out.push_back(dxs.back().template mutable_data_ptr<T>());
     if (needed.get(i)) Winograd<T>::add_panels(panels, in.offsets[i], channels);

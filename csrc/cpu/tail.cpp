@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z_in, const OptionalTensor& run
   Tensor mean = at::empty({z.size(1)}, options), var = at::empty({z.size(1)}, options);
   DLA_DISPATCH_FLOATING(z.scalar_type(), "moments", [&] {
     using A = acc_t<scalar_t>;
-    const Tiling tiling(z, channels_last);
+    const Tiling tiling = Tiling::for_sums(z, channels_last);
     MomentPartials<A> partials(tiling.groups * tiling.fold, z.size(1));
     const scalar_t* data = z.const_data_ptr<scalar_t>();
     parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
@@ -68,14 +68,14 @@ Tensor tail(const Tensor& z_in, const Tensor& mean, const Tensor& var, const Opt
   const bool channels_last = is_channels_last(z_in);
   const Tensor z = z_in.contiguous(format_of(channels_last));
   const OptionalTensor residual = in_format(residual_in, channels_last);
-  Tensor y = at::empty(z.sizes(), z.options().memory_format(format_of(channels_last)));
+  Tensor y = empty_output(z.sizes(), z.options().memory_format(format_of(channels_last)));
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail", [&] {
     NormVectors<acc_t<scalar_t>> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
     const Tiling tiling(z, channels_last);
     norm.repeat(tiling.fold);
     const scalar_t* zp = z.const_data_ptr<scalar_t>();
     scalar_t* yp = y.mutable_data_ptr<scalar_t>();
-    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
+    backwards_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
       for (int64_t i = take(); i >= 0; i = take()) {
         const Tile t = tiling[i];
         kernels<scalar_t>().tail(t.shape, norm.from(t.channel), {zp + t.offset, tiling.ld()},
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy_in, const Tenso
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail_backward_reduce", [&] {
     using A = acc_t<scalar_t>;
     NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
-    const Tiling tiling(z, channels_last);
+    const Tiling tiling = Tiling::for_sums(z, channels_last);
     norm.repeat(tiling.fold);
     const int64_t channels = tiling.channels;
     std::vector<double> partial(2 * tiling.groups * channels, 0.0);
@@ -139,8 +139,8 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
   const auto format = format_of(channels_last);
   const Tensor z = z_in.contiguous(format), dy = dy_in.contiguous(format);
   const OptionalTensor residual = in_format(residual_in, channels_last);
-  Tensor dz = at::empty(z.sizes(), z.options().memory_format(format));
-  Tensor du = residual_grad ? at::empty(z.sizes(), z.options().memory_format(format)) : at::empty({0}, z.options());
+  Tensor dz = empty_output(z.sizes(), z.options().memory_format(format));
+  Tensor du = residual_grad ? empty_output(z.sizes(), z.options().memory_format(format)) : at::empty({0}, z.options());
   DLA_DISPATCH_FLOATING(z.scalar_type(), "tail_backward_apply", [&] {
     using A = acc_t<scalar_t>;
     NormVectors<A> norm(mean, var, std::nullopt, bn_weight, bn_bias, eps, act, slope);
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
     scalar_t* out = dz.mutable_data_ptr<scalar_t>();
     scalar_t* dup = residual_grad ? du.mutable_data_ptr<scalar_t>() : nullptr;
     const auto& k = kernels<scalar_t>();
-    parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
+    backwards_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const auto& take) {
       constexpr bool in_place = std::is_same_v<scalar_t, A>;
       const int64_t size = in_place ? 0 : tiling.block_rows * tiling.block_cols;
       const Scratch<A> dz_tile(size), du_tile(residual_grad ? size : 0);

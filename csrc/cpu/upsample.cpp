@@ -158,8 +158,8 @@ Tensor run(const Tensor& x_in, const OptionalTensor& skip_in, const Tensor& weig
   const bool channels_last = is_channels_last(x_in);
   const auto format = format_of(channels_last);
   const Tensor x = x_in.contiguous(format);
-  Tensor y = at::empty({x.size(0), x.size(1), upsampled(x.size(2), factor), upsampled(x.size(3), factor)},
-                       x.options().memory_format(format));
+  Tensor y = empty_output({x.size(0), x.size(1), upsampled(x.size(2), factor), upsampled(x.size(3), factor)},
+                          x.options().memory_format(format));
   const OptionalTensor skip = skip_in.has_value() ? OptionalTensor(skip_in->contiguous(format)) : std::nullopt;
   if (y.numel() == 0) return y;
   DLA_DISPATCH_FLOATING(x.scalar_type(), "upsample", [&] {
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> upsample_backward(const Tensor& dy_in, const Tensor& 
   const auto format = format_of(channels_last);
   const Tensor x = x_in.contiguous(format), dy = dy_in.contiguous(format);
   const auto options = x.options().memory_format(std::nullopt);
-  Tensor dx = need_dx ? at::empty(x.sizes(), options.memory_format(format)) : at::empty({0}, options);
+  Tensor dx = need_dx ? empty_output(x.sizes(), options.memory_format(format)) : at::empty({0}, options);
   Tensor dw = need_dw ? at::empty(weight.sizes(), options) : at::empty({0}, options);
   if (dy.numel() == 0) {
     return {std::move(dx), need_dw ? dw.zero_() : dw};

@@ -47,55 +47,66 @@ inline int64_t whole_vectors(int64_t n) {
   return (n + lanes - 1) / lanes * lanes;
 }
 
+// Output o = F g + q lies between positions g - 1 and g, or from the middle of the group on between g and g + 1.
 template <class A, int64_t F>
-inline void up_positions(const A* n, const A* r, const UpRow<A>& u, int64_t count, A* whole) {
+inline void up_groups(const A* n, const A* r, const UpRow<A>& u, A* out) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
-  const int64_t f = F > 0 ? F : u.factor;
-  for (int64_t i0 = 0; i0 < count; i0 += lanes) {
-    A phases[(F > 0 ? F : 1) * lanes];
-    for (int64_t k = 0; k < f; ++k) {
-      const A wn0 = u.weight_near[k], wn1 = u.weight_near[k + f];
-      const A wf0 = u.weight_far[k], wf1 = u.weight_far[k + f];
-      A* v = F > 0 ? phases + k * lanes : phases;
+  for (int64_t g = 0; g < u.width; g += lanes) {
+    A phases[F][lanes];
+#pragma GCC unroll 8
+    for (int64_t q = 0; q < F; ++q) {
+      const int64_t k = (q + F / 2) % F, at = g + (q < F / 2 ? 0 : 1);
+      const A wn0 = u.weight_near[k], wn1 = u.weight_near[k + F];
+      const A wf0 = u.weight_far[k], wf1 = u.weight_far[k + F];
 #pragma omp simd
       for (int64_t i = 0; i < lanes; ++i) {
-        v[i] = n[i0 + i] * wn0 + n[i0 + i - 1] * wn1 + r[i0 + i] * wf0 + r[i0 + i - 1] * wf1;
-      }
-      if constexpr (F == 0) {
-        for (int64_t i = 0; i < lanes; ++i) whole[(i0 + i) * f + k] = v[i];
+        phases[q][i] = n[at + i] * wn0 + n[at + i - 1] * wn1 + r[at + i] * wf0 + r[at + i - 1] * wf1;
       }
     }
-    if constexpr (F > 0) {
-      A* to = whole + i0 * F;
+    A* to = out + g * F;
 #pragma omp simd
-      for (int64_t i = 0; i < lanes; ++i) {
-        for (int64_t k = 0; k < F; ++k) to[i * F + k] = phases[k * lanes + i];
-      }
+    for (int64_t i = 0; i < lanes; ++i) {
+      for (int64_t q = 0; q < F; ++q) to[i * F + q] = phases[q][i];
+    }
+  }
+}
+
+// The same for any factor, from position 0 on: f / 2 values before the first output.
+template <class A>
+inline void up_positions(const A* n, const A* r, const UpRow<A>& u, A* whole) {
+  const int64_t f = u.factor;
+  for (int64_t i = 0; i <= u.width; ++i) {
+    for (int64_t k = 0; k < f; ++k) {
+      whole[i * f + k] = n[i] * u.weight_near[k] + n[i - 1] * u.weight_near[k + f] + r[i] * u.weight_far[k] +
+                         r[i - 1] * u.weight_far[k + f];
     }
   }
 }
 
 template <class A>
 void up_row_plane(const UpRow<A>& u) {
-  const int64_t f = u.factor, pad = f / 2, count = whole_vectors<A>(u.width + 1), room = u.width + 1 + kPlaneSlack;
+  const int64_t f = u.factor, count = whole_vectors<A>(u.width + 1), room = u.width + 1 + kPlaneSlack;
   const A* n = padded(u.near, u.width, count, u.scratch);
   const A* r = padded(u.far, u.width, count, u.scratch + room);
-  A* whole = u.scratch + 2 * room;
-  if (f == 2) {
-    up_positions<A, 2>(n, r, u, count, whole);
-  } else if (f == 4) {
-    up_positions<A, 4>(n, r, u, count, whole);
-  } else if (f == 8) {
-    up_positions<A, 8>(n, r, u, count, whole);
-  } else {
-    up_positions<A, 0>(n, r, u, count, whole);
-  }
-  const A* from = whole + u.begin + pad;
   const int64_t values = u.end - u.begin;
+  // Straight to the output where it is whole and ends on a vector.
+  const bool grouped = f == 2 || f == 4 || f == 8;
+  const bool direct = grouped && values == f * u.width && u.width % VectorOf<A>::lanes == 0;
+  A* whole = direct ? u.out : u.scratch + 2 * room;
+  if (f == 2) {
+    up_groups<A, 2>(n, r, u, whole);
+  } else if (f == 4) {
+    up_groups<A, 4>(n, r, u, whole);
+  } else if (f == 8) {
+    up_groups<A, 8>(n, r, u, whole);
+  } else {
+    up_positions(n, r, u, whole);
+  }
+  const A* from = direct ? u.out : whole + u.begin + (grouped ? 0 : f / 2);
   if (u.skip != nullptr) {
 #pragma omp simd
     for (int64_t o = 0; o < values; ++o) u.out[o] = from[o] + u.skip[o];
-  } else {
+  } else if (!direct) {
     for (int64_t o = 0; o < values; ++o) u.out[o] = from[o];
   }
 }
@@ -237,47 +248,104 @@ inline void deinterleave(const A* row, int64_t width, int64_t out_width, int64_t
       phases[k * ld + i] = o >= 0 && o < out_width ? row[o] : A(0);
     }
   };
-  edge(0);
   if constexpr (F > 0) {
+    // Group by group: the row is width groups of F, and a width of whole vectors leaves no rest.
+    for (int64_t k = 0; k < F; ++k) phases[k * ld + (k < F / 2 ? 0 : width)] = A(0);
 #pragma omp simd
-    for (int64_t i = 1; i < width; ++i) {
-      for (int64_t k = 0; k < F; ++k) phases[k * ld + i] = row[i * F + k - F / 2];
+    for (int64_t i = 0; i < width; ++i) {
+      for (int64_t q = 0; q < F / 2; ++q) {
+        phases[(q + F / 2) * ld + i] = row[i * F + q];
+        phases[q * ld + i + 1] = row[i * F + q + F / 2];
+      }
     }
   } else {
-    for (int64_t i = 1; i < width; ++i) edge(i);
+    for (int64_t i = 0; i <= width; ++i) edge(i);
   }
-  edge(width);
+}
+
+// Rows [ky, ky + R) of the kernel: dx gains their part, sums of dw theirs. A row that is not there counts as zeros.
+template <class A, int64_t F, int R, bool DW>
+inline void up_plane_rows(const UpRowBackward<A>& u, int64_t ky, const A* x, A* dx, A* phases, int64_t ld, A* sums) {
+  using V = typename VectorOf<A>::type;
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+  for (int r = 0; r < R; ++r) {
+    A* to = phases + r * F * ld;
+    if (u.dy[ky + r] != nullptr) {
+      deinterleave<A, F>(u.dy[ky + r], u.width, u.out_width, F, ld, to);
+    } else {
+      for (int64_t i = 0; i < F * ld; ++i) to[i] = A(0);
+    }
+  }
+  V sum[R][2 * F] = {};
+  const A* w = u.weight + ky * 2 * F;
+  for (int64_t i = 0; i < u.width; i += lanes) {
+    const V v = load_lanes(x + i, lanes);
+    V acc[2] = {load_lanes(dx + i, lanes), V{}};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < F; ++k) {
+        const A* d = phases + (r * F + k) * ld + i;
+        const V d0 = load_lanes(d, lanes), d1 = load_lanes(d + 1, lanes);
+        acc[0] += d0 * w[r * 2 * F + k];
+        acc[1] += d1 * w[r * 2 * F + k + F];
+        if constexpr (DW) {
+          sum[r][k] += v * d0;
+          sum[r][k + F] += v * d1;
+        }
+      }
+    }
+    store_lanes(dx + i, acc[0] + acc[1], lanes);
+  }
+  A* to = sums + ky * 2 * F * lanes;
+  for (int64_t t = 0; DW && t < R * 2 * F; ++t) {
+    store_lanes(to + t * lanes, load_lanes(to + t * lanes, lanes) + sum[t / (2 * F)][t % (2 * F)], lanes);
+  }
+}
+
+// The same for any factor, a tap at a time.
+template <class A, bool DW>
+inline void up_plane_row(const UpRowBackward<A>& u, int64_t ky, const A* x, A* dx, A* phases, int64_t ld, A* sums) {
+  using V = typename VectorOf<A>::type;
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+  const int64_t f = u.factor;
+  deinterleave<A, 0>(u.dy[ky], u.width, u.out_width, f, ld, phases);
+  for (int64_t k = 0; k < f; ++k) {
+    const A *d = phases + k * ld, w0 = u.weight[ky * 2 * f + k], w1 = u.weight[ky * 2 * f + k + f];
+    A *to0 = sums + (ky * 2 * f + k) * lanes, *to1 = to0 + f * lanes;
+    V s0 = DW ? load_lanes(to0, lanes) : V{}, s1 = DW ? load_lanes(to1, lanes) : V{};
+    for (int64_t i = 0; i < u.width; i += lanes) {
+      const V d0 = load_lanes(d + i, lanes), d1 = load_lanes(d + i + 1, lanes);
+      store_lanes(dx + i, load_lanes(dx + i, lanes) + (d0 * w0 + d1 * w1), lanes);
+      if constexpr (DW) {
+        const V v = load_lanes(x + i, lanes);
+        s0 += v * d0;
+        s1 += v * d1;
+      }
+    }
+    if constexpr (DW) {
+      store_lanes(to0, s0, lanes);
+      store_lanes(to1, s1, lanes);
+    }
+  }
 }
 
 template <class A, int64_t F, bool DW>
 inline void up_plane_backward(const UpRowBackward<A>& u) {
-  using V = typename VectorOf<A>::type;
   constexpr int64_t lanes = VectorOf<A>::lanes;
   const int64_t f = F > 0 ? F : u.factor, ld = u.width + 2 + kPlaneSlack, count = whole_vectors<A>(u.width);
   // Zeros behind the last value, from the caller and kept: whole vectors are read.
-  A *x = u.scratch, *dx = x + ld, *phases = dx + ld, *sums = phases + f * ld;
+  A *x = u.scratch, *dx = x + ld, *phases = dx + ld, *sums = phases + (f > kPlaneRows ? f : kPlaneRows) * ld;
   for (int64_t i = 0; DW && i < u.width; ++i) x[i] = u.x[i];
   for (int64_t i = 0; i < count; ++i) dx[i] = A(0);
-  for (int64_t ky = 0; ky < 2 * f; ++ky) {
-    if (u.dy[ky] == nullptr) continue;
-    deinterleave<A, F>(u.dy[ky], u.width, u.out_width, f, ld, phases);
-    for (int64_t k = 0; k < f; ++k) {
-      const A *d = phases + k * ld, w0 = u.weight[ky * 2 * f + k], w1 = u.weight[ky * 2 * f + k + f];
-      A *to0 = sums + (ky * 2 * f + k) * lanes, *to1 = to0 + f * lanes;
-      V s0 = DW ? load_lanes(to0, lanes) : V{}, s1 = DW ? load_lanes(to1, lanes) : V{};
-      for (int64_t i = 0; i < count; i += lanes) {
-        const V d0 = load_lanes(d + i, lanes), d1 = load_lanes(d + i + 1, lanes);
-        store_lanes(dx + i, load_lanes(dx + i, lanes) + (d0 * w0 + d1 * w1), lanes);
-        if constexpr (DW) {
-          const V v = load_lanes(x + i, lanes);
-          s0 += v * d0;
-          s1 += v * d1;
-        }
-      }
-      if constexpr (DW) {
-        store_lanes(to0, s0, lanes);
-        store_lanes(to1, s1, lanes);
-      }
+  if constexpr (F > 0) {
+    constexpr int R = F == 2 ? 4 : 1;  // 16 sums of dw at most stay in registers
+    for (int64_t ky = 0; ky < 2 * F; ky += R) {
+      if (R > 1 || u.dy[ky] != nullptr) up_plane_rows<A, F, R, DW>(u, ky, x, dx, phases, ld, sums);
+    }
+  } else {
+    for (int64_t ky = 0; ky < 2 * f; ++ky) {
+      if (u.dy[ky] != nullptr) up_plane_row<A, DW>(u, ky, x, dx, phases, ld, sums);
     }
   }
   for (int64_t i = 0; u.dx != nullptr && i < u.width; ++i) u.dx[i] = dx[i];
