@@ -39,9 +39,7 @@ def node(
     channels: tuple[int, ...], out_channels: int, size: tuple[int, int, int], layout: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     n, h, w = size
-    xs = [
-        torch.randn(n, c, h, w).to(torch.bfloat16).contiguous(memory_format=parity.LAYOUTS[layout]) for c in channels
-    ]
+    xs = [torch.randn(n, c, h, w).to(torch.bfloat16).contiguous(memory_format=parity.LAYOUTS[layout]) for c in channels]
     weight = torch.randn(out_channels, sum(channels), 1, 1) * sum(channels) ** -0.5
     norm = [torch.randn(out_channels), torch.randn(out_channels)]
     return xs, [weight.to(torch.bfloat16), torch.ones(out_channels), *norm, torch.rand(out_channels) + 0.5]
@@ -52,9 +50,20 @@ def exact(xs: list[Tensor], weight: Tensor, gamma: Tensor, beta: Tensor, mean: T
     return F.batch_norm(z, mean.double(), var.double(), gamma.double(), beta.double(), False, 0.0, 1e-5)
 
 
-# Pixels and channels around every boundary: a block (16), a step or panel (32), a part (64) and what it takes along, a
-# piece (128), tiles of several parts. Maps of few pixels make tiles of contiguous tensors span images.
-SIZES = ((1, 1, 1), (1, 3, 5), (1, 4, 4), (1, 1, 17), (3, 7, 7), (2, 8, 8), (1, 1, 79), (1, 10, 8), (5, 1, 3), (2, 23, 29))
+# Pixels and channels around every boundary: a block (16), a step or panel (32), a part (64) and what it takes along,
+# a piece (128), tiles of several parts. Maps of few pixels make tiles of contiguous tensors span images.
+SIZES = (
+    (1, 1, 1),
+    (1, 3, 5),
+    (1, 4, 4),
+    (1, 1, 17),
+    (3, 7, 7),
+    (2, 8, 8),
+    (1, 1, 79),
+    (1, 10, 8),
+    (5, 1, 3),
+    (2, 23, 29),
+)
 CHANNELS = ((32,), (1,), (31, 33), (64, 32, 96), (16, 2, 40, 128), (5, 1, 24, 64, 24, 5, 1, 64))
 
 
@@ -219,7 +228,7 @@ def test_other_types_go_the_way_of_avx512(dtype):
 
 
 def test_the_lesser_products_hold_too():
-    """Where tiles serve, the vectors that serve elsewhere are held to the same tests, and the product without either."""
+    """Where tiles serve, the vectors of other processors are held to the same tests, and the product without either."""
     if isa() != "amx":
         pytest.skip("nothing lesser here than what the other tests have run")
     for name in ("avx512_bf16", "avx512"):

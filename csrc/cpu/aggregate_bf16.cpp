@@ -1,8 +1,8 @@
 // The products of an aggregation node in bfloat16 instructions. K, N and b as in aggregate.cpp; b is 2.
 //
 // channels_last: z is a tile's pixels times the weight, which is packed into pairs (2KN bytes, once a call); pixels are
-// read where they lie. contiguous: z is the weight times a tile's pixels, which are packed (2K bytes a pixel, in cache);
-// the weight is read where it lies. What has an odd number of channels is copied, padded with zeros, first.
+// read where they lie. contiguous: z is the weight times a tile's pixels, which are packed (2K bytes a pixel, in
+// cache); the weight is read where it lies. What has an odd number of channels is copied, padded with zeros, first.
 
 #include "aggregate_bf16.h"
 
@@ -102,51 +102,52 @@ void Bf16Forward::run_channels_last(const BFloat16* weight, const Epilogue& epil
   bool padded = total % tile_pixels_ != 0 && total % tile_pixels_ < kBf16Block;
   for (const Tensor& x : in_.xs) padded = padded || x.size(1) % kBf16Step != 0;
   const int64_t width = total_steps_ * kBf16Step;
-  parallel_queue(tiles_ * groups, tile_pixels_ * depth * divide_up(in_.out_channels, groups) / 64, [&](const auto& take) {
-    const Bf16Thread thread(kernels_);
-    const Scratch<float> z(kPieceRows * kPieceChannels);
-    const Scratch<BFloat16> rows_padded(padded ? std::max(tile_pixels_, kBf16Block) * width : 0);
-    const Scratch<BFloat16> own(packed_apart ? 0 : piece_panels * panel_values);
-    std::vector<Bf16Segment> tile_segments(inputs), segments(inputs);
-    for (int64_t task = take(); task >= 0; task = take()) {
-      const int64_t tile = task / groups, group = task % groups;
-      const int64_t begin = tile * tile_pixels_, rows = std::min(tile_pixels_, total - begin);
-      for (int64_t i = 0; i < inputs; ++i) {
-        const int64_t channels = in_.xs[i].size(1);
-        const BFloat16* x = in_.xs[i].const_data_ptr<BFloat16>() + begin * channels;
-        if (channels % kBf16Step == 0 && rows >= kBf16Block) {
-          tile_segments[i] = {x, channels, channels / kBf16Step};
-        } else {
-          BFloat16* to = rows_padded.get() + steps_[i] * kBf16Step;
-          copy_padded({x, channels}, {to, width}, rows, channels, std::max(rows, kBf16Block));
-          tile_segments[i] = {to, width, steps_[i + 1] - steps_[i]};
-        }
-      }
-      const int64_t panel_end = panels * (group + 1) / groups;
-      for (int64_t panel = panels * group / groups; panel < panel_end; panel += piece_panels) {
-        const int64_t channel = panel * kBf16Panel, last = std::min(panel_end, panel + piece_panels);
-        const int64_t cols = std::min(last * kBf16Panel, in_.out_channels) - channel;
-        const BFloat16* b = packed.get() + panel * panel_values;
-        if (!packed_apart) {
-          for (int64_t p = panel; p < last; ++p) {
-            for (int64_t i = 0; i < inputs; ++i) pack(p, i, own.get() + (p - panel) * panel_values);
-          }
-          b = own.get();
-        }
-        const int64_t parts = parts_of(rows);
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t row = part * kPart, n = part + 1 < parts ? kPart : rows - row;
-          for (int64_t i = 0; i < inputs; ++i) {
-            segments[i] = {tile_segments[i].a + row * tile_segments[i].lda, tile_segments[i].lda,
-                           tile_segments[i].steps};
-          }
-          kernels_.gemm({n, cols, segments.data(), inputs, b, panel_values, z.get(), kPieceChannels});
-          epilogue(Shape{n, cols, false}, first_part(tile) + part, begin + row, channel,
-                   Strided<const float>{z.get(), kPieceChannels});
-        }
-      }
-    }
-  });
+  parallel_queue(tiles_ * groups, tile_pixels_ * depth * divide_up(in_.out_channels, groups) / 64,
+                 [&](const auto& take) {
+                   const Bf16Thread thread(kernels_);
+                   const Scratch<float> z(kPieceRows * kPieceChannels);
+                   const Scratch<BFloat16> rows_padded(padded ? std::max(tile_pixels_, kBf16Block) * width : 0);
+                   const Scratch<BFloat16> own(packed_apart ? 0 : piece_panels * panel_values);
+                   std::vector<Bf16Segment> tile_segments(inputs), segments(inputs);
+                   for (int64_t task = take(); task >= 0; task = take()) {
+                     const int64_t tile = task / groups, group = task % groups;
+                     const int64_t begin = tile * tile_pixels_, rows = std::min(tile_pixels_, total - begin);
+                     for (int64_t i = 0; i < inputs; ++i) {
+                       const int64_t channels = in_.xs[i].size(1);
+                       const BFloat16* x = in_.xs[i].const_data_ptr<BFloat16>() + begin * channels;
+                       if (channels % kBf16Step == 0 && rows >= kBf16Block) {
+                         tile_segments[i] = {x, channels, channels / kBf16Step};
+                       } else {
+                         BFloat16* to = rows_padded.get() + steps_[i] * kBf16Step;
+                         copy_padded({x, channels}, {to, width}, rows, channels, std::max(rows, kBf16Block));
+                         tile_segments[i] = {to, width, steps_[i + 1] - steps_[i]};
+                       }
+                     }
+                     const int64_t panel_end = panels * (group + 1) / groups;
+                     for (int64_t panel = panels * group / groups; panel < panel_end; panel += piece_panels) {
+                       const int64_t channel = panel * kBf16Panel, last = std::min(panel_end, panel + piece_panels);
+                       const int64_t cols = std::min(last * kBf16Panel, in_.out_channels) - channel;
+                       const BFloat16* b = packed.get() + panel * panel_values;
+                       if (!packed_apart) {
+                         for (int64_t p = panel; p < last; ++p) {
+                           for (int64_t i = 0; i < inputs; ++i) pack(p, i, own.get() + (p - panel) * panel_values);
+                         }
+                         b = own.get();
+                       }
+                       const int64_t parts = parts_of(rows);
+                       for (int64_t part = 0; part < parts; ++part) {
+                         const int64_t row = part * kPart, n = part + 1 < parts ? kPart : rows - row;
+                         for (int64_t i = 0; i < inputs; ++i) {
+                           segments[i] = {tile_segments[i].a + row * tile_segments[i].lda, tile_segments[i].lda,
+                                          tile_segments[i].steps};
+                         }
+                         kernels_.gemm({n, cols, segments.data(), inputs, b, panel_values, z.get(), kPieceChannels});
+                         epilogue(Shape{n, cols, false}, first_part(tile) + part, begin + row, channel,
+                                  Strided<const float>{z.get(), kPieceChannels});
+                       }
+                     }
+                   }
+                 });
 }
 
 void Bf16Forward::run_contiguous(const BFloat16* weight, const Epilogue& epilogue) const {
@@ -181,8 +182,7 @@ void Bf16Forward::run_contiguous(const BFloat16* weight, const Epilogue& epilogu
         for (int64_t at = begin, next = begin; at < end; at = next) {
           const int64_t image = at / in_.pixels;
           next = std::min(end, (image + 1) * in_.pixels);
-          const BFloat16* x =
-              in_.xs[i].const_data_ptr<BFloat16>() + image * channels * in_.pixels + at % in_.pixels;
+          const BFloat16* x = in_.xs[i].const_data_ptr<BFloat16>() + image * channels * in_.pixels + at % in_.pixels;
           kernels_.pack({x, in_.pixels}, channels,
                         {packed.get() + steps_[i] * kBf16PanelStep, panel_values, at - begin, next - at, next == end});
         }

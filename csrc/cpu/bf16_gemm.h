@@ -23,8 +23,8 @@ struct Bf16Segment {
   int64_t steps;
 };
 
-// c[m x n] = sum over segments of a_s * b_s, where the b_s lie one after the other in each panel of b. c is scratch: rows
-// up to kBf16Block and columns up to the next multiple of that may be written beyond.
+// c[m x n] = sum over segments of a_s * b_s, where the b_s lie one after the other in each panel of b. c is scratch:
+// rows up to kBf16Block and columns up to the next multiple of that may be written beyond.
 struct Bf16Gemm {
   int64_t m, n;
   const Bf16Segment* segments;
