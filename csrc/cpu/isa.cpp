@@ -70,8 +70,8 @@ Isa detect() {
   // Not asked for in vain: what is granted cannot be given back.
   if (vectors && most == Isa::amx && has_amx() && request_amx()) return Isa::amx;
 #endif
-  // Intel's processors start a vdpbf16ps every other cycle and two float products in each (measured on Sapphire
-  // Rapids): there only who asks by name gets them. Zen 4 starts as many of either.
+  // Intel's processors start a vdpbf16ps every other cycle and two float products in each (measured on a Xeon
+  // with AMX): there only who asks by name gets them. Zen 4 starts as many of either.
   if (vectors && (most == Isa::avx512_bf16 || !__builtin_cpu_is("intel"))) best = Isa::avx512_bf16;
 #endif
   return best < most ? best : most;
