@@ -32,5 +32,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of dla_fast";
   m.def(
       "cpu_isa", [] { return dla_fast::cpu::isa_name(dla_fast::cpu::current_isa()); },
-      "The instruction set the CPU kernels use: generic, avx2 or avx512.");
+      "The instruction set the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx.");
 }

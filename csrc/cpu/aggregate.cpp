@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "aggregate_bf16.h"
+
 namespace dla_fast::cpu {
 
 AggregateInputs::AggregateInputs(at::TensorList inputs, const Tensor& weight)
@@ -148,10 +150,26 @@ void forward_contiguous(const AggregateInputs& in, const T* weight, const Target
   });
 }
 
+// The bfloat16 products that serve T, or null.
+template <class T>
+const Bf16Kernels* units() {
+  return std::is_same_v<T, c10::BFloat16> ? bf16_kernels() : nullptr;
+}
+
+// How many tiles epilogue is called with.
+template <class T>
+int64_t tile_count(const AggregateInputs& in) {
+  if (units<T>() != nullptr) return Bf16Forward(in, *units<T>()).parts();
+  return in.channels_last ? divide_up(in.total(), tile_rows(in.total())) : in.images * divide_up(in.pixels, kPanel);
+}
+
 template <class T, class Target, class Epilogue>
 void forward(const AggregateInputs& in, const Tensor& weight, const Target& target, const Epilogue& epilogue) {
   if (in.total() == 0 || in.out_channels == 0) return;
   const Tensor w = weight.contiguous();
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (units<T>() != nullptr) return Bf16Forward(in, *units<T>()).run(w.const_data_ptr<T>(), epilogue);
+  }
   if (in.channels_last) {
     forward_channels_last<T>(in, w.const_data_ptr<T>(), target, epilogue);
   } else {
@@ -201,9 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_stage(at::TensorList xs, const Tens
   DLA_DISPATCH_FLOATING(weight.scalar_type(), "aggregate_stage", [&] {
     using A = acc_t<scalar_t>;
     const auto& k = kernels<scalar_t>();
-    const int64_t tiles =
-        in.channels_last ? divide_up(in.total(), tile_rows(in.total())) : in.images * divide_up(in.pixels, kPanel);
-    MomentPartials<A> partials(tiles, channels);
+    MomentPartials<A> partials(tile_count<scalar_t>(in), channels);
     scalar_t* out = z.mutable_data_ptr<scalar_t>();
     const auto in_place = [&](int64_t first, int64_t channel, auto tile) {
       if constexpr (std::is_same_v<scalar_t*, decltype(tile.data)>) tile = tile_of(out, in, first, channel);

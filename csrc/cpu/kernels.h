@@ -173,7 +173,8 @@ struct Kernels {
   void (*winograd_weight_gradient)(const A* u, int64_t u_plane, int64_t channels, A* w, int64_t plane);
 };
 
-enum class Isa : int { generic, avx2, avx512 };
+// Those after avx512 add products of bfloat16 (bf16_gemm.h); all else of them is avx512's.
+enum class Isa : int { generic, avx2, avx512, avx512_bf16, amx };
 
 // The best instruction set of this machine, or the lesser one that DLA_FAST_CPU_ISA names.
 Isa current_isa();
@@ -198,6 +199,8 @@ template <class T>
 const Kernels<T>& kernels() {
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::amx:
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return avx512::kernels<T>();
     case Isa::avx2:
