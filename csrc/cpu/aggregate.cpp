@@ -30,9 +30,19 @@ AggregateInputs::AggregateInputs(at::TensorList inputs, const Tensor& weight)
                     weight.size(1));
 }
 
-int64_t tile_rows(int64_t total) {
+int64_t tile_rows(int64_t total, int64_t weights) {
+  // Every tile reads all weights. Those that no cache near the core holds want few and tall tiles; threads then share
+  // the panels of a tile.
+  constexpr int64_t tallest = 108, cached = 1 << 18;
+  if (weights > cached) return std::max<int64_t>(round_up(divide_up(total, divide_up(total, tallest)), 6), 6);
   const int64_t wanted = divide_up(total, 8 * static_cast<int64_t>(at::get_num_threads()));
   return std::clamp<int64_t>(round_up(wanted, 6), 24, 96);
+}
+
+Tasks::Tasks(int64_t tiles, int64_t panels) : panels(panels) {
+  const int64_t threads = at::get_num_threads();
+  groups = tiles == 0 ? 1 : std::clamp<int64_t>(divide_up(4 * threads, tiles), 1, std::max<int64_t>(panels, 1));
+  count = tiles * groups;
 }
 
 std::vector<int64_t> AggregateInputs::output_sizes() const {
@@ -40,16 +50,6 @@ std::vector<int64_t> AggregateInputs::output_sizes() const {
 }
 
 namespace {
-
-// Tiles times groups of output panels: as many tasks as keep the threads busy when there are few pixels.
-struct Tasks {
-  int64_t tiles, panels, groups;
-  Tasks(int64_t tiles, int64_t panels) : tiles(tiles), panels(panels) {
-    const int64_t threads = at::get_num_threads();
-    groups = tiles == 0 ? 1 : std::clamp<int64_t>(divide_up(2 * threads, tiles), 1, std::max<int64_t>(panels, 1));
-  }
-  int64_t count() const { return tiles * groups; }
-};
 
 // The weight transposed into panels of kPanel output channels: panel j holds [K][kPanel].
 template <class T, class A>
@@ -74,40 +74,39 @@ template <class T, class Target, class Epilogue>
 void forward_channels_last(const AggregateInputs& in, const T* weight, const Target& target, const Epilogue& epilogue) {
   using A = acc_t<T>;
   const auto& k = kernels<T>();
-  const int64_t total = in.total(), rows_max = tile_rows(total), depth = in.in_channels;
+  const int64_t total = in.total(), rows_max = tile_rows(total, in.in_channels * in.out_channels),
+                depth = in.in_channels;
   const Tasks tasks(divide_up(total, rows_max), divide_up(in.out_channels, kPanel));
   const Scratch<A> packed = pack_weight<T, A>(weight, in.out_channels, depth);
-  parallel_queue(tasks.count(), rows_max * depth * divide_up(in.out_channels, tasks.groups) / 16,
-                 [&](const auto& take) {
-                   const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
-                   std::vector<Segment<A>> segments(in.xs.size());
-                   for (int64_t task = take(); task >= 0; task = take()) {
-                     const int64_t tile = task / tasks.groups, group = task % tasks.groups;
-                     const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
-                     for (size_t i = 0; i < in.xs.size(); ++i) {
-                       const int64_t channels = in.xs[i].size(1);
-                       const T* x = in.xs[i].template const_data_ptr<T>() + first * channels;
-                       if constexpr (std::is_same_v<T, A>) {
-                         segments[i] = {x, channels, channels};
-                       } else {
-                         A* to = wide.get() + in.offsets[i];
-                         k.load({x, channels}, {to, depth}, rows, channels);
-                         segments[i] = {to, depth, channels};
-                       }
-                     }
-                     const int64_t panel_begin = tasks.panels * group / tasks.groups;
-                     const int64_t panel_end = tasks.panels * (group + 1) / tasks.groups;
-                     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-                       const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
-                       const Strided<A> to = target(first, channel, Strided<A>{z.get(), kPanel});
-                       const int64_t next = panel + 1 < panel_end ? panel + 1 : panel_begin;
-                       Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, kPanel);
-                       k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
-                               packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false, &ahead});
-                       epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{to.data, to.ld});
-                     }
-                   }
-                 });
+  parallel_queue(tasks.count, rows_max * depth * divide_up(in.out_channels, tasks.groups) / 16, [&](const auto& take) {
+    const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
+    std::vector<Segment<A>> segments(in.xs.size());
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const int64_t tile = task / tasks.groups;
+      const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
+      for (size_t i = 0; i < in.xs.size(); ++i) {
+        const int64_t channels = in.xs[i].size(1);
+        const T* x = in.xs[i].template const_data_ptr<T>() + first * channels;
+        if constexpr (std::is_same_v<T, A>) {
+          segments[i] = {x, channels, channels};
+        } else {
+          A* to = wide.get() + in.offsets[i];
+          k.load({x, channels}, {to, depth}, rows, channels);
+          segments[i] = {to, depth, channels};
+        }
+      }
+      const int64_t panel_begin = tasks.begin(task), panel_end = tasks.end(task);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        const int64_t channel = panel * kPanel, cols = std::min(kPanel, in.out_channels - channel);
+        const Strided<A> to = target(first, channel, Strided<A>{z.get(), kPanel});
+        const int64_t next = panel + 1 < panel_end ? panel + 1 : panel_begin;
+        Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, kPanel);
+        k.gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
+                packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false, &ahead});
+        epilogue(Shape{rows, cols, false}, tile, first, channel, Strided<const A>{to.data, to.ld});
+      }
+    }
+  });
 }
 
 // The same for contiguous tensors: a tile is kPanel pixels of one image, whose inputs are packed side by side.
@@ -126,10 +125,10 @@ void forward_contiguous(const AggregateInputs& in, const T* weight, const Target
     k.load({weight, depth}, {wide.get(), depth}, in.out_channels, depth);
     w = wide.get();
   }
-  parallel_queue(tasks.count(), kPanel * depth * divide_up(in.out_channels, tasks.groups) / 16, [&](const auto& take) {
+  parallel_queue(tasks.count, kPanel * depth * divide_up(in.out_channels, tasks.groups) / 16, [&](const auto& take) {
     const Scratch<A> z(block * kPanel), x_panel(depth * kPanel, in.pixels % kPanel != 0);
     for (int64_t task = take(); task >= 0; task = take()) {
-      const int64_t tile = task / tasks.groups, group = task % tasks.groups;
+      const int64_t tile = task / tasks.groups;
       const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
       const int64_t cols = std::min(kPanel, in.pixels - pixel);
       for (size_t i = 0; i < in.xs.size(); ++i) {
@@ -137,8 +136,7 @@ void forward_contiguous(const AggregateInputs& in, const T* weight, const Target
         const T* x = in.xs[i].template const_data_ptr<T>() + image * channels * in.pixels + pixel;
         k.load({x, in.pixels}, {x_panel.get() + in.offsets[i] * kPanel, kPanel}, channels, cols);
       }
-      const int64_t block_end = tasks.panels * (group + 1) / tasks.groups;
-      for (int64_t b = tasks.panels * group / tasks.groups; b < block_end; ++b) {
+      for (int64_t b = tasks.begin(task); b < tasks.end(task); ++b) {
         const int64_t channel = b * block, rows = std::min(block, in.out_channels - channel);
         const Segment<A> segment = {w + channel * depth, depth, depth};
         const int64_t first = image * in.out_channels * in.pixels + pixel;
@@ -160,7 +158,8 @@ const Bf16Kernels* units() {
 template <class T>
 int64_t tile_count(const AggregateInputs& in) {
   if (units<T>() != nullptr) return Bf16Forward(in, *units<T>()).parts();
-  return in.channels_last ? divide_up(in.total(), tile_rows(in.total())) : in.images * divide_up(in.pixels, kPanel);
+  return in.channels_last ? divide_up(in.total(), tile_rows(in.total(), in.in_channels * in.out_channels))
+                          : in.images * divide_up(in.pixels, kPanel);
 }
 
 template <class T, class Target, class Epilogue>

@@ -41,6 +41,15 @@ struct AggregateInputs {
 
 // Rows of a channels_last tile: a multiple of the register tile; small enough that the last tiles of a call keep every
 // thread busy.
-int64_t tile_rows(int64_t total);
+int64_t tile_rows(int64_t total, int64_t weights);
+
+// Tiles times groups of panels: as many tasks as keep the threads busy when there are few pixels.
+struct Tasks {
+  int64_t panels, groups, count;
+  Tasks(int64_t tiles, int64_t panels);
+  // The panels of a task.
+  int64_t begin(int64_t task) const { return panels * (task % groups) / groups; }
+  int64_t end(int64_t task) const { return panels * (task % groups + 1) / groups; }
+};
 
 }  // namespace dla_fast::cpu

@@ -60,7 +60,7 @@ struct Backward {
 
   // With few pixels and many channels (`whole`) dz is kept for all pixels and dW computed from it at the end: a dW for
   // every thread, read and written once per tile, would cost more. Else dz lives in a tile and feeds both products.
-  void channels_last(const T* weight, Scratch<A>& dw, int64_t slices, bool whole) const {
+  void channels_last(const T* weight, const std::vector<A*>& dw, int64_t slices, bool whole) const {
     const int64_t total = in.total(), n = in.out_channels, depth = in.in_channels;
     const int64_t per_slice = divide_up(total, slices);
     const int64_t rows_max = round_up(divide_up(per_slice, divide_up(per_slice, 126)), 6);
@@ -74,59 +74,82 @@ struct Backward {
       panel_at[i + 1] = panel_at[i] + divide_up(in.xs[i].size(1), kPanel);
       widest = std::max(widest, round_up(in.xs[i].size(1), kPad));
     }
+    // The input that a panel belongs to, and its first channel there.
+    const auto input_of = [&](int64_t panel) -> std::pair<int64_t, int64_t> {
+      const int64_t i = std::upper_bound(panel_at.begin(), panel_at.end(), panel) - panel_at.begin() - 1;
+      return {i, (panel - panel_at[i]) * kPanel};
+    };
     const Scratch<A> packed(any_dx() ? panel_at.back() * n * kPanel : 0, depth != panel_at.back() * kPanel);
     if (any_dx()) {
-      parallel(static_cast<int64_t>(in.xs.size()), n * depth / static_cast<int64_t>(in.xs.size()),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   for (int64_t c = 0; c < in.xs[i].size(1); c += kPanel) {
-                     k.load({weight + in.offsets[i] + c, depth},
-                            {packed.get() + (panel_at[i] + c / kPanel) * n * kPanel, kPanel}, n,
-                            std::min(kPanel, in.xs[i].size(1) - c));
-                   }
-                 }
-               });
-    }
-    // dz of a tile of pixels, and from it the tile of every dx_i; x_i comes into the cache meanwhile where it is next.
-    const auto pixels = [&](int64_t first, int64_t rows, A* dz, A* du, A* dx_tile, bool x_next) {
-      std::vector<Segment<A>> segments;
-      for (int64_t c = 0; c < n; c += width) {
-        const int64_t cols = std::min(width, n - c), at = first * n + c;
-        A* const to = dz + c / width * panel_size;
-        k.apply(Shape{rows, cols, false}, norm.from(c), m0.data() + c, m1.data() + c, {dy + at, n}, {z + at, n},
-                {residual ? x(0) + at : nullptr, n}, {to, ld}, {residual ? du + c : nullptr, n});
-        segments.push_back({to, ld, cols});
-      }
-      for (size_t i = 0; i < in.xs.size(); ++i) {
-        const int64_t channels = in.xs[i].size(1);
-        Ahead ahead = x_next ? Ahead::of<const T>({x(i) + first * channels, channels}, rows, channels) : Ahead{};
-        for (int64_t c = 0; need_dx[i] && c < channels; c += kPanel) {
-          const int64_t panel = panel_at[i] + c / kPanel;
-          const A* b = packed.get() + panel * n * kPanel;
-          if (!x_next)
-            ahead = Ahead::of<const A>({packed.get() + (panel + 1) % panel_at.back() * n * kPanel, kPanel}, n, kPanel);
-          const Gemm<A> g = {
-              rows,  std::min(kPanel, channels - c), segments.data(), dz_panels, false, b, kPanel, nullptr, 0, false,
-              &ahead};
-          write_dx(g, residual && i == 0 ? du + c : nullptr, n, dx(i) + first * channels + c, channels, dx_tile);
+      parallel(panel_at.back(), n * kPanel, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const auto [i, c] = input_of(panel);
+          k.load({weight + in.offsets[i] + c, depth}, {packed.get() + panel * n * kPanel, kPanel}, n,
+                 std::min(kPanel, in.xs[i].size(1) - c));
         }
+      });
+    }
+    // dz of a tile of pixels, and of the residual du, as the left-hand side of dx.
+    const auto tail_gradient = [&](int64_t first, int64_t rows, A* dz, A* du) {
+      for (int64_t c = 0; c < n; c += width) {
+        const int64_t at = first * n + c;
+        k.apply(Shape{rows, std::min(width, n - c), false}, norm.from(c), m0.data() + c, m1.data() + c, {dy + at, n},
+                {z + at, n}, {residual ? x(0) + at : nullptr, n}, {dz + c / width * panel_size, ld},
+                {residual ? du + c : nullptr, n});
       }
+    };
+    // A panel of dx of a tile of pixels.
+    const auto input_gradient = [&](int64_t first, int64_t rows, const A* dz, const A* du, int64_t panel, A* dx_tile,
+                                    Ahead& ahead) {
+      const auto [i, c] = input_of(panel);
+      if (!need_dx[i]) return;
+      const int64_t channels = in.xs[i].size(1);
+      std::vector<Segment<A>> segments;
+      for (int64_t p = 0; p < dz_panels; ++p) {
+        segments.push_back({dz + p * panel_size, ld, std::min(width, n - p * width)});
+      }
+      const Gemm<A> g = {rows,
+                         std::min(kPanel, channels - c),
+                         segments.data(),
+                         dz_panels,
+                         false,
+                         packed.get() + panel * n * kPanel,
+                         kPanel,
+                         nullptr,
+                         0,
+                         false,
+                         &ahead};
+      write_dx(g, residual && i == 0 ? du + c : nullptr, n, dx(i) + first * channels + c, channels, dx_tile);
     };
     if (whole) {
       constexpr int64_t depth_block = 256;
-      const int64_t tile = tile_rows(total);
-      const Scratch<A> dz(dz_panels * panel_size);
-      parallel_queue(divide_up(total, tile), tile * n * depth / 16, [&](const auto& take) {
-        const Scratch<A> du(residual ? tile * n : 0), dx_tile(tile * kPanel);
+      const Scratch<A> dz(dz_panels * panel_size), du(residual ? total * n : 0);
+      constexpr int64_t block = 32;
+      parallel_queue(divide_up(total, block), block * n, [&](const auto& take) {
         for (int64_t i = take(); i >= 0; i = take()) {
-          pixels(i * tile, std::min(tile, total - i * tile), dz.get() + i * tile * ld, du.get(), dx_tile.get(), false);
+          tail_gradient(i * block, std::min(block, total - i * block), dz.get() + i * block * ld,
+                        du.get() + (residual ? i * block * n : 0));
+        }
+      });
+      const int64_t tile = tile_rows(total, n * depth);
+      const Tasks tasks(divide_up(total, tile), any_dx() ? panel_at.back() : 0);
+      parallel_queue(tasks.count, tile * n * depth / tasks.groups / 16, [&](const auto& take) {
+        const Scratch<A> dx_tile(tile * kPanel);
+        for (int64_t task = take(); task >= 0; task = take()) {
+          const int64_t first = task / tasks.groups * tile, end = tasks.end(task);
+          for (int64_t panel = tasks.begin(task); panel < end; ++panel) {
+            const A* next = packed.get() + (panel + 1 < end ? panel + 1 : tasks.begin(task)) * n * kPanel;
+            Ahead ahead = Ahead::of<const A>({next, kPanel}, n, kPanel);
+            input_gradient(first, std::min(tile, total - first), dz.get() + first * ld,
+                           du.get() + (residual ? first * n : 0), panel, dx_tile.get(), ahead);
+          }
         }
       });
       parallel_queue(panel_at.back(), total * n * kPanel / 16, [&](const auto& take) {
         const Scratch<A> x_block(depth_block * kPanel, true);
         for (int64_t task = take(); task >= 0; task = take()) {
-          const int64_t i = std::upper_bound(panel_at.begin(), panel_at.end(), task) - panel_at.begin() - 1;
-          const int64_t c = (task - panel_at[i]) * kPanel, channels = in.xs[i].size(1);
+          const auto [i, c] = input_of(task);
+          const int64_t channels = in.xs[i].size(1);
           const int64_t cols = std::min(kPanel, channels - c);
           // Packed, since rows a power of two apart would evict each other from the cache.
           for (int64_t first = 0; first < total; first += depth_block) {
@@ -137,7 +160,7 @@ struct Backward {
             for (int64_t p = 0; p < dz_panels; ++p) {
               const Segment<A> across = {dz.get() + p * panel_size + first * ld, ld, rows};
               k.gemm({std::min(width, n - p * width), cols, &across, 1, true, x_block.get(), kPanel,
-                      dw.get() + p * width * depth + in.offsets[i] + c, depth, first > 0, &next});
+                      dw[0] + p * width * depth + in.offsets[i] + c, depth, first > 0, &next});
             }
           }
         }
@@ -147,11 +170,21 @@ struct Backward {
     at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
       const Scratch<A> dz(rows_max * ld), du(residual ? rows_max * n : 0), wide(rows_max * widest, true),
           dx_tile(rows_max * kPanel);
+      Ahead x_ahead;
       for (int64_t slice = begin; slice < end; ++slice) {
         const int64_t start = total * slice / slices, last = total * (slice + 1) / slices;
         for (int64_t first = start; first < last; first += rows_max) {
           const int64_t rows = std::min(rows_max, last - first);
-          pixels(first, rows, dz.get(), du.get(), dx_tile.get(), need_dw);
+          tail_gradient(first, rows, dz.get(), du.get());
+          // x comes into the cache meanwhile, for dW.
+          for (int64_t panel = 0; any_dx() && panel < panel_at.back(); ++panel) {
+            const auto [i, c] = input_of(panel);
+            if (c == 0) {
+              const int64_t channels = in.xs[i].size(1);
+              x_ahead = need_dw ? Ahead::of<const T>({x(i) + first * channels, channels}, rows, channels) : Ahead{};
+            }
+            input_gradient(first, rows, dz.get(), du.get(), panel, dx_tile.get(), x_ahead);
+          }
           const Segment<A> across = {dz.get(), ld, rows};
           const int64_t next = first + rows, next_rows = std::min(rows_max, last - next);
           Ahead ahead[2] = {Ahead::of<const T>({z + next * n, n}, next_rows, n),
@@ -159,15 +192,15 @@ struct Backward {
           for (size_t i = 0; need_dw && i < in.xs.size(); ++i) {
             const int64_t channels = in.xs[i].size(1);
             const Strided<const A> b = operand(x(i) + first * channels, rows, channels, wide.get());
-            k.gemm({n, channels, &across, 1, true, b.data, b.ld, dw.get() + slice * n * depth + in.offsets[i], depth,
-                    first > start, &ahead[i % 2]});
+            k.gemm({n, channels, &across, 1, true, b.data, b.ld, dw[slice] + in.offsets[i], depth, first > start,
+                    &ahead[i % 2]});
           }
         }
       }
     });
   }
 
-  void contiguous(const T* weight, Scratch<A>& dw, int64_t slices) const {
+  void contiguous(const T* weight, const std::vector<A*>& dw, int64_t slices) const {
     const int64_t n = in.out_channels, depth = in.in_channels, pixels = in.pixels;
     const int64_t ld = kPanel + kPad, ld_w = depth + kPad, tiles_per_image = divide_up(pixels, kPanel);
     const int64_t tiles = in.images * tiles_per_image;
@@ -195,8 +228,8 @@ struct Backward {
               const int64_t ld_x = round_up(channels, kPad);
               k.load_transposed({x(i) + x_at, pixels}, {across.get(), ld_x}, channels, cols);
               const Segment<A> segment = {dz.get(), ld, cols};
-              k.gemm({n, channels, &segment, 1, false, across.get(), ld_x, dw.get() + slice * n * depth + in.offsets[i],
-                      depth, tile > tiles * slice / slices});
+              k.gemm({n, channels, &segment, 1, false, across.get(), ld_x, dw[slice] + in.offsets[i], depth,
+                      tile > tiles * slice / slices});
             }
           }
         }
@@ -224,6 +257,7 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
     dxs.push_back(need_dx[i] ? empty_output(in.xs[i].sizes(), options.memory_format(format)) : at::empty({0}, options));
   }
   Tensor dweight = need_dw ? at::empty_like(weight) : at::empty({0}, options);
+  want_huge_pages(dweight.mutable_data_ptr(), dweight.nbytes());
   const int64_t size = in.out_channels * in.in_channels;
   // A slice must be worth a thread, since it costs a private dW, and must have a tile, since its first one writes that.
   const int64_t tiles = in.channels_last ? in.total() / 24 : in.images * divide_up(in.pixels, kPanel);
@@ -237,7 +271,14 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
         in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
     const bool whole = in.channels_last && need_dw && 2 * slices * in.in_channels > 3 * in.total();
     const int64_t sums = whole ? 1 : slices;
-    Scratch<A> dw(need_dw ? sums * size : 0, in.total() == 0);
+    // The first sum is formed in its place where that holds A. A 1x1 weight's values lie in the same order in every
+    // memory format it can have.
+    constexpr bool in_place = std::is_same_v<scalar_t, A>;
+    scalar_t* out = dweight.mutable_data_ptr<scalar_t>();
+    const Scratch<A> scratch(need_dw ? (in_place ? sums - 1 : sums) * size : 0);
+    std::vector<A*> dw;
+    for (int64_t s = 0; need_dw && s < sums; ++s) dw.push_back(scratch.get() + (in_place ? s - 1 : s) * size);
+    if (need_dw && in_place) dw[0] = reinterpret_cast<A*>(out);
     if (in.total() > 0 && in.out_channels > 0) {
       if (in.channels_last) {
         run.channels_last(w.const_data_ptr<scalar_t>(), dw, slices, whole);
@@ -246,13 +287,12 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
       }
     }
     if (need_dw) {
-      // A 1x1 weight's values lie in the same order in every memory format it can have.
-      scalar_t* out = dweight.mutable_data_ptr<scalar_t>();
+      if (in.total() == 0) std::fill_n(dw[0], size, A(0));
       at::parallel_for(0, size, 16384, [&](int64_t begin, int64_t end) {
-        for (int64_t s = 1; s < sums; ++s) {
-          for (int64_t i = begin; i < end; ++i) dw.get()[i] += dw.get()[s * size + i];
+        for (int64_t s = 1; in.total() > 0 && s < sums; ++s) {
+          for (int64_t i = begin; i < end; ++i) dw[0][i] += dw[s][i];
         }
-        run.k.store({dw.get() + begin, 0}, {out + begin, 0}, 1, end - begin);
+        if constexpr (!in_place) run.k.store({dw[0] + begin, 0}, {out + begin, 0}, 1, end - begin);
       });
     }
   });

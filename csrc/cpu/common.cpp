@@ -18,18 +18,25 @@ Act parse_act(std::string_view name) {
   TORCH_CHECK_VALUE(false, "act: unknown activation '", std::string(name), "'");
 }
 
-Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor out = at::empty(sizes, options);
+void want_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // The whole huge pages inside alone: their neighbours belong to other tensors, and memory in use must not grow.
+  // The whole huge pages inside alone: their neighbours belong to others, and memory in use must not grow.
   constexpr size_t huge = size_t{1} << 21, enough = 2 * huge;
-  if (out.nbytes() >= enough) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()), end = begin + out.nbytes();
+  if (bytes >= enough) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
     const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
     // Refused where the system has none, and then nothing is lost.
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   }
+#else
+  (void)data;
+  (void)bytes;
 #endif
+}
+
+Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor out = at::empty(sizes, options);
+  want_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return out;
 }
 

@@ -50,6 +50,10 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 
 Act parse_act(std::string_view name);
 
+// Asks for huge pages where the memory is large: a fault for every 4 KB of a fresh block costs more than a pass over
+// it.
+void want_huge_pages(void* data, size_t bytes);
+
 // at::empty for what a kernel is about to write whole. A large one asks for huge pages: memory fresh from the system is
 // faulted in page by page, which takes several times as long as writing it.
 Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options);
@@ -130,6 +134,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t n, bool zero = false)
       : data_(static_cast<A*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(A), std::align_val_t(64)))) {
+    want_huge_pages(data_, n * sizeof(A));
     if (zero) {
       std::fill_n(data_, n, A(0));
     } else {
