@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "aggregate.h"
-#include "winograd.h"
+#include "convolution.h"
 
 namespace dla_fast::cpu {
 
@@ -53,11 +53,10 @@ Tensor MergeInputs::output(const Tensor& weight) const {
 
 namespace {
 
-template <class T>
-Winograd<T> convolution(const MergeInputs& in, const Tensor& weight) {
-  std::vector<typename Winograd<T>::Panel> panels;
-  Winograd<T>::add_panels(panels, 0, in.out_channels);
-  return Winograd<T>(in, Taps<T>(weight, false), std::move(panels));
+std::vector<Panel> all_panels(const MergeInputs& in) {
+  std::vector<Panel> panels;
+  Panel::add(panels, 0, in.out_channels);
+  return panels;
 }
 
 // The part of an output that a row of pixels covers.
@@ -85,11 +84,11 @@ Tensor merge_inference(at::TensorList xs, at::TensorList up_weights, const Tenso
     using A = acc_t<scalar_t>;
     const NormVectors<A> norm(running_mean, running_var, conv_bias, bn_weight, bn_bias, eps, act, slope);
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
-    convolution<scalar_t>(in, weight)
-        .run([&](const Shape& shape, const auto& row, int64_t channel, Strided<const A> z) {
-          kernels<scalar_t>().tail_accumulated(shape, norm.from(channel), z, {nullptr, 0},
-                                               row_at(out, in, row.image, row.h, row.w, channel));
-        });
+    convolve<scalar_t>(in, weight, false, all_panels(in),
+                       [&](const Shape& shape, const PixelRow& row, int64_t channel, Strided<const A> z) {
+                         kernels<scalar_t>().tail_accumulated(shape, norm.from(channel), z, {nullptr, 0},
+                                                              row_at(out, in, row.image, row.h, row.w, channel));
+                       });
   });
   return y;
 }
@@ -113,17 +112,17 @@ std::tuple<Tensor, Tensor, Tensor> merge_stage(at::TensorList xs, at::TensorList
       if (moments) MomentPartials<A>(0, channels).finalise(mean, var);
       return;
     }
-    const Winograd<scalar_t> conv = convolution<scalar_t>(in, weight);
-    MomentPartials<A> partials(moments ? conv.moment_groups() : 0, channels);
+    MomentPartials<A> partials(moments ? grid_of(in).moment_groups() : 0, channels);
     scalar_t* out = z.mutable_data_ptr<scalar_t>();
-    conv.run([&](const Shape& shape, const auto& row, int64_t channel, Strided<const A> acc) {
+    const auto keep = [&](const Shape& shape, const PixelRow& row, int64_t channel, Strided<const A> acc) {
       const Strided<scalar_t> to = row_at(out, in, row.image, row.h, row.w, channel);
       k.store(acc, to, shape.rows, shape.cols);
       if (!moments) return;
       const int64_t at = row.group * channels + channel;
       k.moments(shape, {to.data, to.ld}, &partials.mean[at], &partials.m2[at], &partials.delta[at]);
       if (channel == 0) partials.count[row.group] = shape.channels_are_rows ? shape.cols : shape.rows;
-    });
+    };
+    convolve<scalar_t>(in, weight, false, all_panels(in), keep);
     if (moments) partials.finalise(mean, var);
   });
   if (moments) {

@@ -5,10 +5,10 @@
 // upsampled input is upsampled again rather than kept, and no gradient of a concat exists.
 
 #include "aggregate.h"
+#include "convolution.h"
 #include "merge.h"
 #include "tail.h"
 #include "upsample.h"
-#include "winograd.h"
 
 namespace dla_fast::cpu {
 namespace {
@@ -32,29 +32,30 @@ std::vector<Tensor> input_gradients(const Tensor& dz, const MergeInputs& in, con
   using A = acc_t<T>;
   std::vector<Tensor> dxs;
   std::vector<T*> out;
-  std::vector<typename Winograd<T>::Panel> panels;
+  std::vector<Panel> panels;
   for (size_t i = 0; i < in.xs.size(); ++i) {
     const int64_t channels = in.xs[i].size(1);
     dxs.push_back(needed.get(i) ? empty_output({in.images, channels, in.height, in.width},
                                                dz.options().memory_format(format_of(in.channels_last)))
                                 : at::empty({0}, dz.options().memory_format(std::nullopt)));
     out.push_back(dxs.back().template mutable_data_ptr<T>());
-    if (needed.get(i)) Winograd<T>::add_panels(panels, in.offsets[i], channels);
+    if (needed.get(i)) Panel::add(panels, in.offsets[i], channels);
   }
   if (panels.empty() || in.empty()) return dxs;
   MergeInputs gradient({dz}, {}, {1}, weight.transpose(0, 1));
   gradient.channels_last = in.channels_last;
   const int64_t pixels = in.height * in.width;
-  Winograd<T>(gradient, Taps<T>(weight, true), std::move(panels))
-      .run([&](const Shape& shape, const auto& row, int64_t channel, Strided<const A> z) {
-        size_t i = in.offsets.size() - 1;
-        while (in.offsets[i] > channel) --i;
-        const int64_t channels = in.xs[i].size(1), c = channel - in.offsets[i], pixel = row.h * in.width + row.w;
-        const Strided<T> to = in.channels_last
-                                  ? Strided<T>{out[i] + (row.image * pixels + pixel) * channels + c, channels}
-                                  : Strided<T>{out[i] + (row.image * channels + c) * pixels + pixel, pixels};
-        kernels<T>().store(z, to, shape.rows, shape.cols);
-      });
+  convolve<T>(gradient, weight, true, std::move(panels),
+              [&](const Shape& shape, const PixelRow& row, int64_t channel, Strided<const A> z) {
+                size_t i = in.offsets.size() - 1;
+                while (in.offsets[i] > channel) --i;
+                const int64_t channels = in.xs[i].size(1), c = channel - in.offsets[i],
+                              pixel = row.h * in.width + row.w;
+                const Strided<T> to = in.channels_last
+                                          ? Strided<T>{out[i] + (row.image * pixels + pixel) * channels + c, channels}
+                                          : Strided<T>{out[i] + (row.image * channels + c) * pixels + pixel, pixels};
+                kernels<T>().store(z, to, shape.rows, shape.cols);
+              });
   return dxs;
 }
 

@@ -21,9 +21,11 @@ TileGrid::Block TileGrid::operator[](int64_t i) const {
   return {i / col_blocks / row_blocks, h, w, std::min(2 * rows, height - h), std::min(2 * cols, width - w)};
 }
 
-int64_t tiles_of_block(int64_t in_channels, int64_t out_channels) {
+TileGrid grid_of(const MergeInputs& in) {
+  // Few enough tiles for the second-level cache to hold them before and after the products, or where it cannot, so many
+  // that the weight passes by less often.
   constexpr int64_t few = 48, many = 96, cached = 3 << 17;
-  return few * 16 * (in_channels + out_channels) <= cached ? few : many;
+  return {in.images, in.height, in.width, few * 16 * (in.in_channels + in.out_channels) <= cached ? few : many};
 }
 
 namespace {
