@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "aggregate.h"
+#include "aggregate_bf16.h"
 #include "tail.h"
 
 namespace dla_fast::cpu {
@@ -30,6 +31,17 @@ struct Backward {
   T* dx(size_t i) const { return dxs[i].template mutable_data_ptr<T>(); }
   const T* x(size_t i) const { return in.xs[i].template const_data_ptr<T>(); }
   bool any_dx() const { return std::find(need_dx.begin(), need_dx.end(), true) != need_dx.end(); }
+
+  // All of it in bfloat16 instructions, where there are such products for T.
+  bool by_bf16([[maybe_unused]] const T* weight, [[maybe_unused]] T* dweight) const {
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      const Bf16Kernels* products = bf16_kernels();
+      if (products == nullptr || in.total() == 0 || in.out_channels == 0) return false;
+      Bf16Backward(in, *products, {norm, m0, m1, dy, z, weight, residual, need_dx, dxs, dweight}).run();
+      return true;
+    }
+    return false;
+  }
 
   // Rows of b as the GEMM may read them: in place where they are A and end on a vector, else widened into scratch.
   Strided<const A> operand(const T* data, int64_t rows, int64_t cols, A* scratch) const {
@@ -269,6 +281,7 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
                          m1 = batch_term<A>(sum_dy_xhat, count, in.out_channels);
     const Backward<scalar_t, A> run = {
         in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
+    if (run.by_bf16(w.const_data_ptr<scalar_t>(), need_dw ? dweight.mutable_data_ptr<scalar_t>() : nullptr)) return;
     const bool whole = in.channels_last && need_dw && 2 * slices * in.in_channels > 3 * in.total();
     const int64_t sums = whole ? 1 : slices;
     // The first sum is formed in its place where that holds A. A 1x1 weight's values lie in the same order in every

@@ -24,7 +24,8 @@ struct Bf16Segment {
 };
 
 // c[m x n] = sum over segments of a_s * b_s, where the b_s lie one after the other in each panel of b. c is scratch:
-// rows up to kBf16Block and columns up to the next multiple of that may be written beyond.
+// rows up to kBf16Block and columns up to the next multiple of that may be written beyond. With `add` the sum is added
+// to c, and m is a multiple of kBf16Block: rows that are computed twice would be added twice.
 struct Bf16Gemm {
   int64_t m, n;
   const Bf16Segment* segments;
@@ -33,6 +34,7 @@ struct Bf16Gemm {
   int64_t panel_stride;
   float* c;
   int64_t ldc;
+  bool add = false;
 };
 
 // Columns of a right-hand matrix, from `begin` on, in blocks from `to`. Where `last`, zeros fill the last block.
@@ -49,6 +51,8 @@ struct Bf16Kernels {
   void (*pack_transposed)(Strided<const c10::BFloat16> src, int64_t columns, int64_t depth, c10::BFloat16* to);
   // Columns from depth x count values.
   void (*pack)(Strided<const c10::BFloat16> src, int64_t depth, const Bf16Columns& columns);
+  // dst (cols x rows) from src (rows x cols), with zeros to the end of every row's last step.
+  void (*transpose)(Strided<const c10::BFloat16> src, int64_t rows, int64_t cols, Strided<c10::BFloat16> dst);
   // Prepares a thread for gemm, and leaves it as it was found; null where there is nothing to do.
   void (*enter)(void* state);
   void (*leave)(const void* state);

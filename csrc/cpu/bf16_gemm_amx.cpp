@@ -44,10 +44,19 @@ void leave(const void* state) {
 // Rows from i0 and from i1 (two tiles of a, or the first alone) by one or two blocks of b.
 template <int ROWS, int BLOCKS>
 inline void micro(const Bf16Gemm& g, int64_t i0, int64_t i1, const BFloat16* b, float* c) {
-  _tile_zero(0);
-  if constexpr (BLOCKS == 2) _tile_zero(1);
-  if constexpr (ROWS == 2) _tile_zero(2);
-  if constexpr (ROWS == 2 && BLOCKS == 2) _tile_zero(3);
+  const int64_t ld = g.ldc * static_cast<int64_t>(sizeof(float));
+  float *const c0 = c + i0 * g.ldc, *const c1 = c + i1 * g.ldc;
+  if (g.add) {
+    _tile_loadd(0, c0, ld);
+    if constexpr (BLOCKS == 2) _tile_loadd(1, c0 + kBf16Block, ld);
+    if constexpr (ROWS == 2) _tile_loadd(2, c1, ld);
+    if constexpr (ROWS == 2 && BLOCKS == 2) _tile_loadd(3, c1 + kBf16Block, ld);
+  } else {
+    _tile_zero(0);
+    if constexpr (BLOCKS == 2) _tile_zero(1);
+    if constexpr (ROWS == 2) _tile_zero(2);
+    if constexpr (ROWS == 2 && BLOCKS == 2) _tile_zero(3);
+  }
   for (int64_t s = 0; s < g.segment_count; ++s) {
     const Bf16Segment& segment = g.segments[s];
     const BFloat16* a0 = segment.a + i0 * segment.lda;
@@ -71,11 +80,10 @@ inline void micro(const Bf16Gemm& g, int64_t i0, int64_t i1, const BFloat16* b, 
       b += kBf16PanelStep;
     }
   }
-  const int64_t stride = g.ldc * static_cast<int64_t>(sizeof(float));
-  _tile_stored(0, c + i0 * g.ldc, stride);
-  if constexpr (BLOCKS == 2) _tile_stored(1, c + i0 * g.ldc + kBf16Block, stride);
-  if constexpr (ROWS == 2) _tile_stored(2, c + i1 * g.ldc, stride);
-  if constexpr (ROWS == 2 && BLOCKS == 2) _tile_stored(3, c + i1 * g.ldc + kBf16Block, stride);
+  _tile_stored(0, c0, ld);
+  if constexpr (BLOCKS == 2) _tile_stored(1, c0 + kBf16Block, ld);
+  if constexpr (ROWS == 2) _tile_stored(2, c1, ld);
+  if constexpr (ROWS == 2 && BLOCKS == 2) _tile_stored(3, c1 + kBf16Block, ld);
 }
 
 template <int BLOCKS>
@@ -106,8 +114,8 @@ void gemm(const Bf16Gemm& g) {
 }  // namespace
 
 const Bf16Kernels& kernels() {
-  static const Bf16Kernels table = {&gemm, avx512_bf16::kernels().pack_transposed, avx512_bf16::kernels().pack, &enter,
-                                    &leave};
+  const Bf16Kernels& shared = avx512_bf16::kernels();
+  static const Bf16Kernels table = {&gemm, shared.pack_transposed, shared.pack, shared.transpose, &enter, &leave};
   return table;
 }
 

@@ -31,7 +31,7 @@ inline int64_t least(int64_t a, int64_t b) {
 }
 
 template <int BLOCKS>
-inline void micro(const Bf16Gemm& g, int64_t row, const BFloat16* b, float* c) {
+inline void micro(const Bf16Gemm& g, int64_t row, int64_t done, const BFloat16* b, float* c) {
   __m512 acc[kRows][BLOCKS];
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
@@ -60,7 +60,12 @@ inline void micro(const Bf16Gemm& g, int64_t row, const BFloat16* b, float* c) {
   }
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < BLOCKS; ++j) _mm512_storeu_ps(c + (row + i) * g.ldc + j * kBf16Block, acc[i][j]);
+    if (i < done) continue;
+#pragma GCC unroll 2
+    for (int j = 0; j < BLOCKS; ++j) {
+      float* to = c + (row + i) * g.ldc + j * kBf16Block;
+      _mm512_storeu_ps(to, g.add ? _mm512_add_ps(_mm512_loadu_ps(to), acc[i][j]) : acc[i][j]);
+    }
   }
 }
 
@@ -69,11 +74,11 @@ void gemm(const Bf16Gemm& g) {
     const BFloat16* b = g.b + j / kBf16Panel * g.panel_stride;
     for (int64_t i = 0; i < g.m; i += kRows) {
       // The last rows once more rather than a kernel for every rest; c is scratch.
-      const int64_t row = g.m < kRows ? 0 : least(i, g.m - kRows);
+      const int64_t row = g.m < kRows ? 0 : least(i, g.m - kRows), done = i - row;
       if (g.n - j > kBf16Block) {
-        micro<2>(g, row, b, g.c + j);
+        micro<2>(g, row, done, b, g.c + j);
       } else {
-        micro<1>(g, row, b, g.c + j);
+        micro<1>(g, row, done, b, g.c + j);
       }
     }
   }
@@ -156,10 +161,31 @@ void pack(Strided<const BFloat16> src, int64_t depth, const Bf16Columns& columns
   }
 }
 
+void transpose(Strided<const BFloat16> src, int64_t rows, int64_t cols, Strided<BFloat16> dst) {
+  for (int64_t k = 0; k < cols; k += kBf16Step) {
+    const int64_t width = least(cols - k, kBf16Step);
+    const __mmask32 mask = width < kBf16Step ? (__mmask32{1} << width) - 1 : ~__mmask32{0};
+    for (int64_t j = 0; j < (rows + kBf16Step - 1) / kBf16Step * kBf16Step; j += 16) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        r[i] = j + i < rows ? _mm512_maskz_loadu_epi16(mask, src.data + (j + i) * src.ld + k) : _mm512_setzero_si512();
+      }
+      transpose16(r);
+      BFloat16* to = dst.data + k * dst.ld + j;
+      for (int i = 0; 2 * i < width; ++i, to += 2 * dst.ld) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(r[i]));
+        if (2 * i + 1 == width) break;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + dst.ld),
+                            _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[i], 16)));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 const Bf16Kernels& kernels() {
-  static const Bf16Kernels table = {&gemm, &pack_transposed, &pack, nullptr, nullptr};
+  static const Bf16Kernels table = {&gemm, &pack_transposed, &pack, &transpose, nullptr, nullptr};
   return table;
 }
 
