@@ -72,4 +72,8 @@ class Bf16Convolution {
   Scratch<T> packed_;           // two panels of bf16_gemm.h for each of ours
 };
 
+// Gradient of the weight, laid out like it, in float; xs are the inputs of `in` at the size of dz.
+Tensor bf16_weight_gradient(const Bf16Kernels& kernels, const Tensor& dz, const MergeInputs& in,
+                            const std::vector<Tensor>& xs, const Tensor& weight);
+
 }  // namespace dla_fast::cpu

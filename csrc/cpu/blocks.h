@@ -198,4 +198,39 @@ void for_rows(const MergeInputs& in, const TileGrid& grid, const TileGrid::Block
   }
 }
 
+// The gradient of a 3x3 weight, in pieces of `deep` input channels by `wide` output channels. A task sums one over the
+// blocks of the map, or where there are fewer pieces than threads over a part of them; the parts are added in order.
+template <class A>
+class WeightSums {
+ public:
+  struct Piece {
+    size_t input;
+    int64_t channel, depth;  // of that input
+    int64_t out, width;      // of dz
+  };
+
+  WeightSums(const MergeInputs& in, const Tensor& weight, int64_t blocks, int64_t deep, int64_t wide);
+
+  int64_t tasks() const { return static_cast<int64_t>(pieces_.size()) * parts_; }
+  int64_t blocks_per_task() const { return divide_up(blocks_, parts_); }
+  const Piece& piece(int64_t task) const { return pieces_[task / parts_]; }
+  int64_t first_block(int64_t task) const { return blocks_ * (task % parts_) / parts_; }
+  int64_t last_block(int64_t task) const { return blocks_ * (task % parts_ + 1) / parts_; }
+
+  // Where the sums of a task are to lie: rows of `wide` values, in the order of the weight.
+  int64_t per_tap() const { return (taps_apart_ ? deep_ : 1) * wide_; }
+  int64_t per_channel() const { return (taps_apart_ ? 1 : 9) * wide_; }
+  void store(int64_t task, const A* taps);
+
+  // Laid out like the weight.
+  Tensor result() const;
+
+ private:
+  const MergeInputs& in_;
+  int64_t blocks_, deep_, wide_, parts_;
+  bool taps_apart_;
+  std::vector<Piece> pieces_;
+  Tensor sums_;
+};
+
 }  // namespace dla_fast::cpu

@@ -24,4 +24,14 @@ void convolve(const MergeInputs& in, const Tensor& weight, bool adjoint, std::ve
   Winograd<T>(in, Taps<T>(weight, adjoint), std::move(panels)).run(epilogue);
 }
 
+// Gradient of the weight, laid out like it and in the accumulation type; xs are the inputs of `in` at the size of dz.
+template <class T>
+Tensor convolution_weight_gradient(const Tensor& dz, const MergeInputs& in, const std::vector<Tensor>& xs,
+                                   const Tensor& weight) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (const Bf16Kernels* products = bf16_kernels()) return bf16_weight_gradient(*products, dz, in, xs, weight);
+  }
+  return winograd_weight_gradient<T>(dz, in, xs, weight);
+}
+
 }  // namespace dla_fast::cpu

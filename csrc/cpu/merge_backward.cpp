@@ -88,7 +88,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_backward(
                           .contiguous(format);
     DLA_DISPATCH_FLOATING(weight.scalar_type(), "merge_backward", [&] {
       dxs = input_gradients<scalar_t>(dz, in, weight, need_full);
-      if (need_dw) dw = like(winograd_weight_gradient<scalar_t>(dz, in, in.all_full(), weight), weight);
+      if (need_dw) dw = like(convolution_weight_gradient<scalar_t>(dz, in, in.all_full(), weight), weight);
     });
   }
   for (size_t i = 0; i < in.xs.size(); ++i) {
