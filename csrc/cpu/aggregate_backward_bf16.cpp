@@ -36,6 +36,7 @@ struct Bf16Backward::Buffers {
   Scratch<BFloat16> dz;      // channels_last: rows of pixels; contiguous: packed
   Scratch<BFloat16> across;  // of tasks that do not leave it behind
   int64_t ld_du;
+  bool dz_wanted;  // dx is formed from it
 };
 
 Bf16Backward::Bf16Backward(const AggregateInputs& in, const Bf16Kernels& kernels, const Args& args)
@@ -72,16 +73,10 @@ void Bf16Backward::run() const {
 
 void Bf16Backward::inputs_gradients(BFloat16* dz_all) const {
   const int64_t n = in_.out_channels, depth = in_.in_channels, inputs = static_cast<int64_t>(in_.xs.size());
-  const bool any_dx = std::find(args_.need_dx.begin(), args_.need_dx.end(), true) != args_.need_dx.end();
-  if (!any_dx && dz_all == nullptr) return;
   // Pieces of dx: so many channels of an input.
   const int64_t piece = in_.channels_last ? kPartColumns : kPartRows;
   std::vector<int64_t> panel_at(inputs + 1, 0);
   for (int64_t i = 0; i < inputs; ++i) panel_at[i + 1] = panel_at[i] + divide_up(in_.xs[i].size(1), kBf16Panel);
-  // channels_last: W_i in panels, the right-hand sides. contiguous: W^T, the left-hand side.
-  const int64_t panel_values = depth_ * kBf16Panel;
-  const Scratch<BFloat16> weight(
-      !any_dx ? 0 : (in_.channels_last ? panel_at.back() * panel_values : (depth + kBf16Block) * depth_));
   struct Piece {
     int64_t input, channel, panel;
   };
@@ -92,6 +87,11 @@ void Bf16Backward::inputs_gradients(BFloat16* dz_all) const {
     }
   }
   const int64_t count = static_cast<int64_t>(pieces.size()), tiles = static_cast<int64_t>(tiles_.size());
+  if (count == 0 && dz_all == nullptr) return;
+  // channels_last: W_i in panels, the right-hand sides. contiguous: W^T, the left-hand side.
+  const int64_t panel_values = depth_ * kBf16Panel;
+  const Scratch<BFloat16> weight(
+      count == 0 ? 0 : (in_.channels_last ? panel_at.back() * panel_values : (depth + kBf16Block) * depth_));
   parallel(count, piece * n / 4, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const auto& [input, channel, panel] = pieces[p];
@@ -115,9 +115,10 @@ void Bf16Backward::inputs_gradients(BFloat16* dz_all) const {
         Scratch<float>(in_.channels_last ? std::max(kFormed, 4 * n) : std::max(kFormed, tile_pixels_)),
         Scratch<float>(args_.residual ? tile_pixels_ * n : 0),
         Scratch<float>(kPartRowsMost * (in_.channels_last ? kPartColumns : tile_pixels_)),
-        Scratch<BFloat16>(any_dx || in_.channels_last ? dz_values : 0, in_.channels_last),
+        Scratch<BFloat16>(count > 0 || in_.channels_last ? dz_values : 0, in_.channels_last),
         Scratch<BFloat16>(dz_all == nullptr || groups > 1 ? tile_values() : 0),
-        in_.channels_last ? n : tile_pixels_};
+        in_.channels_last ? n : tile_pixels_,
+        count > 0};
     for (int64_t task = take(); task >= 0; task = take()) {
       const PixelTile& tile = tiles_[task / groups];
       const int64_t group = task % groups;
@@ -175,7 +176,7 @@ void Bf16Backward::form_contiguous(const PixelTile& tile, BFloat16* across, cons
       }
     }
   }
-  kernels_.pack({across, ld_}, n, {to.dz.get(), depth_ * kBf16Panel, 0, tile.columns, true});
+  if (to.dz_wanted) kernels_.pack({across, ld_}, n, {to.dz.get(), depth_ * kBf16Panel, 0, tile.columns, true});
 }
 
 void Bf16Backward::dx_channels_last(const PixelTile& tile, int64_t input, int64_t channel,
