@@ -70,6 +70,17 @@ def test_doctor_json(capsys, monkeypatch):
     assert facts["backend"]["table"][0]["backends"]["reference"] is None
 
 
+def test_doctor_tells_the_instruction_set_of_the_kernels(capsys, monkeypatch):
+    if _extension.STATUS.loaded:
+        from dla_fast import _C
+
+        assert cli.main(["doctor"]) == 0
+        assert f"instruction set  {_C.cpu_isa()}\n" in capsys.readouterr().out
+    monkeypatch.setattr(_extension, "STATUS", dataclasses.replace(_extension.STATUS, loaded=False))
+    assert cli.main(["doctor"]) == 0
+    assert f"instruction set  {torch.backends.cpu.get_cpu_capability()} (of torch)\n" in capsys.readouterr().out
+
+
 def test_doctor_shows_a_forced_backend_that_cannot_run(capsys):
     reason = backend.can_run("cuda", "upsample", "cpu", torch.float32)
     assert reason is not None
@@ -94,7 +105,7 @@ def test_doctor_tells_of_the_cuda_kernels(monkeypatch, capsys):
     assert "DLA_FAST_BUILD_CUDA" not in out
 
 
-@pytest.mark.parametrize("broken", ["_cuda_devices", "_cpu_name", "_version", "explain"])
+@pytest.mark.parametrize("broken", ["_cuda_devices", "_cpu_name", "_instruction_set", "_version", "explain"])
 def test_doctor_survives_what_is_broken(capsys, monkeypatch, broken):
     def fail(*_):
         raise OSError("it is broken")

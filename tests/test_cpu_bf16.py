@@ -45,6 +45,26 @@ def node(
     return xs, [weight.to(torch.bfloat16), torch.ones(out_channels), *norm, torch.rand(out_channels) + 0.5]
 
 
+def amid_nan(t: Tensor) -> Tensor:
+    """The same inside memory full of NaN, which a product with a zero would carry on."""
+    memory = torch.full((t.numel() + 4096,), float("nan"), dtype=t.dtype)
+    inside = memory[2048 : 2048 + t.numel()].as_strided(t.shape, t.stride(), memory.storage_offset() + 2048)
+    return inside.copy_(t)
+
+
+def passes_with(name: str, file: str) -> None:
+    """The tests of a file, with at most this instruction set."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", "not lesser"],
+        env={**os.environ, "DLA_FAST_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{name}\n{done.stdout[-3000:]}"
+    assert " passed" in done.stdout
+
+
 def exact(xs: list[Tensor], weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     z = F.conv2d(torch.cat([x.double() for x in xs], 1), weight.double())
     return F.batch_norm(z, mean.double(), var.double(), gamma.double(), beta.double(), False, 0.0, 1e-5)
@@ -123,13 +143,7 @@ def test_moments_are_those_of_the_stored_map(poisoned, layout, size, threads):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [(32, 64), (31, 5), (32, 7)], ids=str)
 def test_neighbours_do_not_leak(layout, channels):
-    """Inputs and weight lie inside memory full of NaN, which a product with a zero would carry on."""
     xs, params = node(channels, 24, (1, 5, 5), layout)
-
-    def amid_nan(t: Tensor) -> Tensor:
-        memory = torch.full((t.numel() + 4096,), float("nan"), dtype=t.dtype)
-        inside = memory[2048 : 2048 + t.numel()].as_strided(t.shape, t.stride())
-        return inside.copy_(t)
 
     with torch.no_grad():
         expected = functional.aggregate(xs, *params, training=False)
@@ -232,12 +246,4 @@ def test_the_lesser_products_hold_too():
     if isa() != "amx":
         pytest.skip("nothing lesser here than what the other tests have run")
     for name in ("avx512_bf16", "avx512"):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not lesser"],
-            env={**os.environ, "DLA_FAST_CPU_ISA": name},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{name}\n{done.stdout[-3000:]}"
-        assert " passed" in done.stdout
+        passes_with(name, __file__)

@@ -22,12 +22,6 @@ constexpr int64_t kFormed = 8192;
 // weight's or the input's panels they fit a second-level cache.
 constexpr int64_t kTileBytes = 512 * 1024, kDepthValues = 256 * 1024;
 
-void add_rows(Strided<const float> from, Strided<float> to, int64_t rows, int64_t cols) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < cols; ++c) to.data[r * to.ld + c] += from.data[r * from.ld + c];
-  }
-}
-
 }  // namespace
 
 // A thread's memory for a tile.
@@ -36,6 +30,7 @@ struct Bf16Backward::Buffers {
   Scratch<BFloat16> dz;      // channels_last: rows of pixels; contiguous: packed
   Scratch<BFloat16> across;  // of tasks that do not leave it behind
   int64_t ld_du;
+  bool dz_wanted;  // dx is formed from it
 };
 
 Bf16Backward::Bf16Backward(const AggregateInputs& in, const Bf16Kernels& kernels, const Args& args)
@@ -72,16 +67,10 @@ void Bf16Backward::run() const {
 
 void Bf16Backward::inputs_gradients(BFloat16* dz_all) const {
   const int64_t n = in_.out_channels, depth = in_.in_channels, inputs = static_cast<int64_t>(in_.xs.size());
-  const bool any_dx = std::find(args_.need_dx.begin(), args_.need_dx.end(), true) != args_.need_dx.end();
-  if (!any_dx && dz_all == nullptr) return;
   // Pieces of dx: so many channels of an input.
   const int64_t piece = in_.channels_last ? kPartColumns : kPartRows;
   std::vector<int64_t> panel_at(inputs + 1, 0);
   for (int64_t i = 0; i < inputs; ++i) panel_at[i + 1] = panel_at[i] + divide_up(in_.xs[i].size(1), kBf16Panel);
-  // channels_last: W_i in panels, the right-hand sides. contiguous: W^T, the left-hand side.
-  const int64_t panel_values = depth_ * kBf16Panel;
-  const Scratch<BFloat16> weight(
-      !any_dx ? 0 : (in_.channels_last ? panel_at.back() * panel_values : (depth + kBf16Block) * depth_));
   struct Piece {
     int64_t input, channel, panel;
   };
@@ -92,6 +81,11 @@ void Bf16Backward::inputs_gradients(BFloat16* dz_all) const {
     }
   }
   const int64_t count = static_cast<int64_t>(pieces.size()), tiles = static_cast<int64_t>(tiles_.size());
+  if (count == 0 && dz_all == nullptr) return;
+  // channels_last: W_i in panels, the right-hand sides. contiguous: W^T, the left-hand side.
+  const int64_t panel_values = depth_ * kBf16Panel;
+  const Scratch<BFloat16> weight(
+      count == 0 ? 0 : (in_.channels_last ? panel_at.back() * panel_values : (depth + kBf16Block) * depth_));
   parallel(count, piece * n / 4, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const auto& [input, channel, panel] = pieces[p];
@@ -115,9 +109,10 @@ void Bf16Backward::inputs_gradients(BFloat16* dz_all) const {
         Scratch<float>(in_.channels_last ? std::max(kFormed, 4 * n) : std::max(kFormed, tile_pixels_)),
         Scratch<float>(args_.residual ? tile_pixels_ * n : 0),
         Scratch<float>(kPartRowsMost * (in_.channels_last ? kPartColumns : tile_pixels_)),
-        Scratch<BFloat16>(any_dx || in_.channels_last ? dz_values : 0, in_.channels_last),
+        Scratch<BFloat16>(count > 0 || in_.channels_last ? dz_values : 0, in_.channels_last),
         Scratch<BFloat16>(dz_all == nullptr || groups > 1 ? tile_values() : 0),
-        in_.channels_last ? n : tile_pixels_};
+        in_.channels_last ? n : tile_pixels_,
+        count > 0};
     for (int64_t task = take(); task >= 0; task = take()) {
       const PixelTile& tile = tiles_[task / groups];
       const int64_t group = task % groups;
@@ -149,7 +144,7 @@ void Bf16Backward::form_channels_last(const PixelTile& tile, BFloat16* across, c
     k.apply(Shape{rows, n, false}, args_.norm.from(0), args_.m0.data(), args_.m1.data(), {args_.dy + at, n},
             {args_.z + at, n}, {args_.residual ? in_.xs[0].const_data_ptr<BFloat16>() + at : nullptr, n},
             {to.formed.get(), n}, {args_.residual ? to.du.get() + row * n : nullptr, n});
-    k.store({to.formed.get(), n}, {to.dz.get() + row * ld, ld}, rows, n);
+    kernels_.store({to.formed.get(), n}, {nullptr, 0}, {to.dz.get() + row * ld, ld}, rows, n);
   }
   if (across != nullptr) kernels_.transpose({to.dz.get(), ld}, chunk.count, n, {across, ld_});
 }
@@ -169,13 +164,13 @@ void Bf16Backward::form_contiguous(const PixelTile& tile, BFloat16* across, cons
               {args_.residual ? in_.xs[0].const_data_ptr<BFloat16>() + at : nullptr, pixels},
               {to.formed.get(), chunk.count},
               {args_.residual ? to.du.get() + c * to.ld_du + chunk.column : nullptr, to.ld_du});
-      k.store({to.formed.get(), chunk.count}, {dz, ld_}, rows, chunk.count);
+      kernels_.store({to.formed.get(), chunk.count}, {nullptr, 0}, {dz, ld_}, rows, chunk.count);
       for (int64_t r = 0; padding > 0 && r < rows; ++r) {
         std::fill_n(dz + r * ld_ + chunk.count, padding, BFloat16(0));
       }
     }
   }
-  kernels_.pack({across, ld_}, n, {to.dz.get(), depth_ * kBf16Panel, 0, tile.columns, true});
+  if (to.dz_wanted) kernels_.pack({across, ld_}, n, {to.dz.get(), depth_ * kBf16Panel, 0, tile.columns, true});
 }
 
 void Bf16Backward::dx_channels_last(const PixelTile& tile, int64_t input, int64_t channel,
@@ -189,11 +184,10 @@ void Bf16Backward::dx_channels_last(const PixelTile& tile, int64_t input, int64_
     // A product of few rows reads a whole block, which the tile has: rows of it that came before, or of its padding.
     const Bf16Segment segment = {from.dz.get() + row * ld, ld, depth_ / kBf16Step};
     kernels_.gemm({rows, cols, &segment, 1, packed_weight, depth_ * kBf16Panel, from.product.get(), kPartColumns});
-    if (args_.residual && input == 0) {
-      add_rows({from.du.get() + row * from.ld_du + channel, from.ld_du}, {from.product.get(), kPartColumns}, rows,
-               cols);
-    }
-    cpu::kernels<BFloat16>().store({from.product.get(), kPartColumns}, {dx + row * channels, channels}, rows, cols);
+    const bool more = args_.residual && input == 0;
+    kernels_.store({from.product.get(), kPartColumns},
+                   {more ? from.du.get() + row * from.ld_du + channel : nullptr, from.ld_du},
+                   {dx + row * channels, channels}, rows, cols);
   }
 }
 
@@ -205,13 +199,12 @@ void Bf16Backward::dx_contiguous(const PixelTile& tile, int64_t input, int64_t c
       {rows, tile.columns, &segment, 1, from.dz.get(), depth_ * kBf16Panel, from.product.get(), tile_pixels_});
   for (int64_t i = tile.first; i < tile.last; ++i) {
     const Chunk& chunk = chunks_[i];
-    float* product = from.product.get() + chunk.column;
-    if (args_.residual && input == 0) {
-      add_rows({from.du.get() + channel * from.ld_du + chunk.column, from.ld_du}, {product, tile_pixels_}, rows,
-               chunk.count);
-    }
+    const float* product = from.product.get() + chunk.column;
     BFloat16* dx = args_.dxs[input].mutable_data_ptr<BFloat16>() + (chunk.image * channels + channel) * in_.pixels;
-    cpu::kernels<BFloat16>().store({product, tile_pixels_}, {dx + chunk.pixel, in_.pixels}, rows, chunk.count);
+    const bool more = args_.residual && input == 0;
+    kernels_.store({product, tile_pixels_},
+                   {more ? from.du.get() + channel * from.ld_du + chunk.column : nullptr, from.ld_du},
+                   {dx + chunk.pixel, in_.pixels}, rows, chunk.count);
   }
 }
 
@@ -256,7 +249,6 @@ void Bf16Backward::weight_gradient(const BFloat16* dz_all) const {
   if (count == 0) return;
   const int64_t slices = std::clamp<int64_t>(divide_up(threads, count), 1, blocks);
   const Scratch<float> sums(slices > 1 ? slices * n * depth : 0);
-  const auto& k = cpu::kernels<BFloat16>();
   parallel_queue(count * slices, in_.total() * n * width / slices / 64, [&](const auto& take) {
     const Bf16Thread thread(kernels_);
     const int64_t panel_values = per_block * tile_pixels_ * kBf16Panel;
@@ -278,7 +270,7 @@ void Bf16Backward::weight_gradient(const BFloat16* dz_all) const {
                        dw.get(), width, block > begin});
       }
       if (slices == 1) {
-        k.store({dw.get(), width}, {args_.dweight + at, depth}, n, cols);
+        kernels_.store({dw.get(), width}, {nullptr, 0}, {args_.dweight + at, depth}, n, cols);
       } else {
         for (int64_t r = 0; r < n; ++r) {
           std::copy_n(dw.get() + r * width, cols, sums.get() + (slice * n + r) * depth + at);
@@ -291,7 +283,7 @@ void Bf16Backward::weight_gradient(const BFloat16* dz_all) const {
     for (int64_t s = 1; s < slices; ++s) {
       for (int64_t i = begin; i < end; ++i) sums.get()[i] += sums.get()[s * n * depth + i];
     }
-    k.store({sums.get() + begin, 0}, {args_.dweight + begin, 0}, 1, end - begin);
+    kernels_.store({sums.get() + begin, 0}, {nullptr, 0}, {args_.dweight + begin, 0}, 1, end - begin);
   });
 }
 

@@ -53,6 +53,10 @@ struct Bf16Kernels {
   void (*pack)(Strided<const c10::BFloat16> src, int64_t depth, const Bf16Columns& columns);
   // dst (cols x rows) from src (rows x cols), with zeros to the end of every row's last step.
   void (*transpose)(Strided<const c10::BFloat16> src, int64_t rows, int64_t cols, Strided<c10::BFloat16> dst);
+  // dst = src, or src + more where that is not null, rounded to nearest even. What is below float's normal range turns
+  // into zero: the instruction has no other mode.
+  void (*store)(Strided<const float> src, Strided<const float> more, Strided<c10::BFloat16> dst, int64_t rows,
+                int64_t cols);
   // Prepares a thread for gemm, and leaves it as it was found; null where there is nothing to do.
   void (*enter)(void* state);
   void (*leave)(const void* state);

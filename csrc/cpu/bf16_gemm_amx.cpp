@@ -115,7 +115,8 @@ void gemm(const Bf16Gemm& g) {
 
 const Bf16Kernels& kernels() {
   const Bf16Kernels& shared = avx512_bf16::kernels();
-  static const Bf16Kernels table = {&gemm, shared.pack_transposed, shared.pack, shared.transpose, &enter, &leave};
+  static const Bf16Kernels table = {&gemm, shared.pack_transposed, shared.pack, shared.transpose, shared.store, &enter,
+                                    &leave};
   return table;
 }
 

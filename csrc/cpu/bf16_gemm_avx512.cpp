@@ -182,10 +182,30 @@ void transpose(Strided<const BFloat16> src, int64_t rows, int64_t cols, Strided<
   }
 }
 
+template <bool MORE>
+inline void store_rows(Strided<const float> src, Strided<const float> more, Strided<BFloat16> dst, int64_t rows,
+                       int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = src.data + r * src.ld;
+    const float* add = MORE ? more.data + r * more.ld : nullptr;
+    BFloat16* to = dst.data + r * dst.ld;
+    for (int64_t c = 0; c < cols; c += 16) {
+      const __mmask16 lanes = cols - c < 16 ? static_cast<__mmask16>((1u << (cols - c)) - 1) : __mmask16{0xffff};
+      __m512 v = _mm512_maskz_loadu_ps(lanes, from + c);
+      if constexpr (MORE) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(lanes, add + c));
+      _mm256_mask_storeu_epi16(to + c, lanes, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+  }
+}
+
+void store(Strided<const float> src, Strided<const float> more, Strided<BFloat16> dst, int64_t rows, int64_t cols) {
+  more.data == nullptr ? store_rows<false>(src, more, dst, rows, cols) : store_rows<true>(src, more, dst, rows, cols);
+}
+
 }  // namespace
 
 const Bf16Kernels& kernels() {
-  static const Bf16Kernels table = {&gemm, &pack_transposed, &pack, &transpose, nullptr, nullptr};
+  static const Bf16Kernels table = {&gemm, &pack_transposed, &pack, &transpose, &store, nullptr, nullptr};
   return table;
 }
 

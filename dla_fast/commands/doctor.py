@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,6 +22,7 @@ from dla_fast._version import __version__
 VARIABLES = {
     "DLA_FAST_BACKEND": "backend of every call",
     "DLA_FAST_DISABLE": "1 runs everything on the reference",
+    "DLA_FAST_CPU_ISA": "at most this instruction set in the CPU kernels",
     "DLA_FAST_BUILD_EXT": "0, 1 or auto, at build",
     "DLA_FAST_BUILD_CUDA": "0, 1 or auto, at build",
     "DLA_FAST_SANITIZE": "sanitizer, at build",
@@ -70,6 +72,13 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _instruction_set() -> str:
+    """What the CPU kernels use; without them torch's own."""
+    if not _extension.STATUS.loaded:
+        return f"{torch.backends.cpu.get_cpu_capability()} (of torch)"
+    return str(importlib.import_module("dla_fast._C").cpu_isa())
 
 
 def _cuda_devices() -> list[dict[str, Any]]:
@@ -131,7 +140,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "name": _attempt(_cpu_name),
             "cores": os.cpu_count(),
-            "instruction set": _attempt(torch.backends.cpu.get_cpu_capability),
+            "instruction set": _attempt(_instruction_set),
             "threads": torch.get_num_threads(),
         },
         "cuda": {"devices": devices, "reason": _attempt(_why_no_devices)},
