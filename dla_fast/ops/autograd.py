@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from dla_fast.ops.layout import accumulation_dtype
 
@@ -54,6 +55,13 @@ def register_autograd(
         return (*nested, *flat[start:])
 
     class Function(torch.autograd.Function):
+        @classmethod
+        def apply(cls, *args: Any) -> Any:
+            # Function.apply inspects forward's signature for defaults, on every call: a third of a small call's time.
+            if torch._C._are_functorch_transforms_active():
+                return super().apply(*args)
+            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+
         @staticmethod
         def forward(run: Callable[..., Any], rest: tuple[Any, ...], lengths: tuple[int, ...], *flat: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
