@@ -46,7 +46,9 @@ def register_autograd(
         whose two round trips cost more than the launch of a kernel.
     """
 
-    def nest(flat: Sequence[Any], lengths: tuple[int, ...]) -> tuple[Any, ...]:
+    def nest(flat: tuple[Any, ...], lengths: tuple[int, ...]) -> tuple[Any, ...]:
+        if not lengths:
+            return flat
         nested: list[Any] = []
         start = 0
         for length in lengths:
@@ -82,10 +84,13 @@ def register_autograd(
 
     def call(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
-            flat = (*chain.from_iterable(args[:lists]), *args[lists:differentiable])
-            if any(t is not None and t.requires_grad for t in flat):
-                lengths = tuple(map(len, args[:lists]))
-                return Function.apply(run, args[differentiable:], lengths, *flat)
+            flat = args[:differentiable]
+            if lists > 0:
+                flat = (*chain.from_iterable(args[:lists]), *args[lists:differentiable])
+            for t in flat:
+                if t is not None and t.requires_grad:
+                    lengths = tuple(map(len, args[:lists]))
+                    return Function.apply(run, args[differentiable:], lengths, *flat)
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)
 
