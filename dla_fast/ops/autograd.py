@@ -62,7 +62,7 @@ def register_autograd(
             # Function.apply inspects forward's signature for defaults, on every call: a third of a small call's time.
             if torch._C._are_functorch_transforms_active():
                 return super().apply(*args)
-            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
         @staticmethod
         def forward(run: Callable[..., Any], rest: tuple[Any, ...], lengths: tuple[int, ...], *flat: Any) -> Any:
