@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_NORM = ("bn_weight", "bn_bias", "running_mean", "running_var")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -108,11 +109,14 @@ def check_batch_norm(
     check_vector("running_mean", running_mean, channels, like, norm=True)
     check_vector("running_var", running_var, channels, like, norm=True)
     # aten takes a norm's tensors in one dtype only.
-    norm = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
-    named = [(name, t) for name, t in norm.items() if isinstance(t, Tensor)]
-    for name, t in named[1:]:
-        if t.dtype != named[0][1].dtype:
-            raise TypeError(f"{name}: expected {named[0][1].dtype} as {named[0][0]} has, got {t.dtype}")
+    first: tuple[str, Tensor] | None = None
+    for name, t in zip(_NORM, (bn_weight, bn_bias, running_mean, running_var), strict=True):
+        if not isinstance(t, Tensor):
+            continue
+        if first is None:
+            first = (name, t)
+        elif t.dtype != first[1].dtype:
+            raise TypeError(f"{name}: expected {first[1].dtype} as {first[0]} has, got {t.dtype}")
     if (running_mean is None) != (running_var is None):
         given, absent = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
         raise ValueError(f"{absent}: expected a tensor because {given} is given, got None")

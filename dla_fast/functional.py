@@ -17,8 +17,10 @@ __all__ = ["aggregate", "batch_norm_act", "merge", "upsample", "upsample_add"]
 
 def _autocast(tensors: Sequence[Any]) -> list[Any]:
     """Cast what a convolution reads as autocast casts conv2d's arguments: everything floating but float64."""
-    first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    if first is None:
+    for first in tensors:
+        if isinstance(first, Tensor):
+            break
+    else:
         return list(tensors)
     device = first.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -192,7 +192,7 @@ struct Tiling {
   Tiling(const Tensor& t, bool channels_last, int64_t target = kTile);
   // Passes that leave sums for every tile take larger ones, since somebody has to add those, but enough to share out.
   static Tiling for_sums(const Tensor& t, bool channels_last) {
-    return {t, channels_last, std::clamp<int64_t>(t.numel() / 64, kTile, 8 * kTile)};
+    return {t, channels_last, std::clamp<int64_t>(t.numel() / 64, 2 * kTile, 8 * kTile)};
   }
   int64_t count() const { return groups * per_group; }
   int64_t ld() const { return channels_last ? channels : pixels; }

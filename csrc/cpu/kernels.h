@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 namespace dla_fast::cpu {
 
@@ -103,10 +104,8 @@ struct UpRow {
 
 // Kernels that walk a plane take whole vectors, this much past its width at most.
 constexpr int64_t kPlaneSlack = 64;
-// Rows of dy by their columns' phases that are kept at a time: of four rows where the factor is two.
-constexpr int64_t kPlaneRows = 8;
 inline int64_t plane_scratch(int64_t width, int64_t factor) {
-  return ((factor > kPlaneRows ? factor : kPlaneRows) + 2) * (width + 2 + kPlaneSlack) + 4 * factor * factor * 16;
+  return (factor + 2) * (width + 2 + kPlaneSlack) + 4 * factor * factor * 16;
 }
 
 // What one low-resolution row gives and takes in the backward of that: dx of the row, and its part of dw, from the 2f
@@ -127,6 +126,37 @@ struct UpRowBackward {
   // Whether the sums that were kept in scratch go to dw now.
   bool flush = true;
 };
+
+// Whole rows of one channel for the factors 2, 4 and 8: output rows [begin f - f / 2, end f - f / 2), as far as the map
+// has them. Rows are `width` apart, those of the output f times as much: a multiple of kPlaneMargin, with zeros behind
+// the last value.
+template <class A>
+struct UpPlane {
+  const A* x;       // row begin, behind the one before it
+  const A* weight;  // [2f][2f]
+  const A* skip;    // laid out like out, or null
+  A* out;           // from the first of those rows that the map has
+  int64_t height, width, factor;
+  int64_t begin, end;  // of [0, height]
+  const A* zeros;      // `width` of them
+};
+
+// Its backward for low-resolution rows [begin, end).
+template <class A>
+struct UpPlaneBackward {
+  const A* dy;  // from row begin f - f / 2 on, or from the first
+  const A *x, *weight;
+  A* dx;       // null where it is not needed, like dw
+  double* dw;  // [2f][2f], added to
+  int64_t height, width, factor;
+  int64_t begin, end;  // x and dx point at the first
+  A* scratch;          // plane_backward_scratch(width, factor, end - begin), zeros before the first call
+};
+
+constexpr int64_t kPlaneMargin = 16;  // a whole vector of any instruction set
+inline int64_t plane_backward_scratch(int64_t width, int64_t factor, int64_t rows) {
+  return (rows + 1) * factor * factor * (width + kPlaneMargin) + 2 * kPlaneMargin;
+}
 
 // Winograd's minimal filtering F(2x2, 3x3): a tile of 2x2 outputs of a 3x3 convolution takes 16 products a channel pair
 // where the sum of products takes 36. y = A^T [(G w G^T) (B^T x B)] A, with the products summed over channels between
@@ -163,6 +193,8 @@ struct Kernels {
   void (*up_row_plane)(const UpRow<A>&);
   void (*up_row_backward)(const UpRowBackward<A>&);
   void (*up_row_plane_backward)(const UpRowBackward<A>&);
+  void (*up_plane)(const UpPlane<A>&);
+  void (*up_plane_backward)(const UpPlaneBackward<A>&);
   // B^T x B of pixels [2 rows + 2][2 cols + 2][channels]; A dy A^T of pixels [2 rows][2 cols][channels].
   void (*winograd_input)(const WinogradTiles<A>&, const A* x);
   void (*winograd_gradient)(const WinogradTiles<A>&, const A* dy);

@@ -10,6 +10,8 @@ namespace {
 
 #include "upsample_inl.h"
 
+#include "upsample_plane_inl.h"
+
 #include "winograd_inl.h"
 
 template <class T, class A>
@@ -171,6 +173,8 @@ const Kernels<T>& kernels() {
                                    &up_row_plane<A>,
                                    &up_row_backward<A>,
                                    &up_row_plane_backward<A>,
+                                   &up_plane<A>,
+                                   &up_plane_backward<A>,
                                    &winograd_input<A>,
                                    &winograd_gradient<A>,
                                    &winograd_output<A>,

@@ -2,8 +2,8 @@
 //
 // Per low-resolution value: forward reads 1 and writes f^2 (upsample_add reads f^2 more), 8f^2 flops; backward reads
 // 1 + f^2 and writes 1, 16f^2 flops. Every output is a sum of 2 x 2 products, so all of it is bound by memory. A task
-// is a row (channels_last) or a plane (contiguous); in the backward the rows of dy that a row of x went into give its
-// dx and their part of dw while they are in cache.
+// is a row (channels_last) or a plane (contiguous), whole where the factor allows; in the backward the rows of dy that
+// a row of x went into give its dx and their part of dw while they are in cache.
 
 #include "upsample.h"
 
@@ -140,6 +140,113 @@ void backward(const Maps<T>& m, const Tensor& weight, bool channels_last, T* dx,
   }
 }
 
+bool whole_planes(bool channels_last, int64_t factor) {
+  return !channels_last && (factor == 2 || factor == 4 || factor == 8);
+}
+
+template <class T>
+void forward_planes(const Maps<T>& m, const Tensor& weight) {
+  using A = acc_t<T>;
+  const auto& k = kernels<T>();
+  const int64_t f = m.factor, width = round_up(m.width, kPlaneMargin), out_width = f * width;
+  const Scratch<A> w = pack_up_weight<T, A>(weight, f, false);
+  // In place where rows are whole vectors of A; else so many are padded or widened at a time.
+  const bool direct = std::is_same_v<T, A> && width == m.width;
+  const int64_t band = direct ? m.height + 1 : std::clamp<int64_t>(8192 / (f * out_width), 1, m.height + 1);
+  const int64_t in_values = direct ? 0 : (band + 1) * width, out_values = direct ? 0 : band * f * out_width;
+  parallel_queue(m.planes(false), 2 * m.out_height * m.out_width, [&](const auto& take) {
+    const Scratch<A> zeros(width, true), x(in_values, true), out(out_values),
+        skip(m.dy_or_skip == nullptr ? 0 : out_values, true);
+    for (int64_t plane = take(); plane >= 0; plane = take()) {
+      const T* from = m.x + plane * m.height * m.width;
+      for (int64_t begin = 0; begin <= m.height; begin += band) {
+        const int64_t end = std::min(begin + band, m.height + 1);
+        const int64_t first = std::max<int64_t>(begin * f - f / 2, 0), last = std::min(end * f - f / 2, m.out_height);
+        const int64_t at = (plane * m.out_height + first) * m.out_width, before = begin > 0 ? 1 : 0;
+        UpPlane<A> u = {};
+        u.weight = w.get() + plane % m.channels * 4 * f * f;
+        u.height = m.height;
+        u.width = width;
+        u.factor = f;
+        u.begin = begin;
+        u.end = end;
+        u.zeros = zeros.get();
+        if constexpr (std::is_same_v<T, A>) {
+          u.x = from + begin * width;
+          u.skip = m.dy_or_skip == nullptr ? nullptr : m.dy_or_skip + at;
+          u.out = m.out + at;
+        }
+        if (!direct) {
+          k.load({from + (begin - before) * m.width, m.width}, {x.get(), width},
+                 std::min(end, m.height) - begin + before, m.width);
+          u.x = x.get() + before * width;
+          if (m.dy_or_skip != nullptr) {
+            k.load({m.dy_or_skip + at, m.out_width}, {skip.get(), out_width}, last - first, m.out_width);
+            u.skip = skip.get();
+          }
+          u.out = out.get();
+        }
+        k.up_plane(u);
+        if (!direct) k.store({out.get(), out_width}, {m.out + at, m.out_width}, last - first, m.out_width);
+      }
+    }
+  });
+}
+
+// A task is one channel, over all images: the only one that adds to its dw.
+template <class T>
+void backward_planes(const Maps<T>& m, const Tensor& weight, T* dx, T* dw_out) {
+  using A = acc_t<T>;
+  const auto& k = kernels<T>();
+  const int64_t f = m.factor, taps = 4 * f * f, width = round_up(m.width, kPlaneMargin), out_width = f * width;
+  const Scratch<A> w = pack_up_weight<T, A>(weight, f, false);
+  const bool direct = std::is_same_v<T, A> && width == m.width;
+  // Rows whose dy by phases fits the first-level cache.
+  const int64_t band =
+      std::clamp<int64_t>(4096 / (f * f * (width + kPlaneMargin)), std::min<int64_t>(m.height, 4), m.height);
+  parallel_queue(m.channels, 4 * m.images * m.out_height * m.out_width, [&](const auto& take) {
+    const Scratch<A> work(plane_backward_scratch(width, f, band), true), x(direct ? 0 : band * width, true),
+        wide_dx(direct ? 0 : band * width), dy(direct ? 0 : (band + 1) * f * out_width, true);
+    std::vector<double> dw(taps);
+    for (int64_t channel = take(); channel >= 0; channel = take()) {
+      std::fill(dw.begin(), dw.end(), 0.0);
+      for (int64_t row = 0; row < m.images * m.height;) {
+        const int64_t plane = row / m.height * m.channels + channel, begin = row % m.height;
+        const int64_t end = std::min(begin + band, m.height), rows = end - begin;
+        const int64_t first = std::max<int64_t>(begin * f - f / 2, 0), last = std::min(end * f + f / 2, m.out_height);
+        const int64_t in = (plane * m.height + begin) * m.width, out = (plane * m.out_height + first) * m.out_width;
+        UpPlaneBackward<A> u = {};
+        u.weight = w.get() + channel * taps;
+        u.dw = dw_out == nullptr ? nullptr : dw.data();
+        u.height = m.height;
+        u.width = width;
+        u.factor = f;
+        u.begin = begin;
+        u.end = end;
+        u.scratch = work.get();
+        if constexpr (std::is_same_v<T, A>) {
+          u.dy = m.dy_or_skip + out;
+          u.x = m.x + in;
+          u.dx = dx == nullptr ? nullptr : dx + in;
+        }
+        if (!direct) {
+          k.load({m.dy_or_skip + out, m.out_width}, {dy.get(), out_width}, last - first, m.out_width);
+          if (dw_out != nullptr) k.load({m.x + in, m.width}, {x.get(), width}, rows, m.width);
+          u.dy = dy.get();
+          u.x = x.get();
+          u.dx = dx == nullptr ? nullptr : wide_dx.get();
+        }
+        k.up_plane_backward(u);
+        if (!direct && dx != nullptr) k.store({wide_dx.get(), width}, {dx + in, m.width}, rows, m.width);
+        row += rows;
+      }
+      for (int64_t t = 0; dw_out != nullptr && t < taps; ++t) {
+        dw_out[channel * taps + t] = static_cast<T>(static_cast<A>(dw[t]));
+      }
+    }
+  });
+}
+
 template <class T>
 Maps<T> maps(const Tensor& x, int64_t factor) {
   return {x.const_data_ptr<T>(),
@@ -166,7 +273,11 @@ Tensor run(const Tensor& x_in, const OptionalTensor& skip_in, const Tensor& weig
     Maps<scalar_t> m = maps<scalar_t>(x, factor);
     m.dy_or_skip = skip.has_value() ? skip->const_data_ptr<scalar_t>() : nullptr;
     m.out = y.mutable_data_ptr<scalar_t>();
-    forward(m, weight, channels_last);
+    if (whole_planes(channels_last, factor)) {
+      forward_planes(m, weight);
+    } else {
+      forward(m, weight, channels_last);
+    }
   });
   return y;
 }
@@ -189,14 +300,19 @@ std::tuple<Tensor, Tensor> upsample_backward(const Tensor& dy_in, const Tensor& 
   const auto options = x.options().memory_format(std::nullopt);
   Tensor dx = need_dx ? empty_output(x.sizes(), options.memory_format(format)) : at::empty({0}, options);
   Tensor dw = need_dw ? at::empty(weight.sizes(), options) : at::empty({0}, options);
-  if (dy.numel() == 0) {
+  if (dy.numel() == 0 || !(need_dx || need_dw)) {
     return {std::move(dx), need_dw ? dw.zero_() : dw};
   }
   DLA_DISPATCH_FLOATING(x.scalar_type(), "upsample_backward", [&] {
     Maps<scalar_t> m = maps<scalar_t>(x, factor);
     m.dy_or_skip = dy.const_data_ptr<scalar_t>();
-    backward(m, weight, channels_last, need_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr,
-             need_dw ? dw.mutable_data_ptr<scalar_t>() : nullptr);
+    scalar_t* to_dx = need_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr;
+    scalar_t* to_dw = need_dw ? dw.mutable_data_ptr<scalar_t>() : nullptr;
+    if (whole_planes(channels_last, factor)) {
+      backward_planes(m, weight, to_dx, to_dw);
+    } else {
+      backward(m, weight, channels_last, to_dx, to_dw);
+    }
   });
   return {dx, dw};
 }

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from dla_fast.ops.layout import accumulation_dtype
 
@@ -45,7 +46,9 @@ def register_autograd(
         whose two round trips cost more than the launch of a kernel.
     """
 
-    def nest(flat: Sequence[Any], lengths: tuple[int, ...]) -> tuple[Any, ...]:
+    def nest(flat: tuple[Any, ...], lengths: tuple[int, ...]) -> tuple[Any, ...]:
+        if not lengths:
+            return flat
         nested: list[Any] = []
         start = 0
         for length in lengths:
@@ -54,6 +57,13 @@ def register_autograd(
         return (*nested, *flat[start:])
 
     class Function(torch.autograd.Function):
+        @classmethod
+        def apply(cls, *args: Any) -> Any:
+            # Function.apply inspects forward's signature for defaults, on every call: a third of a small call's time.
+            if torch._C._are_functorch_transforms_active():
+                return super().apply(*args)
+            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
         @staticmethod
         def forward(run: Callable[..., Any], rest: tuple[Any, ...], lengths: tuple[int, ...], *flat: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -74,10 +84,13 @@ def register_autograd(
 
     def call(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
-            flat = (*chain.from_iterable(args[:lists]), *args[lists:differentiable])
-            if any(t is not None and t.requires_grad for t in flat):
-                lengths = tuple(map(len, args[:lists]))
-                return Function.apply(run, args[differentiable:], lengths, *flat)
+            flat = args[:differentiable]
+            if lists > 0:
+                flat = (*chain.from_iterable(args[:lists]), *args[lists:differentiable])
+            for t in flat:
+                if t is not None and t.requires_grad:
+                    lengths = tuple(map(len, args[:lists]))
+                    return Function.apply(run, args[differentiable:], lengths, *flat)
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)
 
