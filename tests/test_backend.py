@@ -98,7 +98,7 @@ def test_every_instruction_set_holds_the_contract():
     for isa in ISAS[: ISAS.index(_C.cpu_isa())]:
         assert run("from dla_fast import _C; print(_C.cpu_isa())", DLA_FAST_CPU_ISA=isa).stdout == f"{isa}\n"
         tests = ["tests/test_aggregate.py", "tests/test_batch_norm_act.py", "tests/test_cpu_convolution.py"]
-        chosen = "many_blocks or norm_variants or any_shape or inference or one_to_eight or many_tiles or nan or far_from_zero"
+        chosen = "many_blocks or norm_variants or any_shape or inference or one_to_eight or many_tiles or nan or far"
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen],
             env={**os.environ, "DLA_FAST_CPU_ISA": isa},
