@@ -186,12 +186,20 @@ void reduce_rows(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, S
       const A* zr = read<T, A>(at(z, r, c), zb, n);
       const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
       A s0 = 0, s1 = 0;
+      const int64_t whole = n - n % VectorOf<A>::lanes;
 #pragma omp simd reduction(+ : s0, s1)
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < whole; ++i) {
         const A d = zr[i] - center;
         const A g = backward_of<ACT, A>(d * scale + shift + rr[i], dr[i], norm.slope);
         s0 += g;
         s1 += g * d;
+      }
+      // The rest would be one chain of additions, where the lanes of a vector are many.
+      for (int64_t i = whole; i < n; ++i) {
+        const A d = zr[i] - center;
+        const A g = backward_of<ACT, A>(d * scale + shift + rr[i], dr[i], norm.slope);
+        t0 += g;
+        t1 += g * d;
       }
       t0 += s0;
       t1 += s1;
