@@ -185,24 +185,31 @@ void reduce_rows(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, S
       const A* dr = read<T, A>(at(dy, r, c), db, n);
       const A* zr = read<T, A>(at(z, r, c), zb, n);
       const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
-      A s0 = 0, s1 = 0;
-      const int64_t whole = n - n % VectorOf<A>::lanes;
-#pragma omp simd reduction(+ : s0, s1)
-      for (int64_t i = 0; i < whole; ++i) {
-        const A d = zr[i] - center;
-        const A g = backward_of<ACT, A>(d * scale + shift + rr[i], dr[i], norm.slope);
-        s0 += g;
-        s1 += g * d;
+      // A vector's lanes by hand: as many chains of additions whether or not a compiler makes vectors of the loop.
+      constexpr int64_t lanes = VectorOf<A>::lanes;
+      typename VectorOf<A>::type s0 = {}, s1 = {};
+      int64_t i = 0;
+      for (; i + lanes <= n; i += lanes) {
+        A g[lanes], h[lanes];
+#pragma omp simd
+        for (int64_t j = 0; j < lanes; ++j) {
+          const A d = zr[i + j] - center;
+          g[j] = backward_of<ACT, A>(d * scale + shift + rr[i + j], dr[i + j], norm.slope);
+          h[j] = g[j] * d;
+        }
+        s0 += load_lanes(g, lanes);
+        s1 += load_lanes(h, lanes);
       }
-      // The rest would be one chain of additions, where the lanes of a vector are many.
-      for (int64_t i = whole; i < n; ++i) {
+      for (; i < n; ++i) {
         const A d = zr[i] - center;
         const A g = backward_of<ACT, A>(d * scale + shift + rr[i], dr[i], norm.slope);
         t0 += g;
         t1 += g * d;
       }
-      t0 += s0;
-      t1 += s1;
+      for (int64_t j = 0; j < lanes; ++j) {
+        t0 += s0[j];
+        t1 += s1[j];
+      }
     }
     sum_dy[r] += t0;
     sum_dy_xhat[r] += t1 * norm.rstd[r];
