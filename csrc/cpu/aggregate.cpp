@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "aggregate_bf16.h"
+#include "aggregate_bf16x3.h"
 
 namespace dla_fast::cpu {
 
@@ -154,10 +155,17 @@ const Bf16Kernels* units() {
   return std::is_same_v<T, c10::BFloat16> ? bf16_kernels() : nullptr;
 }
 
+// Those that serve floats in three parts, or null.
+template <class T>
+const Bf16x3Kernels* split_units(const AggregateInputs& in) {
+  return std::is_same_v<T, float> ? bf16x3_for(in) : nullptr;
+}
+
 // How many tiles epilogue is called with.
 template <class T>
 int64_t tile_count(const AggregateInputs& in) {
   if (units<T>() != nullptr) return Bf16Forward(in, *units<T>()).parts();
+  if (const Bf16x3Kernels* split = split_units<T>(in)) return Bf16x3Forward(in, *split).tiles();
   return in.channels_last ? divide_up(in.total(), tile_rows(in.total(), in.in_channels * in.out_channels))
                           : in.images * divide_up(in.pixels, kPanel);
 }
@@ -168,6 +176,11 @@ void forward(const AggregateInputs& in, const Tensor& weight, const Target& targ
   const Tensor w = weight.contiguous();
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (units<T>() != nullptr) return Bf16Forward(in, *units<T>()).run(w.const_data_ptr<T>(), epilogue);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (const Bf16x3Kernels* split = split_units<T>(in)) {
+      return Bf16x3Forward(in, *split).run(w.const_data_ptr<T>(), target, epilogue);
+    }
   }
   if (in.channels_last) {
     forward_channels_last<T>(in, w.const_data_ptr<T>(), target, epilogue);

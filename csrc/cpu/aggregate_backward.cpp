@@ -8,6 +8,7 @@
 
 #include "aggregate.h"
 #include "aggregate_bf16.h"
+#include "aggregate_bf16x3.h"
 #include "tail.h"
 
 namespace dla_fast::cpu {
@@ -38,6 +39,19 @@ struct Backward {
       const Bf16Kernels* products = bf16_kernels();
       if (products == nullptr || in.total() == 0 || in.out_channels == 0) return false;
       Bf16Backward(in, *products, {norm, m0, m1, dy, z, weight, residual, need_dx, dxs, dweight}).run();
+      return true;
+    }
+    return false;
+  }
+
+  // The same for floats in three parts.
+  bool by_bf16x3([[maybe_unused]] const T* weight, [[maybe_unused]] const std::vector<A*>& dw,
+                 [[maybe_unused]] int64_t slices, [[maybe_unused]] bool whole) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const Bf16x3Kernels* products = bf16x3_for(in);
+      if (products == nullptr) return false;
+      const Bf16x3Backward backward(in, *products, {norm, m0, m1, dy, z, weight, residual, need_dx, dxs, dw});
+      whole ? backward.whole() : backward.by_tiles(slices);
       return true;
     }
     return false;
@@ -293,7 +307,8 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
     for (int64_t s = 0; need_dw && s < sums; ++s) dw.push_back(scratch.get() + (in_place ? s - 1 : s) * size);
     if (need_dw && in_place) dw[0] = reinterpret_cast<A*>(out);
     if (in.total() > 0 && in.out_channels > 0) {
-      if (in.channels_last) {
+      if (run.by_bf16x3(w.const_data_ptr<scalar_t>(), dw, slices, whole)) {
+      } else if (in.channels_last) {
         run.channels_last(w.const_data_ptr<scalar_t>(), dw, slices, whole);
       } else {
         run.contiguous(w.const_data_ptr<scalar_t>(), dw, slices);

@@ -37,18 +37,6 @@ inline void store_lanes(A* p, typename VectorOf<A>::type v, int64_t n) {
 // and these rows of b stay in the first-level cache for all rows of a.
 constexpr int64_t kDepth = 128;
 
-// Asks for the next lines of what the caller will read after this product.
-inline void fetch(Ahead& ahead, int lines) {
-  for (; lines > 0 && ahead.rows > 0; --lines) {
-    __builtin_prefetch(ahead.at + 64 * ahead.line, 0, 2);
-    if (++ahead.line >= ahead.lines) {
-      ahead.line = 0;
-      ahead.at += ahead.stride;
-      --ahead.rows;
-    }
-  }
-}
-
 template <class A, int MR, int NV, bool TRANSPOSED>
 inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
                                                       int64_t lda, const A* b, int64_t ldb, int64_t count,

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "bf16_gemm.h"
+#include "bf16x3_gemm.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -105,6 +105,13 @@ const Bf16Kernels* bf16_kernels() {
 #endif
 #if defined(DLA_WITH_AVX512_BF16)
   if (current_isa() == Isa::avx512_bf16) return &avx512_bf16::kernels();
+#endif
+  return nullptr;
+}
+
+const Bf16x3Kernels* bf16x3_kernels() {
+#if defined(DLA_WITH_AMX)
+  if (current_isa() == Isa::amx) return &amx::bf16x3_kernels();
 #endif
   return nullptr;
 }

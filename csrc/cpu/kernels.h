@@ -55,6 +55,18 @@ struct Ahead {
   }
 };
 
+// Asks for the next lines.
+inline void fetch(Ahead& ahead, int64_t lines) {
+  for (; lines > 0 && ahead.rows > 0; --lines) {
+    __builtin_prefetch(ahead.at + 64 * ahead.line, 0, 2);
+    if (++ahead.line >= ahead.lines) {
+      ahead.line = 0;
+      ahead.at += ahead.stride;
+      --ahead.rows;
+    }
+  }
+}
+
 // c[M x N] (+)= sum over segments of a_s[M x k_s] * b_s[k_s x N]; the b_s lie one below the other in b, or where each
 // segment says.
 // b must be readable up to the next multiple of 64 bytes in each row; only N columns of c are touched.
