@@ -1,7 +1,7 @@
 // Backward of the aggregation node of float tensors in bfloat16 instructions. K and N as in aggregate.cpp.
 //
-// dz is formed in cache, a tile of pixels at a time, and split twice: with pixels for rows it gives dx = dz W, with
-// channels for rows dW = dz^T x. The weight is split once a call, x where its gradient is summed.
+// dz is formed in cache, a tile of pixels at a time, and split twice: over its channels for dx = W^T dz, over its
+// pixels for dW = dz x^T. The weight is split once a call, x where its gradient is summed.
 
 #include <algorithm>
 
@@ -14,98 +14,135 @@ using c10::BFloat16;
 
 constexpr int64_t kPad = 16;  // keeps the rows of a tile off the same cache sets
 
+int64_t steps_of(int64_t depth) {
+  return divide_up(depth, kBf16Step);
+}
+
 }  // namespace
 
 Bf16x3Backward::Bf16x3Backward(const AggregateInputs& in, const Bf16x3Kernels& kernels, const Args& args)
     : in_(in),
       kernels_(kernels),
       args_(args),
-      steps_(divide_up(in.out_channels, kBf16Step)),
-      stride_(Bf16x3Side::stride_of(steps_)) {
+      steps_(steps_of(in.out_channels)),
+      stride_(Bf16x3Side::stride_of(steps_)),
+      panels_(panels_of(in, &args.need_dx)) {}
+
+std::vector<Bf16x3Backward::Panel> Bf16x3Backward::panels_of(const AggregateInputs& in,
+                                                             const std::vector<bool>* wanted) {
+  std::vector<Panel> panels;
+  int64_t block = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(in.xs.size()); ++i) {
-    const int64_t channels = args.need_dx[i] ? in.xs[i].size(1) : 0;
+    const int64_t channels = wanted == nullptr || (*wanted)[i] ? in.xs[i].size(1) : 0;
     for (int64_t c = 0; c < channels; c += kPanel) {
-      panels_.push_back({i, c, std::min(kPanel, channels - c), blocks_});
-      blocks_ += divide_up(panels_.back().cols, kBf16Block);
+      panels.push_back({i, c, std::min(kPanel, channels - c), block});
+      block += kPanel / kBf16Block;
     }
   }
+  return panels;
 }
 
-// Of W_i, with its input channels for columns.
+// Of the rows of a tile of dz.
+int64_t Bf16x3Backward::ld(const PixelTiles& tiles) const {
+  return (in_.channels_last ? in_.out_channels : tiles.size) + kPad;
+}
+
+// Of W_i: its input channels by N in depth.
 void Bf16x3Backward::split_weight(const Panel& panel, Bf16x3Side to) const {
-  kernels_.right({args_.weight + in_.offsets[panel.input] + panel.channel, in_.in_channels}, panel.cols,
-                 in_.out_channels, to);
+  const auto split = in_.channels_last ? kernels_.right : kernels_.left_transposed;
+  split({args_.weight + in_.offsets[panel.input] + panel.channel, in_.in_channels}, panel.count, in_.out_channels, to);
 }
 
-// dz of a tile of pixels (rows of N + kPad values), and the residual's gradient du (rows of N).
-void Bf16x3Backward::tail_gradient(int64_t first, int64_t rows, float* dz, float* du) const {
-  const int64_t n = in_.out_channels, at = first * n;
-  cpu::kernels<float>().apply(Shape{rows, n, false}, args_.norm.from(0), args_.m0.data(), args_.m1.data(),
-                              {args_.dy + at, n}, {args_.z + at, n}, {args_.residual ? x(0) + at : nullptr, n},
-                              {dz, n + kPad}, {args_.residual ? du : nullptr, n});
+// dz, and the residual's gradient du, laid out like a tile of z; du without padding.
+void Bf16x3Backward::tail_gradient(const PixelTiles& tiles, const PixelTiles::Tile& tile, float* dz, float* du) const {
+  const int64_t n = in_.out_channels;
+  const Strided<const float> skip = args_.residual ? tiles.in_map(x(0), n, tile) : Strided<const float>{nullptr, 0};
+  cpu::kernels<float>().apply(tiles.shape(tile, n), args_.norm.from(0), args_.m0.data(), args_.m1.data(),
+                              tiles.in_map(args_.dy, n, tile), tiles.in_map(args_.z, n, tile), skip, {dz, ld(tiles)},
+                              {args_.residual ? du : nullptr, ld(tiles) - kPad});
 }
 
-void Bf16x3Backward::dx(const Panel& panel, int64_t first, int64_t rows, Bf16x3Side dz, const float* du,
-                        Bf16x3Side weight, Ahead* ahead) const {
-  const int64_t channels = in_.xs[panel.input].size(1);
-  float* to = args_.dxs[panel.input].mutable_data_ptr<float>() + first * channels + panel.channel;
+void Bf16x3Backward::split_for_dx(const PixelTiles& tiles, const PixelTiles::Tile& tile, const float* dz,
+                                  Bf16x3Side to) const {
+  (in_.channels_last ? kernels_.left : kernels_.right)({dz, ld(tiles)}, tile.count, in_.out_channels, to);
+}
+
+void Bf16x3Backward::split_for_dw(const PixelTiles& tiles, const PixelTiles::Tile& tile, const float* dz,
+                                  Bf16x3Side to) const {
+  (in_.channels_last ? kernels_.left_transposed : kernels_.left)({dz, ld(tiles)}, in_.out_channels, tile.count, to);
+}
+
+void Bf16x3Backward::split_x(const PixelTiles& tiles, const PixelTiles::Tile& tile, const Panel& panel,
+                             Bf16x3Side to) const {
+  const auto split = in_.channels_last ? kernels_.right : kernels_.right_transposed;
+  split(tiles.in_map(x(panel.input), in_.xs[panel.input].size(1), tile, panel.channel), panel.count, tile.count, to);
+}
+
+void Bf16x3Backward::dx(const PixelTiles& tiles, const PixelTiles::Tile& tile, const Panel& panel, Bf16x3Side dz,
+                        const float* du, Bf16x3Side weight, Ahead* ahead) const {
+  const Strided<float> to =
+      tiles.in_map(args_.dxs[panel.input].mutable_data_ptr<float>(), in_.xs[panel.input].size(1), tile, panel.channel);
+  const Shape shape = tiles.shape(tile, panel.count);
   const bool add = args_.residual && panel.input == 0;
-  for (int64_t r = 0; add && r < rows; ++r)
-    std::copy_n(du + r * channels + panel.channel, panel.cols, to + r * channels);
-  kernels_.gemm({rows, panel.cols, steps_, dz, weight, to, channels, add, ahead});
+  if (add) {
+    const int64_t ld_du = ld(tiles) - kPad;
+    du += in_.channels_last ? panel.channel : panel.channel * ld_du;
+    for (int64_t r = 0; r < shape.rows; ++r) std::copy_n(du + r * ld_du, shape.cols, to.data + r * to.ld);
+  }
+  const auto [left, right] = in_.channels_last ? std::pair(dz, weight) : std::pair(weight, dz);
+  kernels_.gemm({shape.rows, shape.cols, steps_, left, right, to.data, to.ld, add, ahead});
 }
 
 void Bf16x3Backward::by_tiles(int64_t slices) const {
-  // A tile of N channels, in float and split twice, fits a second-level cache beside an input and sums of dW; each tile
-  // reads and writes those sums.
+  // A tile of N channels, in float and split twice, fits a second-level cache beside an input and the sums of dW, which
+  // each tile reads and writes.
   constexpr int64_t values = 32768;
-  const int64_t total = in_.total(), n = in_.out_channels, depth = in_.in_channels;
-  const int64_t wanted = round_up(std::clamp<int64_t>(values / n, 96, 256), kBf16Step);
-  const int64_t per_slice = divide_up(total, slices);
-  const int64_t rows_max = round_up(divide_up(per_slice, divide_up(per_slice, wanted)), kBf16Step);
-  const int64_t pixel_steps = rows_max / kBf16Step, pixel_stride = Bf16x3Side::stride_of(pixel_steps);
+  const int64_t n = in_.out_channels, depth = in_.in_channels;
+  const PixelTiles tiles(in_, std::clamp<int64_t>(values / n, 96, 256), kBf16Step, slices);
+  const int64_t pixel_steps = tiles.size / kBf16Step, pixel_stride = Bf16x3Side::stride_of(pixel_steps);
+  const bool need_dw = !args_.dw.empty();
   int64_t widest = 0;
   for (const Tensor& t : in_.xs) widest = std::max(widest, t.size(1));
-  const bool need_dw = !args_.dw.empty();
-  const Scratch<BFloat16> weight_parts(blocks_ * stride_);
+  const Scratch<BFloat16> weight_parts(static_cast<int64_t>(panels_.size()) * Bf16x3Side::values(kPanel, steps_));
   const Bf16x3Side weight = {weight_parts.get(), stride_};
   parallel(static_cast<int64_t>(panels_.size()), kPanel * n, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) split_weight(panels_[p], weight.at(panels_[p].block, 0));
   });
   at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     const Bf16Thread thread(kernels_.thread);
-    const Scratch<float> dz(rows_max * (n + kPad)), du(args_.residual ? rows_max * n : 0);
-    const Scratch<BFloat16> dz_rows(panels_.empty() ? 0 : Bf16x3Side::values(rows_max, steps_)),
-        dz_across(need_dw ? Bf16x3Side::values(n, pixel_steps) : 0),
-        pixels(need_dw ? Bf16x3Side::values(widest, pixel_steps) : 0);
-    const Bf16x3Side rows_side = {dz_rows.get(), stride_}, across = {dz_across.get(), pixel_stride},
-                     right = {pixels.get(), pixel_stride};
+    const int64_t tile_values = tiles.size * n;
+    const Scratch<float> dz(tile_values + std::max(tiles.size, n) * kPad), du(args_.residual ? tile_values : 0);
+    const Scratch<BFloat16> over_channels(panels_.empty() ? 0 : Bf16x3Side::values(tiles.size, steps_)),
+        over_pixels(need_dw ? Bf16x3Side::values(n, pixel_steps) : 0),
+        x_parts(need_dw ? Bf16x3Side::values(widest, pixel_steps) : 0);
+    const Bf16x3Side dx_side = {over_channels.get(), stride_}, dw_side = {over_pixels.get(), pixel_stride},
+                     x_side = {x_parts.get(), pixel_stride};
     for (int64_t slice = begin; slice < end; ++slice) {
-      const int64_t start = total * slice / slices, last = total * (slice + 1) / slices;
-      for (int64_t first = start; first < last; first += rows_max) {
-        const int64_t rows = std::min(rows_max, last - first), next = first + rows,
-                      next_rows = std::min(rows_max, last - next);
-        tail_gradient(first, rows, dz.get(), du.get());
-        if (!panels_.empty()) kernels_.left({dz.get(), n + kPad}, rows, n, rows_side);
+      const int64_t first = tiles.count() * slice / slices, last = tiles.count() * (slice + 1) / slices;
+      if (need_dw && first == last) std::fill_n(args_.dw[slice], n * depth, 0.0f);
+      for (int64_t i = first; i < last; ++i) {
+        const PixelTiles::Tile tile = tiles[i];
+        tail_gradient(tiles, tile, dz.get(), du.get());
+        if (!panels_.empty()) split_for_dx(tiles, tile, dz.get(), dx_side);
         for (const Panel& panel : panels_) {
           // x comes into the cache meanwhile, for dW.
           const int64_t channels = in_.xs[panel.input].size(1);
           Ahead ahead;
-          if (need_dw) {
-            ahead =
-                Ahead::of<const float>({x(panel.input) + first * channels + panel.channel, channels}, rows, panel.cols);
-          }
-          dx(panel, first, rows, rows_side, du.get(), weight.at(panel.block, 0), &ahead);
+          if (need_dw) ahead = tiles.ahead(x(panel.input), channels, tile, panel.channel, panel.count);
+          dx(tiles, tile, panel, dx_side, du.get(), weight.at(panel.block, 0), &ahead);
         }
         if (!need_dw) continue;
-        kernels_.left_transposed({dz.get(), n + kPad}, n, rows, across);
-        Ahead ahead[2] = {Ahead::of<const float>({args_.z + next * n, n}, next_rows, n),
-                          Ahead::of<const float>({args_.dy + next * n, n}, next_rows, n)};
-        for (size_t i = 0; i < in_.xs.size(); ++i) {
-          const int64_t channels = in_.xs[i].size(1);
-          kernels_.right({x(i) + first * channels, channels}, channels, rows, right);
-          kernels_.gemm({n, channels, divide_up(rows, kBf16Step), across, right, args_.dw[slice] + in_.offsets[i],
-                         depth, first > start, &ahead[i % 2]});
+        split_for_dw(tiles, tile, dz.get(), dw_side);
+        Ahead ahead[2];
+        if (i + 1 < last) {
+          ahead[0] = tiles.ahead(args_.z, n, tiles[i + 1], 0, n);
+          ahead[1] = tiles.ahead(args_.dy, n, tiles[i + 1], 0, n);
+        }
+        for (int64_t input = 0; input < static_cast<int64_t>(in_.xs.size()); ++input) {
+          const int64_t channels = in_.xs[input].size(1);
+          split_x(tiles, tile, {input, 0, channels, 0}, x_side);
+          kernels_.gemm({n, channels, steps_of(tile.count), dw_side, x_side, args_.dw[slice] + in_.offsets[input],
+                         depth, i > first, &ahead[input % 2]});
         }
       }
     }
@@ -113,53 +150,51 @@ void Bf16x3Backward::by_tiles(int64_t slices) const {
 }
 
 void Bf16x3Backward::whole() const {
-  const int64_t total = in_.total(), n = in_.out_channels, depth = in_.in_channels;
-  const int64_t pixel_steps = divide_up(total, kBf16Step), pixel_stride = Bf16x3Side::stride_of(pixel_steps);
-  const Scratch<BFloat16> dz_rows(panels_.empty() ? 0 : Bf16x3Side::values(total, steps_)),
-      dz_across(Bf16x3Side::values(n, pixel_steps));
-  const Scratch<float> du(args_.residual ? total * n : 0);
-  const Bf16x3Side rows_side = {dz_rows.get(), stride_}, across = {dz_across.get(), pixel_stride};
-  parallel_queue(pixel_steps, 2 * kBf16Step * n, [&](const auto& take) {
-    const Scratch<float> dz(kBf16Step * (n + kPad));
-    for (int64_t step = take(); step >= 0; step = take()) {
-      const int64_t first = step * kBf16Step, rows = std::min(kBf16Step, total - first);
-      tail_gradient(first, rows, dz.get(), du.get() + (args_.residual ? first * n : 0));
-      if (!panels_.empty()) kernels_.left({dz.get(), n + kPad}, rows, n, rows_side.at(first / kBf16Block, 0));
-      kernels_.left_transposed({dz.get(), n + kPad}, n, rows, across.at(0, step));
+  // What is over pixels comes to whole steps in every image.
+  constexpr int64_t most = 128;
+  const int64_t n = in_.out_channels, depth = in_.in_channels;
+  const PixelTiles tiles(in_, most, kBf16Step);
+  const int64_t image_steps = steps_of(tiles.pixels), pixel_steps = tiles.images * image_steps;
+  const auto step_of = [&](const PixelTiles::Tile& tile) { return tile.image * image_steps + tile.pixel / kBf16Step; };
+  const int64_t pixel_stride = Bf16x3Side::stride_of(pixel_steps), tile_values = Bf16x3Side::values(tiles.size, steps_);
+  const Scratch<BFloat16> over_channels(panels_.empty() ? 0 : tiles.count() * tile_values),
+      over_pixels(Bf16x3Side::values(n, pixel_steps));
+  const Scratch<float> du(args_.residual ? tiles.count() * tiles.size * n : 0);
+  const auto dx_side = [&](int64_t tile) { return Bf16x3Side{over_channels.get() + tile * tile_values, stride_}; };
+  const auto du_of = [&](int64_t tile) { return du.get() + (args_.residual ? tile * tiles.size * n : 0); };
+  const Bf16x3Side dw_side = {over_pixels.get(), pixel_stride};
+  parallel_queue(tiles.count(), 4 * tiles.size * n, [&](const auto& take) {
+    const Scratch<float> dz(tiles.size * n + std::max(tiles.size, n) * kPad);
+    for (int64_t i = take(); i >= 0; i = take()) {
+      tail_gradient(tiles, tiles[i], dz.get(), du_of(i));
+      if (!panels_.empty()) split_for_dx(tiles, tiles[i], dz.get(), dx_side(i));
+      split_for_dw(tiles, tiles[i], dz.get(), dw_side.at(0, step_of(tiles[i])));
     }
   });
   // A panel of the weight meets few tiles: it is split by whoever multiplies it, straight into cache.
-  constexpr int64_t tile = 128;
-  const Tasks tasks(static_cast<int64_t>(panels_.size()), divide_up(total, tile));
-  parallel_queue(tasks.count, total / tasks.groups * n * kPanel / 32, [&](const auto& take) {
+  const Tasks tasks(static_cast<int64_t>(panels_.size()), tiles.count());
+  parallel_queue(tasks.count, in_.total() / tasks.groups * n * kPanel / 32, [&](const auto& take) {
     const Bf16Thread thread(kernels_.thread);
-    const Scratch<BFloat16> weight(Bf16x3Side::values(kPanel, steps_));
-    const Bf16x3Side right = {weight.get(), stride_};
+    const Scratch<BFloat16> weight_parts(Bf16x3Side::values(kPanel, steps_));
+    const Bf16x3Side weight = {weight_parts.get(), stride_};
     for (int64_t task = take(); task >= 0; task = take()) {
       const Panel& panel = panels_[task / tasks.groups];
-      split_weight(panel, right);
-      for (int64_t t = tasks.begin(task); t < tasks.end(task); ++t) {
-        const int64_t first = t * tile;
-        dx(panel, first, std::min(tile, total - first), rows_side.at(first / kBf16Block, 0),
-           du.get() + (args_.residual ? first * n : 0), right, nullptr);
+      split_weight(panel, weight);
+      for (int64_t i = tasks.begin(task); i < tasks.end(task); ++i) {
+        dx(tiles, tiles[i], panel, dx_side(i), du_of(i), weight, nullptr);
       }
     }
   });
-  std::vector<Panel> columns;
-  for (int64_t i = 0; i < static_cast<int64_t>(in_.xs.size()); ++i) {
-    const int64_t channels = in_.xs[i].size(1);
-    for (int64_t c = 0; c < channels; c += kPanel) columns.push_back({i, c, std::min(kPanel, channels - c), 0});
-  }
-  parallel_queue(static_cast<int64_t>(columns.size()), total * n * kPanel / 32, [&](const auto& take) {
+  const std::vector<Panel> columns = panels_of(in_, nullptr);
+  parallel_queue(static_cast<int64_t>(columns.size()), in_.total() * n * kPanel / 32, [&](const auto& take) {
     const Bf16Thread thread(kernels_.thread);
-    const Scratch<BFloat16> pixels(Bf16x3Side::values(kPanel, pixel_steps));
-    const Bf16x3Side right = {pixels.get(), pixel_stride};
+    const Scratch<BFloat16> x_parts(Bf16x3Side::values(kPanel, pixel_steps));
+    const Bf16x3Side x_side = {x_parts.get(), pixel_stride};
     for (int64_t task = take(); task >= 0; task = take()) {
       const Panel& panel = columns[task];
-      const int64_t channels = in_.xs[panel.input].size(1);
-      kernels_.right({x(panel.input) + panel.channel, channels}, panel.cols, total, right);
-      kernels_.gemm(
-          {n, panel.cols, pixel_steps, across, right, args_.dw[0] + in_.offsets[panel.input] + panel.channel, depth});
+      for (int64_t i = 0; i < tiles.count(); ++i) split_x(tiles, tiles[i], panel, x_side.at(0, step_of(tiles[i])));
+      kernels_.gemm({n, panel.count, pixel_steps, dw_side, x_side,
+                     args_.dw[0] + in_.offsets[panel.input] + panel.channel, depth});
     }
   });
 }

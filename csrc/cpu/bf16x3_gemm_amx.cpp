@@ -108,35 +108,25 @@ void split_across(Strided<const float> src, int64_t count, int64_t depth, Bf16x3
   }
 }
 
-inline bool whole(const Bf16x3Gemm& g, int64_t i, int64_t j) {
-  return g.m - i >= kBf16Block && g.n - j >= kBf16Block;
-}
-
-// A tile that c does not hold whole.
-void end_rest(const Bf16x3Gemm& g, int64_t i, int64_t j, const float* rest) {
+// Adds a tile to c, or puts what of it belongs there in its place.
+void add_tile(const Bf16x3Gemm& g, int64_t i, int64_t j, const float* tile) {
   float* c = g.c + i * g.ldc + j;
   const __mmask16 mask = lanes(g.n - j);
   for (int64_t r = 0; r < least(g.m - i, kBf16Block); ++r, c += g.ldc) {
-    __m512 v = _mm512_load_ps(rest + r * kBf16Block);
+    __m512 v = _mm512_load_ps(tile + r * kBf16Block);
     if (g.add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, c));
     _mm512_mask_storeu_ps(c, mask, v);
   }
 }
 
-// Of the tile of c at row i and column j. Macros, since gcc's intrinsics spell the tile's number out.
-#define DLA_BEGIN_TILE(TILE, i, j)                                                           \
-  if (g.add && whole(g, i, j)) {                                                             \
-    _tile_loadd(TILE, g.c + (i) * g.ldc + (j), g.ldc * static_cast<int64_t>(sizeof(float))); \
-  } else {                                                                                   \
-    _tile_zero(TILE);                                                                        \
-  }
-#define DLA_END_TILE(TILE, i, j)                                                              \
-  if (whole(g, i, j)) {                                                                       \
+// Of the tile of c at row i and column j. A macro, since gcc's intrinsics spell the tile's number out.
+#define DLA_STORE_TILE(TILE, i, j)                                                            \
+  if (!g.add && g.m - (i) >= kBf16Block && g.n - (j) >= kBf16Block) {                         \
     _tile_stored(TILE, g.c + (i) * g.ldc + (j), g.ldc * static_cast<int64_t>(sizeof(float))); \
   } else {                                                                                    \
-    alignas(64) float rest[kBf16Block * kBf16Block];                                          \
-    _tile_stored(TILE, rest, 64);                                                             \
-    end_rest(g, i, j, rest);                                                                  \
+    alignas(64) float tile[kBf16Block * kBf16Block];                                          \
+    _tile_stored(TILE, tile, 64);                                                             \
+    add_tile(g, i, j, tile);                                                                  \
   }
 
 // Tiles 0 to 3 hold c, 4 and 5 rows, 6 and 7 columns. Of the loads of a step as few as four tiles for both sides allow.
@@ -160,23 +150,19 @@ inline void load_columns(const BFloat16* b0, const BFloat16* b1, int part) {
   if constexpr (COLUMNS == 2) _tile_loadd(7, b1 + part * kBf16x3Tile, 64);
 }
 
+// First all that is small, then the products of high parts: a sum rounds as coarsely as it is large.
 template <int ROWS, int COLUMNS>
 inline void micro(const Bf16x3Gemm& g, int64_t i, int64_t j, int64_t lines) {
-  const BFloat16 *a0 = g.left.at(i / kBf16Block, 0).data, *a1 = a0 + (ROWS - 1) * g.left.stride;
-  const BFloat16 *b0 = g.right.at(j / kBf16Block, 0).data, *b1 = b0 + (COLUMNS - 1) * g.right.stride;
-  const int64_t i1 = i + kBf16Block, j1 = j + kBf16Block;
-  DLA_BEGIN_TILE(0, i, j)
-  if constexpr (COLUMNS == 2) {
-    DLA_BEGIN_TILE(1, i, j1)
-  }
-  if constexpr (ROWS == 2) {
-    DLA_BEGIN_TILE(2, i1, j)
-  }
-  if constexpr (ROWS == 2 && COLUMNS == 2) {
-    DLA_BEGIN_TILE(3, i1, j1)
-  }
+  const int64_t next_row = (ROWS - 1) * g.left.stride, next_column = (COLUMNS - 1) * g.right.stride;
+  const BFloat16 *a = g.left.at(i / kBf16Block, 0).data, *b = g.right.at(j / kBf16Block, 0).data;
+  _tile_zero(0);
+  if constexpr (COLUMNS == 2) _tile_zero(1);
+  if constexpr (ROWS == 2) _tile_zero(2);
+  if constexpr (ROWS == 2 && COLUMNS == 2) _tile_zero(3);
   for (int64_t step = 0; step < g.steps; ++step) {
     if (g.ahead != nullptr) fetch(*g.ahead, lines);
+    const BFloat16 *a0 = a + step * kBf16x3Step, *a1 = a0 + next_row;
+    const BFloat16 *b0 = b + step * kBf16x3Step, *b1 = b0 + next_column;
     load_rows<ROWS>(a0, a1, 0);
     load_columns<COLUMNS>(b0, b1, 2);
     multiply<ROWS, COLUMNS>();
@@ -188,27 +174,26 @@ inline void micro(const Bf16x3Gemm& g, int64_t i, int64_t j, int64_t lines) {
     multiply<ROWS, COLUMNS>();
     load_rows<ROWS>(a0, a1, 2);
     multiply<ROWS, COLUMNS>();
-    load_rows<ROWS>(a0, a1, 0);
-    multiply<ROWS, COLUMNS>();
-    a0 += kBf16x3Step;
-    a1 += kBf16x3Step;
-    b0 += kBf16x3Step;
-    b1 += kBf16x3Step;
   }
-  DLA_END_TILE(0, i, j)
+  for (int64_t step = 0; step < g.steps; ++step) {
+    const BFloat16 *a0 = a + step * kBf16x3Step, *b0 = b + step * kBf16x3Step;
+    load_rows<ROWS>(a0, a0 + next_row, 0);
+    load_columns<COLUMNS>(b0, b0 + next_column, 0);
+    multiply<ROWS, COLUMNS>();
+  }
+  const int64_t i1 = i + kBf16Block, j1 = j + kBf16Block;
+  DLA_STORE_TILE(0, i, j)
   if constexpr (COLUMNS == 2) {
-    DLA_END_TILE(1, i, j1)
+    DLA_STORE_TILE(1, i, j1)
   }
   if constexpr (ROWS == 2) {
-    DLA_END_TILE(2, i1, j)
+    DLA_STORE_TILE(2, i1, j)
   }
   if constexpr (ROWS == 2 && COLUMNS == 2) {
-    DLA_END_TILE(3, i1, j1)
+    DLA_STORE_TILE(3, i1, j1)
   }
 }
-
-#undef DLA_BEGIN_TILE
-#undef DLA_END_TILE
+#undef DLA_STORE_TILE
 
 template <int COLUMNS>
 inline void column(const Bf16x3Gemm& g, int64_t j, int64_t lines) {
