@@ -30,12 +30,11 @@ class Backward:
     residual: bool
 
     @classmethod
-    def of(cls, channels, out_channels, size, layout, residual=False):
-        xs, (weight, _, gamma, beta, var) = node(channels, out_channels, size, layout)
+    def of(cls, channels, out_channels, size, layout, residual=False, dtype=torch.bfloat16):
+        xs, (weight, _, gamma, beta, var) = node(channels, out_channels, size, layout, dtype)
         of_output = torch.empty(size[0], out_channels, *size[1:])
         dy, z = (
-            torch.randn_like(of_output).to(torch.bfloat16).contiguous(memory_format=parity.LAYOUTS[layout])
-            for _ in range(2)
+            torch.randn_like(of_output).to(dtype).contiguous(memory_format=parity.LAYOUTS[layout]) for _ in range(2)
         )
         mean = torch.randn(out_channels)
         x_hat = (z.float() - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-5).sqrt()
