@@ -32,12 +32,33 @@ FIELDS = {
     "floor_ms",
 }
 QUICK = ["--rounds", "3", "--seconds", "0.02"]
+MEASURE_RATES = cases.measure_rates
 
 
 @pytest.fixture(autouse=True)
 def _quick_rates(monkeypatch):
     """Measuring the machine takes seconds, and no test needs its figures."""
     monkeypatch.setattr(cases, "measure_rates", lambda dtype, device: RATES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_floor_takes_the_best_product(monkeypatch, dtype):
+    """Of those there are: a float product may be made of six of bfloat16."""
+    took: dict[str, float] = {}
+
+    def interleave(calls, **_):
+        for call in calls.values():
+            call()
+        return {name: measure.Timing(1.0, took.get(name, 1.0), 1.0) for name in calls}
+
+    monkeypatch.setattr(measure, "interleave", interleave)
+    product = 2 * 1024**3 * 1e3
+    assert MEASURE_RATES(dtype, torch.device("cpu")) == Rates(2 * 64 * 2**20 * 1e3, product)
+    took["ours"] = 0.01
+    assert MEASURE_RATES(dtype, torch.device("cpu")).flops_per_s == pytest.approx(2e5 * 8 * 14**2 * 512**2)
+    took = {"torch.bfloat16 matmul": 0.1}
+    rate = MEASURE_RATES(dtype, torch.device("cpu")).flops_per_s
+    assert rate / product == pytest.approx({torch.float32: 10 / 6, torch.float64: 1, torch.bfloat16: 10}[dtype])
 
 
 def quick(*wanted: str, rotate: int | None = None) -> timing.Settings:

@@ -59,7 +59,7 @@ def _facts(run: dict[str, Any]) -> str:
     }
     for name, rate in machine.get("rates", {}).items():
         gigabytes, gigaflops = rate["bytes_per_s"] / 1e9, rate["flops_per_s"] / 1e9
-        rows[f"best rates, {name}"] = f"{gigabytes:.1f} GB/s copied, {gigaflops:.0f} GFLOP/s of the library's product"
+        rows[f"best rates, {name}"] = f"{gigabytes:.1f} GB/s copied, {gigaflops:.0f} GFLOP/s of the best product"
     items = (f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items() if value)
     return f"<dl>{''.join(items)}</dl>"
 

@@ -139,9 +139,7 @@ def render(run: dict[str, Any]) -> str:
     lines: list[str] = []
     for name, rate in run["machine"].get("rates", {}).items():
         gigabytes, gigaflops = rate["bytes_per_s"] / 1e9, rate["flops_per_s"] / 1e9
-        lines.append(
-            f"floor from {gigabytes:.1f} GB/s copied and {gigaflops:.0f} GFLOP/s of the library's best product ({name})"
-        )
+        lines.append(f"floor from {gigabytes:.1f} GB/s copied and {gigaflops:.0f} GFLOP/s of the best product ({name})")
     errors = [record for record in records if record.get("error")]
     if errors:
         lines += ["", f"ERRORS: {counted(len(errors))} without a figure"]
