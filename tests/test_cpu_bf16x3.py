@@ -1,6 +1,6 @@
 """Float products of an aggregation node on the CPU, made of bfloat16 products of three parts where that is faster.
 
-All of it holds for the float instructions too, so nothing is skipped on other processors.
+All of it holds for the float instructions too, so other processors run it as well.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_every_boundary(poisoned, channels, size, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_single_products(layout):
-    """One term a sum: the loss of any of the six products of parts would be 2^-18 of it or more."""
+    """One term a sum: the loss of any of the six products of parts would show, the middle ones' up to 2^-18 of it."""
     xs, _ = node((64, 64), 128, (2, 9, 9), layout, FLOAT)
     weight = torch.diag(torch.randn(128)).view(128, 128, 1, 1)
     z, magnitude = products(xs, weight)
@@ -145,8 +145,6 @@ def check_backward(case: Backward, found: list[Tensor], message: str) -> None:
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 def test_backward_at_every_boundary(poisoned, channels, size, layout):
     for out_channels, threads in zip((64, channels[0], 81, 150), itertools.cycle((1, 2, 3)), strict=False):
-        if min(out_channels, sum(channels)) < 48:
-            continue
         case = Backward.of(channels, out_channels, size, layout, out_channels == channels[0], FLOAT)
         with threads_of(threads):
             found = case.run()

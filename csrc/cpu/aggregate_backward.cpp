@@ -45,10 +45,11 @@ struct Backward {
   }
 
   // The same for floats in three parts.
-  void by_bf16x3([[maybe_unused]] const T* weight, [[maybe_unused]] const std::vector<A*>& dw,
-                 [[maybe_unused]] int64_t slices, [[maybe_unused]] bool whole) const {
+  void by_bf16x3([[maybe_unused]] const Bf16x3Kernels& products, [[maybe_unused]] const T* weight,
+                 [[maybe_unused]] const std::vector<A*>& dw, [[maybe_unused]] int64_t slices,
+                 [[maybe_unused]] bool whole) const {
     if constexpr (std::is_same_v<T, float>) {
-      const Bf16x3Backward run(in, *bf16x3_for(in), {norm, m0, m1, dy, z, weight, residual, need_dx, dxs, dw});
+      const Bf16x3Backward run(in, products, {norm, m0, m1, dy, z, weight, residual, need_dx, dxs, dw});
       whole ? run.whole() : run.by_tiles(slices);
     }
   }
@@ -292,8 +293,9 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
     const Backward<scalar_t, A> run = {
         in, norm, m0, m1, dy.const_data_ptr<scalar_t>(), z.const_data_ptr<scalar_t>(), residual, need_dx, need_dw, dxs};
     if (run.by_bf16(w.const_data_ptr<scalar_t>(), need_dw ? dweight.mutable_data_ptr<scalar_t>() : nullptr)) return;
-    const bool split = std::is_same_v<scalar_t, float> && bf16x3_for(in) != nullptr;
-    const bool whole = (in.channels_last || split) && need_dw && 2 * slices * in.in_channels > 3 * in.total();
+    const Bf16x3Kernels* split = std::is_same_v<scalar_t, float> ? bf16x3_for(in) : nullptr;
+    const bool whole =
+        (in.channels_last || split != nullptr) && need_dw && 2 * slices * in.in_channels > 3 * in.total();
     const int64_t sums = whole ? 1 : slices;
     // The first sum is formed in its place where that holds A. A 1x1 weight's values lie in the same order in every
     // memory format it can have.
@@ -304,8 +306,8 @@ std::tuple<std::vector<Tensor>, Tensor> aggregate_backward(const Tensor& dy_in, 
     for (int64_t s = 0; need_dw && s < sums; ++s) dw.push_back(scratch.get() + (in_place ? s - 1 : s) * size);
     if (need_dw && in_place) dw[0] = reinterpret_cast<A*>(out);
     if (in.total() > 0 && in.out_channels > 0) {
-      if (split) {
-        run.by_bf16x3(w.const_data_ptr<scalar_t>(), dw, slices, whole);
+      if (split != nullptr) {
+        run.by_bf16x3(*split, w.const_data_ptr<scalar_t>(), dw, slices, whole);
       } else if (in.channels_last) {
         run.channels_last(w.const_data_ptr<scalar_t>(), dw, slices, whole);
       } else {

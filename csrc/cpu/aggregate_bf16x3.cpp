@@ -31,7 +31,7 @@ PixelTiles::PixelTiles(const AggregateInputs& in, int64_t most, int64_t unit, in
     : images(in.channels_last ? 1 : in.images),
       pixels(in.channels_last ? in.total() : in.pixels),
       channels_last(in.channels_last) {
-  const int64_t wanted = round_up(divide_up(pixels, most), channels_last ? shares : 1);
+  const int64_t wanted = round_up(divide_up(pixels, most), divide_up(shares, images));
   size = round_up(divide_up(pixels, wanted), unit);
   per_image = divide_up(pixels, size);
 }

@@ -21,7 +21,7 @@ struct PixelTiles {
     int64_t image, pixel, count;
   };
 
-  // `most` pixels, in multiples of `unit`; of a channels_last tensor in multiples of `shares` tiles, as far as it goes.
+  // `most` pixels, in multiples of `unit`; as many tiles as can be shared out evenly, where there are pixels enough.
   PixelTiles(const AggregateInputs& in, int64_t most, int64_t unit, int64_t shares = 1);
   int64_t count() const { return images * per_image; }
   Tile operator[](int64_t i) const {

@@ -290,7 +290,7 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     source = torch.zeros(64 * 2**20 if device.type == "cpu" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # A GPU needs more work than a CPU to show its rate.
-    side, images, channels = (1024, 8, 512) if device.type == "cpu" else (8192, 256, 512)
+    (side, images), channels = (1024, 8) if device.type == "cpu" else (8192, 256), 512
     calls: dict[str, Callable[[], Tensor]] = {"copy": lambda: target.copy_(source)}
     flops = {}
 
