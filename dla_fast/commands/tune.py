@@ -104,7 +104,8 @@ def noting() -> Iterator[dict[Key, TileConfig]]:
 
 def pass_of(case: cases.Case, mode: str, batch: int, dtype: torch.dtype, layout: str, device: torch.device) -> Problem:
     """A case as a pass on Triton: inference, or forward and backward."""
-    problem = parity.PROBLEMS[case.op](case.spec(batch, dtype, layout, training=mode == "training"))
+    spec = case.spec(batch, dtype, layout, training=mode == "training")
+    problem = parity.PROBLEMS[case.op](spec, None if device.type == "cpu" else device)
     tensors = problem.materialise(None, device)
     wanted = [tensors[name] for name in problem.differentiable]
 

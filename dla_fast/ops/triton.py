@@ -22,7 +22,7 @@ KEY = "CPU" if INTERPRETED else "CUDA"
 DEVICE = KEY.lower()
 
 # Operator -> where in dla_fast.kernels it is.
-_KERNELS = {
+KERNELS = {
     "aggregate_inference": "aggregate",
     "aggregate_stage": "aggregate",
     "aggregate_backward": "aggregate_backward",
@@ -52,7 +52,7 @@ def _deferred(name: str, module: str) -> Callable[..., Any]:
 
 def register(library: torch.library.Library) -> None:
     """Register the stand-ins in the namespace that ``library`` defines."""
-    for name, module in _KERNELS.items():
+    for name, module in KERNELS.items():
         library.impl(name, _deferred(name, module), KEY)
 
 

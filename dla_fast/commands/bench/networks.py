@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -168,7 +169,9 @@ def check_float64(name: str, mode: str, state: dict[str, Tensor], label: str, de
     _compare(f"{label} in float64", "eager", results[peers.FUSED], results["eager"], count, bounds)
 
 
+@functools.lru_cache(maxsize=4)
 def initial_state(name: str) -> dict[str, Tensor]:
+    """Parameters and statistics of a network whose values stay of ordinary size, the same in every call."""
     torch.manual_seed(0)
     model = models.create_model(name)
     for module in model.modules():
@@ -205,8 +208,8 @@ def _bounds(
         return 10 * timing.tolerance(dtype, settings.device), GRADIENT_TOLERANCE
     # The same values in float32: those that half precision has rounded already.
     rounded = {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in state.items()}
-    exact = _implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0]()
-    eager = _implementation(network, mode, "eager", state, settings)[0]()
+    exact = implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0]()
+    eager = implementation(network, mode, "eager", state, settings)[0]()
     count = len(exact) - gradients
     outputs = max(timing.difference(a, b) for a, b in zip(eager[:count], exact[:count], strict=True))
     gradient = _norm_difference(eager[count:], exact[count:]) if gradients else 0.0
@@ -218,6 +221,7 @@ def prove(
     mode: str,
     settings: Settings,
     skipped: list[dict[str, str]],
+    float64: bool = True,
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """The implementations of a network, once they have been found to agree.
 
@@ -226,6 +230,7 @@ def prove(
         mode: one of :data:`dla_fast.commands.bench.cases.MODES`.
         settings: where, and with whom.
         skipped: takes the peers that cannot run, with the reason.
+        float64: also compare with eager in float64 (:func:`check_float64`).
 
     Returns:
         One pass by implementation, and where each network comes from.
@@ -248,11 +253,12 @@ def prove(
     bounds = _bounds(network, mode, state, settings, gradients)
     mine: list[Tensor] = []
     agreed = 0
-    check_float64(network.name, mode, state, label, device)
+    if float64:
+        check_float64(network.name, mode, state, label, device)
     # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
     for impl in [*wanted, *({"eager"} - set(wanted))]:
         try:
-            call, source = _implementation(network, mode, impl, state, settings)
+            call, source = implementation(network, mode, impl, state, settings)
             tensors = [t.detach().clone() for t in call()]
         except Exception as error:
             if impl.startswith(peers.FUSED):
@@ -276,14 +282,19 @@ def time_network(
     mode: str,
     settings: Settings,
     rates: Rates,
+    float64: bool = True,
 ) -> Outcome:
     """Prove that the implementations of a network agree, then time them.
+
+    On a GPU each is timed as a CUDA graph, which leaves the host's part out, and once more call by call
+    (``plain_ms``); what cannot be captured, or makes graphs of its own, has its calls' time for both.
 
     Args:
         network: which, with its images.
         mode: one of :data:`dla_fast.commands.bench.cases.MODES`.
         settings: how to time.
         rates: the machine's, for the floor.
+        float64: see :func:`prove`.
     """
     dtype, device = settings.torch_dtype, settings.device
     values, flops = work(network, training=mode == "training")
@@ -306,20 +317,20 @@ def time_network(
     skipped: list[dict[str, str]] = []
     try:
         served = backend.resolve("aggregate", device.type, dtype)
-        runs, sources = prove(network, mode, settings, skipped)
+        runs, sources = prove(network, mode, settings, skipped, float64)
     except (Disagreement, RuntimeError) as error:
         if isinstance(error, Disagreement):
             failed = {"impl": error.impl, "error": str(error)}
         else:
             failed = {"impl": peers.FUSED, "error": f"{network.name} ({mode}): {one_line(error)}"}
         return Outcome([complete({**common, **failed})], skipped)
-    timed, graphs = runs, False
-    if device.type == "cuda":
-        made = {impl: timing.graph_of([call], device) for impl, call in runs.items()}
-        captured = {impl: graph for impl, graph in made.items() if graph is not None}
-        if len(captured) == len(runs):
-            timed, graphs = captured, True
-    figures = timing.time_runners(timed, settings, graphs=graphs)
+    figures = timing.time_runners(runs, settings, graphs=False)
+    graphed = _graphs(runs, device) if device.type == "cuda" else {}
+    if graphed:
+        # What has no graph takes part as it is, so that all are timed in turn.
+        again = timing.time_runners({**runs, **graphed}, settings, graphs=True)
+        for impl, figure in figures.items():
+            figure |= {"plain_ms": figure["median_ms"]} | (again[impl] if impl in graphed else {})
     records = []
     for impl, figure in figures.items():
         record = {**common, "impl": impl, "network": sources[impl], **figure}
@@ -327,16 +338,25 @@ def time_network(
         if impl.startswith(peers.FUSED):
             record["backend"] = impl.partition(":")[2] or served
         if device.type == "cuda":
-            record["host_ms"] = timing.host_ms(runs[impl], device, calls=10)
+            record["host_ms"] = timing.host_ms(runs[impl], device, calls=5)
+            record["peak_bytes"] = timing.peak(runs[impl], device)
         records.append(complete(record))
     return Outcome(records, skipped)
+
+
+def _graphs(runs: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """The implementations as CUDA graphs, where they can be captured; one memory for all, since they take turns."""
+    torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
+    made = {i: timing.graph_of([call], device, pool) for i, call in runs.items() if i not in peers.SELF_GRAPHED}
+    return {impl: graph for impl, graph in made.items() if graph is not None}
 
 
 def _layout(impl: str, settings: Settings) -> str:
     return peers.OTHER_LAYOUT[settings.layout] if impl == "eager_other_layout" else settings.layout
 
 
-def _implementation(
+def implementation(
     network: Network,
     mode: str,
     impl: str,
@@ -347,7 +367,8 @@ def _implementation(
     """One pass of an implementation of a network, and where the network is from; the images rounded to a dtype."""
     layout = LAYOUTS[_layout(impl, settings)]
     torch.manual_seed(1)
-    images = torch.randn(network.batch, 3, network.size, network.size)
+    # On a CPU the values are those of any device, on another they need not travel.
+    images = torch.randn(network.batch, 3, network.size, network.size, device=settings.device)
     images = images.to(rounded or settings.torch_dtype)
     images = images.to(device=settings.device, dtype=settings.torch_dtype, memory_format=layout)
     model, source = make(network.name, impl, state)
@@ -356,7 +377,7 @@ def _implementation(
     model = model.train(mode != "inference")
     parameters = trained(model)
     forced = backend_for(impl)
-    if not impl.startswith("compile"):
+    if not impl.startswith("compile") or settings.device.type == "meta":
         return step(model, images, mode, parameters, forced), source
     with peers.compiling(impl) as options:
         compiled = torch.compile(model, dynamic=False, **options)

@@ -20,7 +20,23 @@ from dla_fast.commands.bench.cases import Case
 
 FUSED = "dla_fast"
 # What may be asked for beside dla_fast and its backends, which are always there.
-PEERS = ("eager", "eager_other_layout", "compile", "compile_max_autotune", "compile_frozen", "reference", "library")
+PEERS = (
+    "eager",
+    "eager_other_layout",
+    "compile",
+    "compile_reduce_overhead",
+    "compile_max_autotune",
+    "compile_frozen",
+    "reference",
+    "library",
+)
+# How a compiled peer is compiled: ``mode`` of torch.compile.
+_COMPILE_MODES = {
+    "compile_reduce_overhead": "reduce-overhead",
+    "compile_max_autotune": "max-autotune-no-cudagraphs",
+}
+# A compiled peer that replays CUDA graphs of its own, and so is in none.
+SELF_GRAPHED = ("compile_reduce_overhead",)
 # A bare convolution computes less than the op: it is shown, and never called a peer that was beaten or that won.
 YARDSTICKS = ("library",)
 OTHER_LAYOUT = {"channels_last": "contiguous", "contiguous": "channels_last"}
@@ -83,7 +99,7 @@ def compiling(impl: str) -> Iterator[dict[str, Any]]:
         with config.patch(freezing=True):
             yield {}
     else:
-        yield {"mode": "max-autotune-no-cudagraphs"} if impl == "compile_max_autotune" else {}
+        yield {"mode": _COMPILE_MODES[impl]} if impl in _COMPILE_MODES else {}
 
 
 def make_runner(
@@ -105,7 +121,7 @@ def make_runner(
         layout = OTHER_LAYOUT[layout]
         problem = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, layout=layout))
     module: Any = functional if impl.startswith(FUSED) else reference if impl == "reference" else eager
-    function: Callable[..., Tensor] = _function(case, module, problem, impl)
+    function: Callable[..., Tensor] = _function(case, module, problem, impl, device)
     names = ["y", *(f"d {name}" for name in problem.differentiable)] if mode == "training" else ["y"]
     calls = []
     for _ in range(copies):
@@ -123,7 +139,9 @@ def make_runner(
     return Runner(calls[0], names, calls, layout, served, impl not in YARDSTICKS)
 
 
-def _function(case: Case, module: ModuleType, problem: parity.Problem, impl: str) -> Callable[..., Tensor]:
+def _function(
+    case: Case, module: ModuleType, problem: parity.Problem, impl: str, device: torch.device
+) -> Callable[..., Tensor]:
     """The op as a function of a dictionary of tensors."""
     if impl == "library":
         padding = case.kernel // 2
@@ -132,7 +150,7 @@ def _function(case: Case, module: ModuleType, problem: parity.Problem, impl: str
     def plain(tensors: dict[str, Tensor]) -> Tensor:
         return problem.call(module, tensors, None)
 
-    if not impl.startswith("compile"):
+    if not impl.startswith("compile") or device.type == "meta":
         return plain
     compiled: list[Callable[..., Tensor]] = []
 

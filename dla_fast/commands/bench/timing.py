@@ -123,8 +123,17 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
-def graph_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object] | None:
-    """All of ``calls``, one after another, as one CUDA graph to replay; None where they cannot be captured."""
+def graph_of(
+    calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None
+) -> Callable[[], object] | None:
+    """All of ``calls``, one after another, as one CUDA graph to replay; None where they cannot be captured.
+
+    Args:
+        calls: what to capture.
+        device: where it runs.
+        pool: memory to share with other graphs (:func:`torch.cuda.graph_pool_handle`), which must not be replayed at
+            the same time, and whose results are lost when this one is.
+    """
     try:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -133,7 +142,7 @@ def graph_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Cal
                 call()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             kept = [call() for call in calls]
     except RuntimeError:
         torch.cuda.synchronize(device)
@@ -195,7 +204,7 @@ def time_runners(
     }
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int | None:
+def peak(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that one pass has allocated at most, beside what was there; None on a CPU, which does not count them."""
     if device.type != "cuda":
         return None
@@ -235,9 +244,7 @@ def time_case(
         suite: to be written into the records.
     """
     dtype, device = settings.torch_dtype, settings.device
-    spec = case.spec(batch, dtype, settings.layout, training=mode != "inference")
-    problem = parity.PROBLEMS[case.op](spec)
-    dy = parity.safe_gradient(problem, device) if mode == "training" else None
+    problem, dy = drawn(case, mode, batch, settings)
     values, flops = case.work(mode, batch)
     common: dict[str, Any] = {
         "suite": suite,
@@ -300,9 +307,23 @@ def time_case(
         record["copies"] = copies
         if device.type == "cuda":
             record["host_ms"] = host_ms(runner.copies[0], device)
-            record["peak_bytes"] = _peak(runner.copies[0], device)
+            record["peak_bytes"] = peak(runner.copies[0], device)
         records.append(complete(record))
     return Outcome(records, skipped)
+
+
+def drawn(case: Case, mode: str, batch: int, settings: Settings) -> tuple[parity.Problem, Tensor | None]:
+    """A case's tensors, and in training the gradient of its output; drawn where they are used unless that is a CPU."""
+    device = settings.device
+    spec = case.spec(batch, settings.torch_dtype, settings.layout, training=mode != "inference")
+    problem = parity.PROBLEMS[case.op](spec, None if device.type == "cpu" else device)
+    return problem, parity.safe_gradient(problem, device) if mode == "training" else None
+
+
+def runner_of(case: Case, mode: str, batch: int, settings: Settings, impl: str) -> peers.Runner:
+    """One implementation of a case, on tensors of its own."""
+    problem, dy = drawn(case, mode, batch, settings)
+    return peers.make_runner(case, mode, impl, problem, dy, settings.device)
 
 
 def _prepare(runners: dict[str, peers.Runner], device: torch.device) -> tuple[dict[str, Callable[[], object]], bool]:
