@@ -12,7 +12,7 @@ nothing more exact to compare with, and the bound is a fixed 1e-10 of the larges
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,13 +62,18 @@ class Spec:
 
 @dataclass
 class Problem:
-    """An op applied to drawn values: float64 tensors that the dtypes of the spec represent exactly."""
+    """An op applied to drawn values: tensors that the dtypes of the spec represent exactly.
+
+    Without a device they are float64 on the CPU. With one they were drawn there, and lie there in float32 where that
+    holds them: a batch of a network's size takes minutes to draw on a CPU, and half the memory counts.
+    """
 
     tensors: dict[str, Tensor]
     dtypes: dict[str, torch.dtype]
     call: Callable[[Any, Mapping[str, Tensor], str | None], Tensor]
     buffers: tuple[str, ...] = ()
     spec: Spec = field(default_factory=Spec)
+    device: torch.device | None = None
 
     @property
     def differentiable(self) -> list[str]:
@@ -86,19 +91,24 @@ class Problem:
 
 
 class _Draw:
-    """Draws values in float64 that a dtype represents exactly."""
+    """Draws values that a dtype represents exactly: in float64 on the CPU, or on a device, see :class:`Problem`."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.generator = torch.Generator().manual_seed(spec.seed)
+    def __init__(self, seed: int, device: torch.device | str | None) -> None:
+        self.device = None if device is None else torch.device(device)
+        at = self.device or torch.device("cpu")
+        # Meta tensors have no values, and refuse a generator.
+        self.generator = None if at.type == "meta" else torch.Generator(at).manual_seed(seed)
         self.tensors: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
 
+    def value(self, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0, low: float = 0.0) -> Tensor:
+        wide = torch.float64 if self.device is None or dtype.itemsize > 4 else torch.float32
+        options: dict[str, Any] = {"generator": self.generator, "dtype": wide, "device": self.device or "cpu"}
+        value = torch.rand(shape, **options).add_(low) if low else torch.randn(shape, **options).mul_(scale)
+        return value.to(dtype).to(wide)
+
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, low: float = 0.0) -> None:
-        if low:
-            value = torch.rand(shape, generator=self.generator, dtype=torch.float64) + low
-        else:
-            value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
-        self.tensors[name] = value.to(dtype).double()
+        self.tensors[name] = self.value(shape, dtype, scale, low)
         self.dtypes[name] = dtype
 
     def norm(self, spec: Spec, channels: int) -> None:
@@ -116,9 +126,9 @@ def _norm_arguments(t: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
     return t.get("bn_weight"), t.get("bn_bias"), t["running_mean"], t["running_var"]
 
 
-def aggregate(spec: Spec) -> Problem:
+def aggregate(spec: Spec, device: torch.device | str | None = None) -> Problem:
     """An aggregation node."""
-    draw = _Draw(spec)
+    draw = _Draw(spec.seed, device)
     for i, c in enumerate(spec.channels):
         draw.add(f"x{i}", (spec.batch, c, spec.height, spec.width), spec.dtype)
     depth = sum(spec.channels)
@@ -138,12 +148,12 @@ def aggregate(spec: Spec) -> Problem:
             act=act or spec.act,
         )
 
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec)
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device)
 
 
-def batch_norm_act(spec: Spec) -> Problem:
+def batch_norm_act(spec: Spec, device: torch.device | str | None = None) -> Problem:
     """Batch norm, residual, activation."""
-    draw = _Draw(spec)
+    draw = _Draw(spec.seed, device)
     shape = (spec.batch, spec.out_channels, spec.height, spec.width)
     draw.add("x", shape, spec.dtype)
     if spec.residual:
@@ -159,12 +169,12 @@ def batch_norm_act(spec: Spec) -> Problem:
             act=act or spec.act,
         )
 
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec)
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device)
 
 
-def merge(spec: Spec) -> Problem:
+def merge(spec: Spec, device: torch.device | str | None = None) -> Problem:
     """An IDA node whose last input is upsampled."""
-    draw = _Draw(spec)
+    draw = _Draw(spec.seed, device)
     f = spec.factor
     large = tuple((side - 1) * f - 2 * (f // 2) + 2 * f for side in (spec.height, spec.width))
     for i, c in enumerate(spec.channels):
@@ -188,27 +198,33 @@ def merge(spec: Spec) -> Problem:
             act=act or spec.act,
         )
 
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec)
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device)
 
 
-def upsample(spec: Spec) -> Problem:
+def upsample(spec: Spec, device: torch.device | str | None = None) -> Problem:
     """The learned upsampling."""
-    draw, c, f = _Draw(spec), spec.out_channels, spec.factor
+    draw, c, f = _Draw(spec.seed, device), spec.out_channels, spec.factor
     draw.add("x", (spec.batch, c, spec.height, spec.width), spec.dtype)
     draw.add("weight", (c, 1, 2 * f, 2 * f), spec.dtype)
-    return Problem(draw.tensors, draw.dtypes, lambda m, t, act: m.upsample(t["x"], t["weight"], f), (), spec)
+
+    def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
+        return module.upsample(t["x"], t["weight"], f)
+
+    return Problem(draw.tensors, draw.dtypes, call, (), spec, draw.device)
 
 
-def upsample_add(spec: Spec) -> Problem:
+def upsample_add(spec: Spec, device: torch.device | str | None = None) -> Problem:
     """The add-merging step of IDA."""
-    draw, c, f = _Draw(spec), spec.out_channels, spec.factor
+    draw, c, f = _Draw(spec.seed, device), spec.out_channels, spec.factor
     sides = tuple((side - 1) * f - 2 * (f // 2) + 2 * f for side in (spec.height, spec.width))
     draw.add("x", (spec.batch, c, spec.height, spec.width), spec.dtype)
     draw.add("skip", (spec.batch, c, *sides), spec.dtype)
     draw.add("weight", (c, 1, 2 * f, 2 * f), spec.dtype)
-    return Problem(
-        draw.tensors, draw.dtypes, lambda m, t, act: m.upsample_add(t["x"], t["skip"], t["weight"], f), (), spec
-    )
+
+    def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
+        return module.upsample_add(t["x"], t["skip"], t["weight"], f)
+
+    return Problem(draw.tensors, draw.dtypes, call, (), spec, draw.device)
 
 
 PROBLEMS = {
@@ -307,11 +323,11 @@ def safe_gradient(problem: Problem, device: torch.device) -> Tensor:
     tensors = problem.materialise(torch.float64, device)
     with torch.no_grad():
         u = problem.call(reference, tensors, "identity")
-    dy = torch.randn(u.shape, generator=torch.Generator().manual_seed(problem.spec.seed + 1), dtype=torch.float64)
-    dy = dy.to(device=device, dtype=problem.spec.dtype).double()
+    dy = _Draw(problem.spec.seed + 1, problem.device).value(u.shape, problem.spec.dtype).to(device)
     if u.numel() == 0 or not problem.buffers:
         return dy
-    margin = 8 * torch.finfo(problem.spec.dtype).eps * u.abs().max().item()
+    # A tensor, so that nothing waits for a device, and meta tensors do.
+    margin = 8 * torch.finfo(problem.spec.dtype).eps * u.abs().max()
     for kink in KINKS.get(problem.spec.act, ()):
         dy = torch.where((u - kink).abs() < margin, 0.0, dy)
     return dy
