@@ -23,6 +23,7 @@ class Block:
         seconds: its share of the time; what one leaves the next may use.
         processes: how many share its cases. One where something is timed.
         cases: what it consists of.
+        last: its kernels are compiled when it comes, not before everything.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Block:
     seconds: float
     processes: int
     cases: Callable[[Setting], Iterator[Case]]
+    last: bool = False
 
     @property
     def timed(self) -> bool:
@@ -45,7 +47,7 @@ BLOCKS = {
         Block("nodes", "dla34's roots timed", 75.0, 1, nodes),
         Block("networks", "whole networks timed", 95.0, 1, nets),
         Block("bandwidth", "memory-bound kernels timed", 20.0, 1, bandwidth),
-        Block("rest", "what is left", 100.0, 1, rest),
+        Block("rest", "what is left", 100.0, 1, rest, last=True),
     )
 }
 # Processes that compile the peers of the timed blocks while the checks run.

@@ -120,10 +120,11 @@ def standing_in(arch: int, *, with_cuda: bool = True) -> Iterator[list[Any]]:
         (backend.ops, "_missing", dict(backend.ops._missing)),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in changed]
-    chosen = dict(backend._chosen)
+    chosen = backend._chosen
     try:
         for module, name, value in changed:
             setattr(module, name, value)
+        backend._chosen = {key: value for key, value in chosen.items() if key[1] == "cpu"}
         for name, op in backend.ops._missing:
             if name == "cuda":
                 backend.ops._missing[name, op] = None if with_cuda else "left out"
@@ -135,8 +136,7 @@ def standing_in(arch: int, *, with_cuda: bool = True) -> Iterator[list[Any]]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
-        backend._chosen.clear()
-        backend._chosen.update(chosen)
+        backend._chosen = chosen
 
 
 def drawn(cases: Iterable[Case], arch: int) -> Iterator[tuple[str, list[Job], str]]:

@@ -162,16 +162,16 @@ def _case(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def pairs(
-    found: Sequence[dict[str, Any]], op: str, mode: str, *impls: str, batch: int | None = None, what: str = "median_ms"
+    found: Sequence[dict[str, Any]], op: str, mode: str, *impls: str, batch: int | None = None, by: str = "median_ms"
 ) -> list[tuple[float, dict[str, Any]]]:
     """(figure of the best of the peers over dla_fast's, dla_fast's record) of the cases that both have."""
-    timed = [r for r in found if r.get("op") == op and r.get("mode") == mode and r.get(what) and not r.get("error")]
+    timed = [r for r in found if r.get("op") == op and r.get("mode") == mode and r.get(by) and not r.get("error")]
     best: dict[tuple[Any, ...], float] = {}
     for r in timed:
         if r["impl"] in impls:
-            best[_case(r)] = min(best.get(_case(r), r[what]), r[what])
+            best[_case(r)] = min(best.get(_case(r), r[by]), r[by])
     mine = [r for r in timed if r["impl"] == "dla_fast" and _case(r) in best and batch in (None, r["batch"])]
-    return [(best[_case(r)] / r[what], r) for r in mine]
+    return [(best[_case(r)] / r[by], r) for r in mine]
 
 
 def goals(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ def goals(data: dict[str, Any]) -> list[dict[str, Any]]:
         add(f"aggregate {mode}, batch 256, memory-bound: share of the floor", 0.85, memory)
         over(f"networks, {mode}: over eager", 1.0, "model", mode, "eager")
         over(f"networks, {mode}: over compiled", 1.0, "model", mode, *COMPILED)
-    over("networks: peak of a training step, eager's over dla_fast's", 1.2, "model", "training", "eager", what="peak_bytes")
+    over("networks: peak of a training step, eager's over dla_fast's", 1.2, "model", "training", "eager", by="peak_bytes")
     for op in ("upsample", "batch_norm_act"):
         for mode in ("inference", "training"):
             mine = [r for _, r in pairs(found, op, mode, "eager")]

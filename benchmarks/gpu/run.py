@@ -114,14 +114,16 @@ def built(plan: Plan, child: Child) -> None:
 
 
 def _environment(plan: Plan) -> dict[str, str]:
-    return warm.cache_in(plan.cache)
+    # On a CPU the program is tested, in several processes at once, whose threads would wait for each other.
+    return warm.cache_in(plan.cache) | ({"OMP_NUM_THREADS": "1"} if plan.device == "cpu" else {})
 
 
-def start_warming(plan: Plan, arch: int) -> Child:
-    """Start compiling what the blocks will launch, in their order."""
-    blocks = [name for name in plan.blocks if name in BLOCKS]
-    command = plan.command("warm", blocks, "--arch", arch, "--jobs", os.cpu_count() or 1)
-    return Child("warm", command, plan.out, _environment(plan))
+def start_warming(plan: Plan, blocks: Sequence[Block]) -> Child:
+    """Start compiling what blocks will launch, in their order."""
+    major, minor = capability()
+    arch, names = 10 * major + minor, [block.name for block in blocks]
+    command = plan.command("warm", names, "--arch", arch, "--jobs", os.cpu_count() or 1)
+    return Child(f"warm-{names[0]}", command, plan.out, _environment(plan))
 
 
 @dataclass
@@ -193,9 +195,9 @@ def run(plan: Plan) -> None:
     try:
         if "build" in plan.blocks:
             crew.background["build"] = build(plan)
-        if plan.device == "cuda" and blocks:
-            major, minor = capability()
-            crew.background["warm"] = start_warming(plan, 10 * major + minor)
+        first = [block for block in blocks if not block.last]
+        if plan.device == "cuda" and first:
+            crew.background["warm"] = start_warming(plan, first)
         for position, block in enumerate(blocks):
             if plan.bar is not None:
                 plan.bar.set_postfix_str(block.title)
@@ -223,6 +225,9 @@ def _ready(plan: Plan, crew: Crew, block: Block) -> None:
     """Wait for what a block needs: its kernels compiled; the extension, but for the first; silence, if it is timed."""
     if block.name != "roots" and "build" in crew.background:
         _finish_build(plan, crew)
+    if block.last and plan.device == "cuda":
+        # Its kernels are many, and what comes before does not wait for them.
+        crew.background["warm"] = start_warming(plan, [block])
     child = crew.background.get("warm")
     if child is None:
         return

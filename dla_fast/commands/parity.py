@@ -304,6 +304,14 @@ class Pool:
             errors = self.errors.setdefault(name, Errors(torch.finfo(dtype).eps))
             errors.add(mine[name] - value, peer[name] - value, scale, str(problem.spec))
 
+    def add_inference(self, problem: Problem) -> None:
+        """Run one problem without gradients, which other kernels serve, and keep the errors of its output."""
+        self.cases += 1
+        exact = infer(problem, reference, torch.float64, self.device)
+        errors = self.errors.setdefault("y of inference", Errors(torch.finfo(problem.spec.dtype).eps))
+        mine, peer = (infer(problem, module, None, self.device) - exact for module in (functional, reference))
+        errors.add(mine, peer, exact.abs().max().item() if exact.numel() else 0.0, str(problem.spec))
+
     def worst(self) -> float:
         """The largest ratio of an error to its bound."""
         return max((error / bound for e in self.errors.values() for _, error, _, bound in e.rows()), default=0.0)
@@ -349,6 +357,13 @@ def execute(problem: Problem, module: Any, dy: Tensor, dtype: torch.dtype | None
             assert t.grad.shape == t.shape
             out[f"d {name}"] = t.grad.double()
     return out
+
+
+def infer(problem: Problem, module: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """Output of the op on ``module`` without gradients, as float64."""
+    tensors = problem.materialise(dtype, device)
+    with torch.no_grad():
+        return problem.call(module, tensors, None).double()
 
 
 def gradient_function(
