@@ -18,7 +18,7 @@ import torch
 from benchmarks.gpu import draw, warm
 from benchmarks.gpu.blocks import BLOCKS, Block
 from benchmarks.gpu.case import Setting
-from benchmarks.gpu.process import die_with_parent
+from benchmarks.gpu.process import LOST_DEVICE, die_with_parent
 from dla_fast.ops import triton
 
 # A case may take so many times what is expected of it, and never less than so many seconds, before it is ended.
@@ -53,7 +53,7 @@ def _counting(setting: Setting) -> contextlib.AbstractContextManager[list[str]]:
 
 
 def run_cases(block: Block, setting: Setting, args: argparse.Namespace, write: Write) -> int:
-    """Do a share of a block's cases, and write a line before and after each; 3 where the device is lost."""
+    """Do a share of a block's cases, and write a line before and after each; :data:`LOST_DEVICE` where it is."""
     done = set(json.loads(args.done.read_text(encoding="utf-8"))) if args.done else set()
     part, parts = args.part
     for index, case in enumerate(block.cases(setting)):
@@ -77,7 +77,7 @@ def run_cases(block: Block, setting: Setting, args: argparse.Namespace, write: W
         taken = time.time() - start
         write(ended=index, label=case.label, ok=ok, seconds=taken, compiled=compiled, launches=case.launches)
         if fatal:
-            return 3
+            return LOST_DEVICE
         if setting.on_gpu:
             torch.cuda.empty_cache()
     return 0

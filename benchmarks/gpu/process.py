@@ -15,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 Line = dict[str, Any]
+# What a process ends with when its device is of no use to it any more.
+LOST_DEVICE = 3
 
 
 def die_with_parent() -> None:
@@ -115,6 +117,7 @@ class Worker:
         self.environment, self.until, self.grace, self.sink = environment, until, grace, sink
         self.at: Line | None = None
         self.at_since = 0.0
+        self.next = 0
         self.starts = 0
         self.child = self._start(0)
 
@@ -126,7 +129,7 @@ class Worker:
     def _read(self) -> None:
         for line in self.child.read():
             if "begun" in line:
-                self.at, self.at_since = line, time.time()
+                self.at, self.at_since, self.next = line, time.time(), line["begun"] + 1
             elif "ended" in line:
                 self.at = None
             self.sink(line | {"block": self.block})
@@ -145,6 +148,11 @@ class Worker:
         if self.child.process.returncode == 0:
             self.child.kill()  # what it may have left running
             return False
+        if self.child.process.returncode == LOST_DEVICE and self.at is None:
+            # The case has been told of; those behind it need a process that can use the device.
+            self.child.kill()
+            self.child = self._start(self.next)
+            return True
         return self._over(f"the process ended with {self.child.process.returncode}")
 
     def _over(self, why: str, go_on: bool = True) -> bool:
@@ -160,7 +168,7 @@ class Worker:
         if at is None or not go_on or time.time() > self.until:
             self.sink({"left_out": f"what comes after {label}", "block": self.block})
             return False
-        self.child = self._start(at["begun"] + 1)
+        self.child = self._start(self.next)
         return True
 
     def kill(self) -> None:

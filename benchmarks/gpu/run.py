@@ -23,6 +23,7 @@ from benchmarks.gpu.report import Collected
 
 # What runs in a process of the run.
 CHILD = "benchmarks.gpu"
+BUILD = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
 # The build may take so long before the run goes on without it; so may the compiling, before a block does.
 BUILD_SECONDS, WARM_SECONDS = 150.0, 120.0
 # Seconds past a block's end that the case at hand may take.
@@ -96,8 +97,7 @@ def build(plan: Plan) -> Child:
         major, minor = capability()
         # "a" brings the instructions that sm_90 alone has.
         environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}"
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    return Child("build", command, plan.out, environment, tells=False)
+    return Child("build", BUILD, plan.out, environment, tells=False)
 
 
 def built(plan: Plan, child: Child) -> None:

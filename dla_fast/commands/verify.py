@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from dla_fast import backend
@@ -62,8 +61,8 @@ def _parity_row(op: str, name: str, device: str, dtype: torch.dtype) -> Row:
     return Row(op, name, device, str(dtype).removeprefix("torch."), pool.cases, pool.worst(), missed)
 
 
-def gradient_problems(op: str, device: torch.device | str) -> Iterator[tuple[Callable[..., Tensor], list[Tensor], Spec]]:
-    """An op as gradcheck wants it, in both layouts and with both kinds of statistics."""
+def _gradient_row(op: str, name: str, device: str) -> Row:
+    row = Row(op, name, device, "gradcheck")
     for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
         spec = Spec(
             dtype=torch.float64,
@@ -76,12 +75,7 @@ def gradient_problems(op: str, device: torch.device | str) -> Iterator[tuple[Cal
             training=training,
             residual=op != "merge",
         )
-        yield *parity.gradient_function(parity.PROBLEMS[op](spec), device), spec
-
-
-def _gradient_row(op: str, name: str, device: str) -> Row:
-    row = Row(op, name, device, "gradcheck")
-    for run, inputs, spec in gradient_problems(op, device):
+        run, inputs = parity.gradient_function(parity.PROBLEMS[op](spec), device)
         row.cases += 1
         try:
             torch.autograd.gradcheck(run, inputs)
@@ -91,9 +85,9 @@ def _gradient_row(op: str, name: str, device: str) -> Row:
     return row
 
 
-def _work(devices: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
+def _work() -> list[tuple[str, str, str]]:
     """Every op on every backend that can run it here, and the reference where none can."""
-    devices = devices or ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     work = []
     for op, device in itertools.product(backend.OPS, devices):
         able = [n for n in backend.BACKENDS[1:] if backend.can_run(n, op, device, torch.float32) is None]
@@ -101,24 +95,14 @@ def _work(devices: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
     return work
 
 
-@dataclass(frozen=True)
-class Job:
-    op: str
-    backend: str
-    device: str
-    dtype: torch.dtype | None
-    tf32: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.op} {self.backend} {'gradcheck' if self.dtype is None else str(self.dtype).removeprefix('torch.')}"
+Job = tuple[str, str, str, torch.dtype | None]
 
 
-def jobs(ops: Sequence[str] = backend.OPS, devices: Sequence[str] | None = None) -> list[Job]:
+def jobs(ops: Sequence[str] = backend.OPS) -> list[Job]:
     """(op, backend, device, dtype) of all there is to check on this machine; no dtype stands for gradcheck."""
     return [
-        Job(op, name, device, dtype)
-        for op, name, device in _work(devices)
+        (op, name, device, dtype)
+        for op, name, device in _work()
         for dtype in (*DTYPES, None)
         if op in ops and backend.can_run(name, op, device, dtype or torch.float64) is None
     ]
@@ -126,7 +110,7 @@ def jobs(ops: Sequence[str] = backend.OPS, devices: Sequence[str] | None = None)
 
 def check(job: Job) -> Row:
     """Do one of the :func:`jobs`."""
-    op, name, device, dtype = job.op, job.backend, job.device, job.dtype
+    op, name, device, dtype = job
     with backend.use_backend(name):
         return _gradient_row(op, name, device) if dtype is None else _parity_row(op, name, device, dtype)
 
