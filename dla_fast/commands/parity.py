@@ -35,6 +35,7 @@ __all__ = [
     "KINKS",
     "LAYOUTS",
     "PROBLEMS",
+    "PRODUCTS",
     "Errors",
     "Pool",
     "Problem",
@@ -42,10 +43,13 @@ __all__ = [
     "execute",
     "fp32_precision",
     "gradient_function",
+    "rounds_products",
     "safe_gradient",
 ]
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# The ops that multiply matrices, for which float32's switch means something.
+PRODUCTS = ("aggregate", "merge")
 KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
 
 
@@ -98,7 +102,7 @@ class Problem:
     buffers: tuple[str, ...] = ()
     spec: Spec = field(default_factory=Spec)
     device: torch.device | None = None
-    products: bool = False
+    op: str = ""
 
     @property
     def differentiable(self) -> list[str]:
@@ -115,10 +119,9 @@ class Problem:
         return out
 
     def in_tf32(self, device: torch.device) -> bool:
-        """Whether products may round to TF32 there: on a GPU, or in Triton's interpreter, which does as a GPU would."""
-        emulated = triton.INTERPRETED and device.type == "cpu" and selected() == "triton"
-        may = self.products and self.spec.dtype == torch.float32 and (device.type == "cuda" or emulated)
-        return may and tf32_products()
+        """Whether products are TF32 there, on the backend in force."""
+        may = rounds_products(self.op, selected(), device.type)
+        return may and self.spec.dtype == torch.float32 and tf32_products()
 
 
 class _Draw:
@@ -179,7 +182,7 @@ def aggregate(spec: Spec, device: torch.device | str | None = None) -> Problem:
             act=act or spec.act,
         )
 
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, products=True)
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, "aggregate")
 
 
 def batch_norm_act(spec: Spec, device: torch.device | str | None = None) -> Problem:
@@ -200,7 +203,7 @@ def batch_norm_act(spec: Spec, device: torch.device | str | None = None) -> Prob
             act=act or spec.act,
         )
 
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device)
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, "batch_norm_act")
 
 
 def merge(spec: Spec, device: torch.device | str | None = None) -> Problem:
@@ -229,7 +232,7 @@ def merge(spec: Spec, device: torch.device | str | None = None) -> Problem:
             act=act or spec.act,
         )
 
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, products=True)
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, "merge")
 
 
 def upsample(spec: Spec, device: torch.device | str | None = None) -> Problem:
@@ -241,7 +244,7 @@ def upsample(spec: Spec, device: torch.device | str | None = None) -> Problem:
     def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
         return module.upsample(t["x"], t["weight"], f)
 
-    return Problem(draw.tensors, draw.dtypes, call, (), spec, draw.device)
+    return Problem(draw.tensors, draw.dtypes, call, (), spec, draw.device, "upsample")
 
 
 def upsample_add(spec: Spec, device: torch.device | str | None = None) -> Problem:
@@ -255,7 +258,7 @@ def upsample_add(spec: Spec, device: torch.device | str | None = None) -> Proble
     def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
         return module.upsample_add(t["x"], t["skip"], t["weight"], f)
 
-    return Problem(draw.tensors, draw.dtypes, call, (), spec, draw.device)
+    return Problem(draw.tensors, draw.dtypes, call, (), spec, draw.device, "upsample_add")
 
 
 PROBLEMS = {
@@ -265,6 +268,11 @@ PROBLEMS = {
     "upsample": upsample,
     "upsample_add": upsample_add,
 }
+
+
+def rounds_products(op: str, backend: str, device: str) -> bool:
+    """Whether an op of float32 follows the switch: on a GPU, or in Triton's interpreter, which does as a GPU would."""
+    return op in PRODUCTS and (device == "cuda" or (device == triton.DEVICE and backend == "triton"))
 
 
 @dataclass
@@ -322,7 +330,7 @@ class Pool:
         exact = execute(problem, reference, dy, torch.float64)
         mine = execute(problem, functional, dy, None)
         # cuDNN's transposed convolutions use TF32 too; an op that is nothing else uses none here.
-        with contextlib.nullcontext() if problem.products else fp32_precision("ieee"):
+        with contextlib.nullcontext() if problem.op in PRODUCTS else fp32_precision("ieee"):
             peer = execute(problem, reference, dy, None)
         rounding = {}
         if problem.in_tf32(self.device):
