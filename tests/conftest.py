@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import serving
 import torch
 
 from dla_fast._timm import import_timm
+from dla_fast.ops.precision import fp32_precision
 
 # Where kernels are interpreted only every so many combinations run, coprime to the numbers of dtypes and layouts.
 THINNED = {
@@ -58,6 +60,13 @@ def _small_device():
         from dla_fast.kernels import config
 
         config.PROGRAMS = 16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _exact_products():
+    """The interpreter follows float32's switch, which is on by default; on the CPU float32 is multiplied as such."""
+    with fp32_precision("ieee") if serving.INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

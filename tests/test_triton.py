@@ -34,6 +34,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     [
         "interpreted",
         "interpreted_ida",
+        "interpreted_tf32",
         "interpreted_traffic",
         "interpreted_tune",
         "test_aggregate",

@@ -53,16 +53,58 @@ def _specs(op: str, dtype: torch.dtype) -> Iterator[Spec]:
                 yield Spec(**common, out_channels=24, factor=factor)
 
 
-def _parity_row(op: str, name: str, device: str, dtype: torch.dtype) -> Row:
-    pool = parity.Pool(device)
-    for spec in _specs(op, dtype):
-        pool.add(parity.PROBLEMS[op](spec))
-    missed = pool.failures().split("\n")[0]
-    return Row(op, name, device, str(dtype).removeprefix("torch."), pool.cases, pool.worst(), missed)
+@dataclass(frozen=True)
+class Job:
+    """What makes one row.
+
+    Attributes:
+        op: one of :data:`dla_fast.backend.OPS`.
+        backend: who serves it.
+        device: a device type.
+        dtype: of the tensors; None stands for gradcheck.
+        tf32: products of float32 may be TF32; else they are exact.
+    """
+
+    op: str
+    backend: str
+    device: str
+    dtype: torch.dtype | None
+    tf32: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What stands under ``dtype`` in the table."""
+        if self.dtype is None:
+            return "gradcheck"
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        """The job in a few words."""
+        return f"{self.op} {self.backend} {self.kind}"
+
+    def __iter__(self) -> Iterator[Any]:
+        """As (op, backend, device, dtype)."""
+        return iter((self.op, self.backend, self.device, self.dtype))
+
+    def __getitem__(self, index: int) -> Any:
+        return tuple(self)[index]
 
 
-def _gradient_row(op: str, name: str, device: str) -> Row:
-    row = Row(op, name, device, "gradcheck")
+def _row(job: Job) -> Row:
+    return Row(job.op, job.backend, job.device, job.kind)
+
+
+def _parity_row(job: Job, dtype: torch.dtype) -> Row:
+    row, pool = _row(job), parity.Pool(job.device)
+    for spec in _specs(job.op, dtype):
+        pool.add(parity.PROBLEMS[job.op](spec))
+    row.cases, row.worst, row.missed = pool.cases, pool.worst(), pool.failures().split("\n")[0]
+    return row
+
+
+def _gradient_row(job: Job) -> Row:
+    row, op, device = _row(job), job.op, job.device
     for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
         spec = Spec(
             dtype=torch.float64,
@@ -95,24 +137,22 @@ def _work() -> list[tuple[str, str, str]]:
     return work
 
 
-Job = tuple[str, str, str, torch.dtype | None]
-
-
 def jobs(ops: Sequence[str] = backend.OPS) -> list[Job]:
-    """(op, backend, device, dtype) of all there is to check on this machine; no dtype stands for gradcheck."""
-    return [
-        (op, name, device, dtype)
-        for op, name, device in _work()
-        for dtype in (*DTYPES, None)
-        if op in ops and backend.can_run(name, op, device, dtype or torch.float64) is None
-    ]
+    """All there is to check on this machine."""
+    found = []
+    for op, name, device in _work():
+        for dtype in (*DTYPES, None):
+            if op in ops and backend.can_run(name, op, device, dtype or torch.float64) is None:
+                found.append(Job(op, name, device, dtype))
+                if dtype == torch.float32 and parity.rounds_products(op, name, device):
+                    found.append(Job(op, name, device, dtype, tf32=True))
+    return found
 
 
 def check(job: Job) -> Row:
     """Do one of the :func:`jobs`."""
-    op, name, device, dtype = job
-    with backend.use_backend(name):
-        return _gradient_row(op, name, device) if dtype is None else _parity_row(op, name, device, dtype)
+    with backend.use_backend(job.backend), parity.fp32_precision("tf32" if job.tf32 else "ieee"):
+        return _gradient_row(job) if job.dtype is None else _parity_row(job, job.dtype)
 
 
 def render(rows: list[Row]) -> str:
@@ -140,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
     missed = [r for r in rows if not r.ok]
     print(
         f"verify: {len(rows) - len(missed)} of {len(rows)} hold; the bound is twice PyTorch's own error against "
-        "float64 plus the rounding of the result; gradcheck and gradgradcheck in float64"
+        "float64 plus the rounding of the result; tf32: of its ops with operands rounded to TF32; gradcheck and "
+        "gradgradcheck in float64"
     )
     return 1 if missed else 0

@@ -34,6 +34,7 @@ from dla_fast.kernels.tile import (
     per_channel,
     pixel_range,
     reciprocal_deviation,
+    tf32,
 )
 
 
@@ -58,6 +59,7 @@ def product(
                 right = tl.load(weights)
             else:
                 right = tl.load(weights, mask=(k < channels[i])[:, None] & outs[None, :], other=0.0)
+            left, right = tf32(left, PRECISION), tf32(right, PRECISION)
             acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
 

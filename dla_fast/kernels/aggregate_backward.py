@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dla_fast.kernels import config, examples, host, launch
-from dla_fast.kernels.tile import along, at, dz_of, inside, pixel_range, pre_activation_gradient
+from dla_fast.kernels.tile import along, at, dz_of, inside, pixel_range, pre_activation_gradient, tf32
 from dla_fast.ops.layout import empty_like_layout
 
 
@@ -63,7 +63,8 @@ def dx_kernel(
         )  # fmt: skip
         weights = w + n[:, None] * depth + (start + k)[None, :]
         right = tl.load(weights, mask=outs[:, None] & (k < own)[None, :], other=0.0)
-        acc = tl.dot(dz.to(right.dtype), right, acc, input_precision=PRECISION, out_dtype=ACC)
+        dz, right = tf32(dz.to(right.dtype), PRECISION), tf32(right, PRECISION)
+        acc = tl.dot(dz, right, acc, input_precision=PRECISION, out_dtype=ACC)
     mask = inside(rows, k < own, EVEN_K)
     if ADD:  # noqa: SIM102, the inner condition is the device's
         if block < blocks[1]:
@@ -106,7 +107,7 @@ def weight_kernel(
     at_weights = n[:, None] * depth + (start + k)[None, :]
     weights_mask = outs[:, None] & (k < own)[None, :]
     if DX:
-        weights = tl.load(w + at_weights, mask=weights_mask, other=0.0)
+        weights = tf32(tl.load(w + at_weights, mask=weights_mask, other=0.0), PRECISION)
     acc = tl.zeros((BN, BK), ACC)
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
@@ -120,7 +121,7 @@ def weight_kernel(
         mask = inside(rows, k < own, EVEN_K)
         offset = at(m, pixels, own, CL)[:, None] + column
         right = tl.load(x + offset, mask=mask, other=0.0)
-        dz = dz.to(right.dtype)
+        dz, right = tf32(dz.to(right.dtype), PRECISION), tf32(right, PRECISION)
         acc = tl.dot(tl.trans(dz), right, acc, input_precision=PRECISION, out_dtype=ACC)
         if DX:
             made = tl.dot(dz, weights, input_precision=PRECISION, out_dtype=ACC)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_fast.kernels import launch
+from dla_fast.ops.precision import fp32_precision
 
 # Inputs, outputs, side of the map at 224x224: from one input to seven, and every width that the ten networks have.
 _NODES = (
@@ -98,14 +98,8 @@ def maps() -> Iterator[Example]:
 @contextlib.contextmanager
 def recording(example: Example) -> Iterator[list[launch.Launch]]:
     """Record the launches of an example, with float32's switch as the example has it."""
-    switch: Any = torch.backends.cudnn
-    before = switch.conv.fp32_precision
-    try:
-        switch.conv.fp32_precision = "ieee" if example.strict else "tf32"
-        with launch.record() as launches:
-            yield launches
-    finally:
-        switch.conv.fp32_precision = before
+    with fp32_precision("ieee" if example.strict else "tf32"), launch.record() as launches:
+        yield launches
 
 
 def tensor(example: Example, channels: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dla_fast.kernels import config
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, is_channels_last, node_channels_last
+from dla_fast.ops.precision import tf32_products
 
 _LARGE = 2**31
 
@@ -23,11 +24,7 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 def precision(dtype: torch.dtype) -> str:
     """How a product rounds its float32 operands, as PyTorch's convolutions would."""
-    if dtype != torch.float32:
-        return "ieee"
-    # Reading the older allow_tf32 can raise once this one is set.
-    switch: Any = torch.backends.cudnn
-    return "tf32" if switch.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_products() else "ieee"
 
 
 def signature(xs: Sequence[Tensor], weight: Tensor) -> Any:

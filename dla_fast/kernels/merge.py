@@ -43,6 +43,7 @@ from dla_fast.kernels.tile import (
     per_channel,
     pixel_range,
     reciprocal_deviation,
+    tf32,
 )
 from dla_fast.kernels.upsample import upsample
 from dla_fast.ops.layout import empty_like_layout, node_channels_last
@@ -116,6 +117,7 @@ def product(
                     right = tl.load(weights)
                 else:
                     right = tl.load(weights, mask=kin[:, None] & outs[None, :], other=0.0)
+                values, right = tf32(values, PRECISION), tf32(right, PRECISION)
                 acc = tl.dot(values, right, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from dla_fast._extension import STATUS
+from dla_fast.ops.precision import tf32_products
 
 DEVICE = "cuda"
 
@@ -79,7 +80,6 @@ def refuses_aggregate(dtype: torch.dtype) -> str | None:
     """Why the inference of an aggregation node of this dtype cannot be served, None where it can."""
     if dtype == torch.float64:
         return "its aggregation kernel multiplies float16, bfloat16 and TF32, not float64"
-    # Reading the older allow_tf32 can raise once this one is set.
-    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
+    if dtype == torch.float32 and not tf32_products():
         return "its aggregation kernel multiplies float32 as TF32, and torch.backends.cudnn.conv.fp32_precision is not"
     return None
