@@ -122,7 +122,7 @@ def warm_up(blocks: list[Block], args: argparse.Namespace, write: Write) -> int:
         for block in blocks:
             waiting[block.name] = []
             start = time.time()
-            for label, jobs, error in draw.drawn(block.cases(draw.setting(args.small)), args.arch):
+            for label, jobs, error in draw.drawn(block.cases, args.arch, args.small):
                 if error:
                     found = {"check": f"drawing {label}", "ok": False, "detail": error}
                     write(record=found, label=f"drawing {label}", of=block.name)

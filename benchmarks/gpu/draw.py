@@ -139,9 +139,14 @@ def standing_in(arch: int, *, with_cuda: bool = True) -> Iterator[list[Any]]:
         backend._chosen = chosen
 
 
-def drawn(cases: Iterable[Case], arch: int) -> Iterator[tuple[str, list[Job], str]]:
-    """(label, launches, error) of every case; the error is empty where it ran."""
-    for case in cases:
+def drawn(
+    cases: Callable[[Setting], Iterable[Case]], arch: int, small: bool = False
+) -> Iterator[tuple[str, list[Job], str]]:
+    """(label, launches, error) of every case of a block; the error is empty where it ran."""
+    with standing_in(arch):
+        # Which backends are there decides which cases there are.
+        listed = list(cases(Setting(META, small)))
+    for case in listed:
         error = ""
         with standing_in(arch) as launches:
             try:
@@ -164,8 +169,3 @@ def jobs_of(call: Callable[[], object], arch: int) -> list[Job]:
     with standing_in(arch) as launches:
         call()
     return distinct(map(job_of, launches))
-
-
-def setting(small: bool) -> Setting:
-    """The setting in which cases are drawn."""
-    return Setting(META, small)

@@ -59,7 +59,7 @@ def compile_all(names: Iterable[str], args: argparse.Namespace, cache: Path) -> 
         for name in names:
             failures: list[str] = []
             begun, jobs = time.perf_counter(), dict[Any, draw.Job]()
-            for label, drawn, error in draw.drawn(BLOCKS[name].cases(draw.setting(args.small)), args.arch):
+            for label, drawn, error in draw.drawn(BLOCKS[name].cases, args.arch, args.small):
                 if error:
                     failures.append(f"{label}: {error}")
                 jobs.update({job.key: job for job in drawn})
@@ -150,7 +150,7 @@ def timetable(compiled: list[Compiled], cores: int, small: bool = False) -> list
     Compiling is what was measured here, spread over the cores; the cases' seconds are estimates that stand in the code
     and have not been measured on a GPU.
     """
-    setting = draw.setting(small)
+    setting = Setting(draw.META, small)
     by_block = {c.block: c for c in compiled}
     first = [name for name in BLOCKS if name in by_block and not BLOCKS[name].last]
     work = sum(by_block[name].seconds for name in first)

@@ -43,6 +43,7 @@ __all__ = [
     "execute",
     "fp32_precision",
     "gradient_function",
+    "infer",
     "rounds_products",
     "safe_gradient",
 ]
@@ -324,22 +325,32 @@ class Pool:
         self.cases = 0
 
     def add(self, problem: Problem) -> None:
-        """Run one problem on the backend in force, and keep its errors."""
-        self.cases += 1
+        """Run one problem, forward and backward, on the backend in force, and keep its errors."""
         dy = safe_gradient(problem, self.device)
-        exact = execute(problem, reference, dy, torch.float64)
-        mine = execute(problem, functional, dy, None)
+        self._add(problem, dy, lambda module, dtype: execute(problem, module, dy, dtype))
+
+    def add_inference(self, problem: Problem) -> None:
+        """Run one problem without gradients, which other kernels serve, and keep the errors of its output."""
+        name = "y of inference"
+        self._add(problem, None, lambda module, dtype: {name: infer(problem, module, dtype, self.device)})
+
+    def _add(
+        self, problem: Problem, dy: Tensor | None, run: Callable[[Any, torch.dtype | None], dict[str, Tensor]]
+    ) -> None:
+        self.cases += 1
+        exact = run(reference, torch.float64)
+        mine = run(functional, None)
         # cuDNN's transposed convolutions use TF32 too; an op that is nothing else uses none here.
         with contextlib.nullcontext() if problem.op in PRODUCTS else fp32_precision("ieee"):
-            peer = execute(problem, reference, dy, None)
+            peer = run(reference, None)
         rounding = {}
         if problem.in_tf32(self.device):
             with fp32_precision("ieee"), tf32.RoundedProducts():
-                rounding = execute(problem, reference, dy, None)
+                rounding = run(reference, None)
         for name, value in exact.items():
             dtype = problem.dtypes.get(name.removeprefix("d "), problem.spec.dtype)
             scale = value.abs().max().item() if value.numel() else 0.0
-            if problem.spec.training and name == "d conv_bias":
+            if problem.spec.training and name == "d conv_bias" and dy is not None:
                 # Truly zero: measured against the size of the terms that cancel.
                 scale = math.sqrt(dy[:, 0].numel())
             if value.isfinite().all() and not peer[name].isfinite().all():
@@ -350,14 +361,6 @@ class Pool:
                 peer[name] = rounding[name]
             errors = self.errors.setdefault(name, Errors(torch.finfo(dtype).eps))
             errors.add(mine[name] - value, peer[name] - value, scale, str(problem.spec))
-
-    def add_inference(self, problem: Problem) -> None:
-        """Run one problem without gradients, which other kernels serve, and keep the errors of its output."""
-        self.cases += 1
-        exact = infer(problem, reference, torch.float64, self.device)
-        errors = self.errors.setdefault("y of inference", Errors(torch.finfo(problem.spec.dtype).eps))
-        mine, peer = (infer(problem, module, None, self.device) - exact for module in (functional, reference))
-        errors.add(mine, peer, exact.abs().max().item() if exact.numel() else 0.0, str(problem.spec))
 
     def worst(self) -> float:
         """The largest ratio of an error to its bound."""

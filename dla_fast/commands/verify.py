@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from dla_fast import backend
@@ -40,7 +41,8 @@ def _specs(op: str, dtype: torch.dtype) -> Iterator[Spec]:
     for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
         common: dict[str, Any] = {"dtype": dtype, "layout": layout, "training": training}
         if op in ("aggregate", "batch_norm_act"):
-            for act, residual in itertools.product(("relu", "silu"), (False, True)):
+            # Every pair of activation and residual, in one of the modes: on a GPU each is kernels to compile.
+            for act, residual in (("relu", training), ("silu", not training)):
                 yield Spec(
                     **common, channels=(64, 24, 5), out_channels=64, height=9, width=17, act=act, residual=residual
                 )
@@ -99,12 +101,14 @@ def _parity_row(job: Job, dtype: torch.dtype) -> Row:
     row, pool = _row(job), parity.Pool(job.device)
     for spec in _specs(job.op, dtype):
         pool.add(parity.PROBLEMS[job.op](spec))
+        if job.op in parity.PRODUCTS and not spec.training:
+            pool.add_inference(parity.PROBLEMS[job.op](spec))
     row.cases, row.worst, row.missed = pool.cases, pool.worst(), pool.failures().split("\n")[0]
     return row
 
 
-def _gradient_row(job: Job) -> Row:
-    row, op, device = _row(job), job.op, job.device
+def gradient_problems(op: str, device: str) -> Iterator[tuple[Callable[..., Tensor], list[Tensor], Spec]]:
+    """An op as gradcheck wants it, in both layouts and with both kinds of statistics: function, inputs, description."""
     for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
         spec = Spec(
             dtype=torch.float64,
@@ -117,7 +121,12 @@ def _gradient_row(job: Job) -> Row:
             training=training,
             residual=op != "merge",
         )
-        run, inputs = parity.gradient_function(parity.PROBLEMS[op](spec), device)
+        yield *parity.gradient_function(parity.PROBLEMS[op](spec), device), spec
+
+
+def _gradient_row(job: Job) -> Row:
+    row = _row(job)
+    for run, inputs, spec in gradient_problems(job.op, job.device):
         row.cases += 1
         try:
             torch.autograd.gradcheck(run, inputs)
@@ -127,9 +136,8 @@ def _gradient_row(job: Job) -> Row:
     return row
 
 
-def _work() -> list[tuple[str, str, str]]:
+def _work(devices: Sequence[str]) -> list[tuple[str, str, str]]:
     """Every op on every backend that can run it here, and the reference where none can."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     work = []
     for op, device in itertools.product(backend.OPS, devices):
         able = [n for n in backend.BACKENDS[1:] if backend.can_run(n, op, device, torch.float32) is None]
@@ -137,10 +145,10 @@ def _work() -> list[tuple[str, str, str]]:
     return work
 
 
-def jobs(ops: Sequence[str] = backend.OPS) -> list[Job]:
-    """All there is to check on this machine."""
+def jobs(ops: Sequence[str] = backend.OPS, devices: Sequence[str] | None = None) -> list[Job]:
+    """All there is to check on some devices; by default on all that this machine has."""
     found = []
-    for op, name, device in _work():
+    for op, name, device in _work(devices or ["cpu"] + ["cuda"] * torch.cuda.is_available()):
         for dtype in (*DTYPES, None):
             if op in ops and backend.can_run(name, op, device, dtype or torch.float64) is None:
                 found.append(Job(op, name, device, dtype))
