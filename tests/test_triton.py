@@ -33,6 +33,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     "name",
     [
         "interpreted",
+        "interpreted_gpu",
         "interpreted_ida",
         "interpreted_tf32",
         "interpreted_traffic",

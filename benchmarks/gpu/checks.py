@@ -18,6 +18,8 @@ from dla_fast.commands.parity import Spec
 from dla_fast.nn import AggregationNode
 
 _REPEATS = 10
+# Of verify's rows so many are taken where the smallest shapes alone are run.
+EVERY = 9
 
 
 def served(op: str, setting: Setting, dtype: torch.dtype) -> list[str]:
@@ -69,7 +71,7 @@ def roots(setting: Setting) -> Iterator[Case]:
 def _verified(setting: Setting) -> Iterator[Case]:
     """The rows of ``python -m dla_fast verify``."""
     work = verify.jobs(devices=[setting.device.type])
-    for job in work[:: 9 if setting.small else 1]:
+    for job in work[:: EVERY if setting.small else 1]:
 
         def run(job: verify.Job = job) -> Found:
             if job.dtype is None and setting.is_drawn:

@@ -115,6 +115,7 @@ def standing_in(arch: int, *, with_cuda: bool = True) -> Iterator[list[Any]]:
 
     changed: list[tuple[Any, str, Any]] = [
         (triton, "DEVICE", "meta"),
+        (triton, "INTERPRETED", False),
         (triton, "_missing", None),
         (cuda, "DEVICE", "meta"),
         (backend.ops, "_missing", dict(backend.ops._missing)),

@@ -1,0 +1,88 @@
+"""What benchmarks.gpu compiles beforehand is what its cases launch: test_triton.py starts this file.
+
+The launches of a case are drawn from meta tensors; here the case then runs on real ones, in the interpreter, and may
+launch nothing that was not drawn.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu import draw
+from benchmarks.gpu.blocks import BLOCKS
+from benchmarks.gpu.case import Setting
+from dla_fast import use_backend
+from dla_fast.kernels import launch
+from dla_fast.kernels.config import DEFAULT_ARCH
+
+# Cases whose launches the interpreter can follow in seconds: a few of every kind.
+CHOSEN = {
+    "roots": ["dla34.level2.root parity"],
+    "checks": [
+        "merge triton float32",
+        "upsample_add triton float16",
+        "batch_norm_act triton float64",
+        "merge triton gradcheck",
+        "moments triton",
+        "determinism upsample triton float32 contiguous",
+        "determinism aggregate triton float32 channels_last",
+        "CUDA graph of training",
+    ],
+    "nodes": ["dla34.level2.root inference batch 2 float32", "dla34.level2.root training batch 2 float32"],
+    "networks": ["dla46_c inference batch 2 64x64 float32 channels_last"],
+    "rest": ["latency 512+512->512 7x7", "host cost of a training node"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_dtype(monkeypatch):
+    """The interpreter has no bfloat16."""
+    monkeypatch.setattr(Setting, "dtype", torch.float32)
+    # Which of many cases are taken depends on how many backends there are.
+    monkeypatch.setattr("benchmarks.gpu.checks.EVERY", 1)
+
+
+def cases(block, device):
+    with use_backend("triton"):
+        return {case.label: case for case in BLOCKS[block].cases(Setting(torch.device(device), small=True))}
+
+
+def drawn(block, label):
+    with draw.standing_in(DEFAULT_ARCH), use_backend("triton"):
+        case = cases(block, "meta")[label]
+    with use_backend("triton"):
+        return {job.key: job for job in draw.jobs_of(case.run, DEFAULT_ARCH)}
+
+
+def launched(block, label, monkeypatch):
+    found = []
+    right = launch.launch
+
+    def noted(kernel, grid, args, constexprs, config, *rest):
+        found.append(draw.job_of(launch.Launch(kernel, grid, args, constexprs, config)))
+        right(kernel, grid, args, constexprs, config, *rest)
+
+    monkeypatch.setattr(launch, "launch", noted)
+    with use_backend("triton"):
+        records = cases(block, "cpu")[label].run()
+    monkeypatch.setattr(launch, "launch", right)
+    assert all(r.get("ok", True) and not r.get("error") for r in records), records
+    return {job.key: job for job in found}
+
+
+@pytest.mark.parametrize("block, label", [(b, label) for b, labels in CHOSEN.items() for label in labels])
+def test_nothing_is_launched_that_was_not_drawn(block, label, monkeypatch):
+    beforehand = drawn(block, label)
+    really = launched(block, label, monkeypatch)
+    assert really
+    missing = [really[key].name for key in really.keys() - beforehand.keys()]
+    assert not missing
+
+
+def test_one_that_is_left_out_is_missed(monkeypatch):
+    block, label = "nodes", "dla34.level2.root training batch 2 float32"
+    beforehand, really = drawn(block, label), launched(block, label, monkeypatch)
+    key = next(iter(really))
+    del beforehand[key]
+    assert really.keys() - beforehand.keys() == {key}
