@@ -47,7 +47,7 @@ def _autocast(tensors: Sequence[Any]) -> list[Any]:
 def _needs_reference() -> bool:
     """Whether the call is being taken apart (vmap, jvp, export, tracing), which only plain PyTorch ops survive."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return backend.is_exporting()
     return (
         torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
