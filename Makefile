@@ -15,17 +15,45 @@ export MAX_JOBS
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan aot traffic gates gates-newest cuda-host cuda-check bench readme lint format clean distclean
+.PHONY: help install demo test test-torch asan aot traffic gates gates-newest cuda-host cuda-check bench readme lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: install ## swap timm's DLA-34 to fused nodes on real photographs, and compare
 	$(PY) -m dla_fast demo $(DEMO_ARGS)
 
 test: install ## run the tests
 	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+# Another torch, in an environment and a copy of the tree of its own, since an extension fits one torch alone. The pins
+# hold but for what that torch chooses itself. CUDA is built where that torch and nvcc allow it, for one architecture;
+# DLA_FAST_BUILD_CUDA=1 makes it an error where they do not. Not in .ci/run, which it would make too long.
+TORCH ?= 2.11.0
+OTHER := $(VENV)-torch-$(TORCH)
+OTHER_TREE := build/torch-$(TORCH)
+OTHER_PY := $(abspath $(OTHER))/bin/python
+test-torch: $(OTHER)/.requirements ## run the tests with another torch: make test-torch TORCH=2.11.0
+	mkdir -p $(OTHER_TREE)
+	cd $(OTHER_TREE) && rm -rf csrc dla_fast tests benchmarks
+	cp -rp CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md benchmarks \
+	  csrc dla_fast pyproject.toml requirements.txt setup.py tests $(OTHER_TREE)
+	rm -rf $(OTHER_TREE)/dla_fast/_C*.so $(OTHER_TREE)/dla_fast/_build.py $(OTHER_TREE)/benchmarks/out
+	cd $(OTHER_TREE) && DLA_FAST_BUILD_EXT=0 DLA_FAST_BUILD_CUDA=0 $(OTHER_PY) -m pip install --quiet \
+	  --disable-pip-version-check --no-deps --no-build-isolation -e .
+	cd $(OTHER_TREE) && export PATH="$(dir $(OTHER_PY)):$$PATH" DLA_FAST_BUILD_EXT=1 && \
+	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0a}" $(OTHER_PY) setup.py --quiet build_ext --inplace
+	cd $(OTHER_TREE) && $(OTHER_PY) -m dla_fast doctor
+	cd $(OTHER_TREE) && $(OTHER_PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+$(OTHER)/.requirements: requirements.txt
+	test -x $(OTHER_PY) || $(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|torchvision|triton|setuptools)==' requirements.txt > $(OTHER)/constraints.txt
+	$(OTHER_PY) -m pip install --quiet --disable-pip-version-check -c $(OTHER)/constraints.txt torch==$(TORCH) \
+	  torchvision 'triton; sys_platform == "linux"' setuptools wheel ninja timm tqdm matplotlib scikit-learn \
+	  hypothesis pytest pytest-benchmark pytest-xdist
+	@touch $@
 
 # Every fifth combination of a test's parameters, of which none divides by five: each value of each still comes up.
 # A copy of the tree, so that the sanitized library never stands in for the real one.

@@ -6,6 +6,7 @@ left out and its reason kept in ``dla_fast/_build.py``; with 1 it is an error th
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -15,14 +16,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext as setuptools_build_ext
 from setuptools.command.build_py import build_py as setuptools_build_py
 
 ROOT = Path(__file__).resolve().parent
+SETUPTOOLS = int(setuptools.__version__.split(".")[0])
+if SETUPTOOLS < 64:
+    sys.exit(
+        f"dla_fast needs setuptools >= 64 to build, this is setuptools {setuptools.__version__}: "
+        'pip install -U "setuptools>=64"'
+    )
+# Since setuptools 77 an SPDX expression has a field of its own; the file LICENSE goes along without being named.
+LICENSE = {"license_expression" if SETUPTOOLS >= 77 else "license": "BSD-3-Clause"}
 OLDEST_TORCH = (2, 11)
 NEEDS_TORCH = (
-    'dla_fast needs torch to build: pip install "torch>=2.11" "setuptools>=77" wheel ninja '
+    'dla_fast needs torch to build: pip install "torch>=2.11" "setuptools>=64" wheel ninja '
     "and then pip install --no-build-isolation . "
     "(or set DLA_FAST_BUILD_EXT=0 to install without the C++ extension)"
 )
@@ -89,18 +99,39 @@ def find_compiler() -> tuple[str | None, str]:
         command = shlex.split(name)
         if not command or shutil.which(command[0]) is None:
             continue
-        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        try:
+            run = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", check=False)
+        except OSError as error:
+            return None, f"the C++ compiler {name!r} does not run: {error.strerror}"
         if run.returncode == 0:
             # torch and setuptools look for a compiler each in their own way; this makes them agree.
             os.environ["CXX"] = name
-            return f"{name}: {run.stdout.splitlines()[0]}", ""
-        return None, f"the C++ compiler {name!r} does not run: {run.stderr.strip()}"
+            return f"{name}: {(run.stdout.splitlines() or ['of an unknown version'])[0]}", ""
+        return None, f"the C++ compiler {name!r} does not run: {run.stderr.strip() or f'exit status {run.returncode}'}"
     return None, f"no C++ compiler was found ({', '.join(names)})"
+
+
+def find_toolkit() -> None:
+    """Set CUDA_HOME where the nvcc on PATH is a script that starts one elsewhere: torch looks beside the script."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    header = Path("include", "cuda_runtime.h")
+    if (Path(nvcc).parent.parent / header).exists():
+        return
+    with contextlib.suppress(OSError):
+        command = [nvcc, "-dryrun", "-x", "cu", os.devnull]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        top = re.search(r"^#\$ TOP=(.+)$", run.stderr, re.MULTILINE)
+        if top is not None and (Path(top[1]) / header).exists():
+            os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 
 def cuda_missing(sources: list[str]) -> str | None:
     """Why the CUDA sources cannot be compiled; None when they can."""
     import torch
+
+    find_toolkit()
     from torch.utils.cpp_extension import CUDA_HOME
 
     if not sources:
@@ -258,12 +289,16 @@ def build_ext_class() -> type:
 
         def build_extensions(self) -> None:
             """Try the plan's extensions in turn: with CUDA, for the CPU alone, none."""
-            planned = list(PLAN.extensions)
-            for extension in planned:
+            # One object takes the place of each in turn: setuptools has prepared the one that it was given, no other.
+            (extension,) = self.extensions
+            for planned in PLAN.extensions:
+                vars(extension).update(vars(planned))
                 cuda = any(source.endswith(".cu") for source in extension.sources)
-                self.extensions[:] = [extension]
                 try:
                     super().build_extensions()
+                    # A compiler can do nothing and say that all went well.
+                    if not os.path.exists(self.get_ext_fullpath(extension.name)):
+                        raise RuntimeError("the compiler left no library behind")
                 # torch reports a failed ninja run as RuntimeError, setuptools as its own CompileError or LinkError.
                 except Exception as error:
                     why = f"compilation failed ({(str(error) or type(error).__name__).splitlines()[0]})"
@@ -294,4 +329,4 @@ def put_ninja_on_path() -> None:
 
 
 put_ninja_on_path()
-setup(ext_modules=PLAN.extensions[:1], cmdclass={"build_ext": build_ext_class(), "build_py": BuildPy})
+setup(**LICENSE, ext_modules=PLAN.extensions[:1], cmdclass={"build_ext": build_ext_class(), "build_py": BuildPy})

@@ -80,6 +80,12 @@ def use_backend(name: str) -> Iterator[None]:
         _selected = before
 
 
+@cuda.constant_when_traced
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which torch 2.11's compiler takes to be true whatever it compiles for."""
+    return torch.compiler.is_exporting()
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One row of :func:`explain`: a backend, and the reason it cannot run the call (None when it can)."""

@@ -15,6 +15,18 @@ from dla_fast.reference.activation import ActSpec, parse_act
 __all__ = ["aggregate", "batch_norm_act", "merge", "upsample", "upsample_add"]
 
 
+# Whether autocast exists for a device type, asked once per type.
+_autocasts: dict[str, bool] = {}
+
+
+@cuda.constant_when_traced
+def _has_autocast(device: str) -> bool:
+    """``torch.amp.is_autocast_available``, a question that torch 2.11's compiler cannot trace."""
+    if device not in _autocasts:
+        _autocasts[device] = torch.amp.is_autocast_available(device)
+    return _autocasts[device]
+
+
 def _autocast(tensors: Sequence[Any]) -> list[Any]:
     """Cast what a convolution reads as autocast casts conv2d's arguments: everything floating but float64."""
     for first in tensors:
@@ -23,7 +35,7 @@ def _autocast(tensors: Sequence[Any]) -> list[Any]:
     else:
         return list(tensors)
     device = first.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [
@@ -35,7 +47,7 @@ def _autocast(tensors: Sequence[Any]) -> list[Any]:
 def _needs_reference() -> bool:
     """Whether the call is being taken apart (vmap, jvp, export, tracing), which only plain PyTorch ops survive."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return backend.is_exporting()
     return (
         torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -379,6 +379,26 @@ def test_compile_fullgraph(served, dynamic):
         )
 
 
+@pytest.mark.parametrize("mode", ["training", "gradients", "inference"])
+def test_compiled_graphs_keep_the_operator(served, mode):
+    """What is compiled is not handed to the reference, as what is exported is."""
+    torch._dynamo.reset()
+    xs, params, buffers = _node(dtype=torch.float32)
+    for t in params:
+        t.requires_grad_(mode != "inference")
+    called: set[str] = set()
+
+    def look(graph, example_inputs):
+        called.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compile(functional.aggregate, fullgraph=True, backend=look)(
+        xs, *params, *[b.clone() for b in buffers], training=mode == "training"
+    )
+    operator = "aggregate_inference" if mode == "inference" else "aggregate"
+    assert any(name.startswith(f"dla_fast_{served}.{operator}") for name in called), called
+
+
 def test_compile_inductor(served):
     torch._dynamo.reset()
     xs, params, buffers = _node(dtype=torch.float32)

@@ -180,6 +180,35 @@ def test_double_precision_is_not_cast_by_autocast(grad):
         assert functional.aggregate(**arguments).dtype == torch.float64
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_of_a_compiled_function(training):
+    """Inside it autocast becomes part of the graph, around it it is asked for at every call."""
+    torch._dynamo.reset()
+    arguments = node(training=training)
+    up_weight = torch.randn(4, 1, 4, 4)
+
+    def plain(xs, weight):
+        mine = {**arguments, "running_mean": torch.zeros(4), "running_var": torch.ones(4), "xs": xs, "weight": weight}
+        return functional.upsample(functional.aggregate(**mine), up_weight, 2)
+
+    def inside(xs, weight):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(xs, weight)
+
+    def outcome(fn, enabled):
+        xs, weight = [x.clone().requires_grad_() for x in arguments["xs"]], arguments["weight"].clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = fn(xs, weight)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [*xs, weight])]
+
+    compiled = {fn: torch.compile(fn, fullgraph=True, backend="aot_eager") for fn in (plain, inside)}
+    for fn, enabled in ((inside, False), (plain, True), (plain, False), (plain, True)):
+        expected, got = outcome(fn, enabled), outcome(compiled[fn], enabled)
+        assert expected[0].dtype == (torch.bfloat16 if enabled or fn is inside else torch.float32)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_a_peer_that_fails_is_no_yardstick(monkeypatch):
     """PyTorch's NaN neither excuses an error nor fails what is right."""
     spec = parity.Spec(dtype=torch.bfloat16)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ensurepip
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from dla_fast import _extension, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -40,6 +44,17 @@ assert {c.backend for c in dla_fast.backend.explain("aggregate") if c.chosen} ==
 print(dla_fast.__file__)
 print(_extension.STATUS.reason)
 print(len([w for w in caught if "dla_fast" in str(w.message)]))
+"""
+
+
+# What the backends register has to be there whatever became of the extension.
+TRITON_REGISTERED = """
+import sys
+import torch
+from dla_fast import ops
+names = {name for unit in ops.UNITS.values() for name in unit}
+key = ops.NAMESPACES["triton"]
+assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dla_fast_triton::{name}", key) for name in names)
 """
 
 
@@ -90,6 +105,21 @@ def blocked(folder: Path, module: str) -> str:
     return str(folder)
 
 
+def at_startup(folder: Path, code: str) -> str:
+    """A path entry that runs ``code`` at the start of every Python."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(code)
+    return str(folder)
+
+
+def script(path: Path, text: str) -> Path:
+    """A program that a shell runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
 def build_record(package: Path) -> dict[str, object]:
     values: dict[str, object] = {}
     exec((package / "_build.py").read_text(), values)
@@ -121,6 +151,73 @@ def test_cuda_asked_for_and_not_to_be_had(tiny_tree):
     assert result.returncode != 0
     assert "DLA_FAST_BUILD_CUDA=1, but the CUDA kernels cannot be built" in result.stderr
     assert "not a CUDA build" in result.stderr
+
+
+# --- setuptools -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def old_setuptools(tmp_path_factory):
+    """A path entry with the setuptools that comes with Python: 65.5 with Python 3.10 and 3.11, none from 3.12 on."""
+    wheels = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-*.whl"))
+    if not wheels:
+        pytest.skip("this Python brings no setuptools")
+    folder = tmp_path_factory.mktemp("setuptools")
+    with zipfile.ZipFile(wheels[-1]) as archive:
+        archive.extractall(folder)
+    return str(folder)
+
+
+def test_pyproject_leaves_to_setup_py_what_setuptools_reads_differently():
+    """Before 77 setuptools refuses a license that is a string or files of it; since then a table is on its way out."""
+    text = (ROOT / "pyproject.toml").read_text()
+    project = text.split("[project]\n", 1)[1].split("\n[", 1)[0]
+    assert not re.search(r"^license", project, re.MULTILINE)
+    dynamic = re.search(r"^dynamic = (.*)$", project, re.MULTILINE)
+    assert dynamic is not None
+    assert '"license"' in dynamic[1]
+    assert 'requires = ["setuptools>=64"' in text
+
+
+def test_an_old_setuptools_builds_in_place(tree, old_setuptools):
+    result = setup(tree, "build_ext", "--inplace", DLA_FAST_BUILD_EXT="0", PYTHONPATH=old_setuptools)
+    assert result.returncode == 0, result.stderr
+    assert "switched off" in result.stdout
+
+
+@needs_compiler
+def test_an_old_setuptools_compiles(tiny_tree, old_setuptools):
+    env = {"DLA_FAST_BUILD_EXT": "1", "DLA_FAST_BUILD_CUDA": "0", "PYTHONPATH": old_setuptools}
+    result = setup(tiny_tree, "build_ext", "--inplace", **env)
+    assert result.returncode == 0, result.stderr
+    assert build_record(tiny_tree / "dla_fast")["WITH_CPU"] is True
+    result = run([sys.executable, "-c", "from dla_fast._extension import STATUS; print(STATUS)"], tiny_tree)
+    assert "loaded=True" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("age", ["old", "installed"])
+def test_an_sdist_carries_the_license_with_every_setuptools(tree, tmp_path, age, request):
+    path = request.getfixturevalue("old_setuptools") if age == "old" else None
+    result = setup(tree, "sdist", "--dist-dir", str(tmp_path / "out"), PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    assert "project.license" not in result.stderr
+    (archive,) = (tmp_path / "out").iterdir()
+    with tarfile.open(archive) as tar:
+        inside = {name.split("/", 1)[1]: name for name in tar.getnames() if "/" in name}
+        metadata = tar.extractfile(inside["PKG-INFO"]).read().decode()
+    assert "LICENSE" in inside
+    assert "License-File: LICENSE" in metadata
+    assert re.search(r"^License(-Expression)?: BSD-3-Clause$", metadata, re.MULTILINE)
+
+
+def test_a_setuptools_that_is_too_old_is_one_line(tree, tmp_path):
+    path = at_startup(tmp_path / "start", "import setuptools\nsetuptools.__version__ = '63.4.3'\n")
+    result = setup(tree, "build_ext", "--inplace", PYTHONPATH=path)
+    assert result.returncode != 0
+    said = (result.stdout + result.stderr).strip()
+    assert said == (
+        'dla_fast needs setuptools >= 64 to build, this is setuptools 63.4.3: pip install -U "setuptools>=64"'
+    )
 
 
 # --- without torch ----------------------------------------------------------------------------------------------------
@@ -162,7 +259,7 @@ def test_switched_off_the_wheel_is_pure_python_and_needs_no_torch(tree, tmp_path
     assert "switched off" in str(build_record(tmp_path / "site" / "dla_fast")["REASON"])
     assert "Requires-Python: >=3.10" in metadata
     assert "Requires-Dist: torch>=2.11" in metadata
-    assert "License-Expression: BSD-3-Clause" in metadata
+    assert re.search(r"^License(-Expression)?: BSD-3-Clause$", metadata, re.MULTILINE)
     assert 'Requires-Dist: triton>=3.6; sys_platform == "linux" and extra == "triton"' in metadata
 
 
@@ -202,6 +299,102 @@ def test_a_compiler_that_does_not_exist_is_named(tree):
     result = setup(tree, "build_ext", "--inplace", DLA_FAST_BUILD_EXT="1", CXX="/nowhere/c++")
     assert result.returncode != 0
     assert "/nowhere/c++" in result.stderr
+
+
+# --- with a compiler that is broken -----------------------------------------------------------------------------------
+
+
+BROKEN = {
+    "does not start": ("", "does not run: Exec format error"),
+    "fails at everything": ("#!/bin/sh\necho broken >&2\nexit 1\n", "does not run: broken"),
+    "knows its version": ('#!/bin/sh\n[ "$*" = --version ] && exec echo broken 1.0\nexit 1\n', "compilation failed"),
+    "does nothing": ("#!/bin/sh\n", "compilation failed"),
+}
+
+
+@pytest.mark.parametrize(("program", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_compiler_leaves_triton_and_the_reference(tiny_tree, tmp_path, program, reason):
+    compiler = script(tmp_path / "bin" / "c++", program)
+    result = setup(tiny_tree, "build_ext", "--inplace", CXX=str(compiler))
+    assert result.returncode == 0, result.stderr
+    assert "dla_fast: C++ extension not built" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr or reason == "compilation failed"
+    record = build_record(tiny_tree / "dla_fast")
+    assert record["WITH_CPU"] is record["WITH_CUDA"] is False
+    assert reason in str(record["REASON"])
+    result = run([sys.executable, "-c", RUN_ON_REFERENCE + TRITON_REGISTERED], tiny_tree)
+    assert result.returncode == 0, result.stderr
+    _, said, warned = result.stdout.splitlines()
+    assert reason in said
+    assert warned == "0"
+
+
+# torch asks nvcc for its version first, and compares it with that of its own CUDA.
+NVCC = """#!/bin/sh
+[ "$*" = --version ] && exec echo "Cuda compilation tools, release {0}, V{0}.1"
+echo "nvcc is broken" >&2
+exit 1
+"""
+
+
+@pytest.fixture
+def cuda_tree(tiny_tree):
+    (tiny_tree / "csrc" / "cuda").mkdir()
+    (tiny_tree / "csrc" / "cuda" / "nothing.cu").write_text("")
+    return tiny_tree
+
+
+@pytest.fixture
+def cuda_torch(tmp_path):
+    """A path entry that makes a CUDA build of a torch that is none, as far as compiling goes."""
+    code = """
+import torch
+if torch.version.cuda is None:
+    torch.version.cuda = "13.0"
+    torch.cuda._is_compiled = lambda: True
+    torch.cuda.is_available = lambda: False
+"""
+    return at_startup(tmp_path / "start", code)
+
+
+@needs_compiler
+@pytest.mark.parametrize("knows", ["its version", "nothing"])
+def test_a_broken_nvcc_leaves_the_rest(cuda_tree, cuda_torch, tmp_path, knows):
+    text = NVCC.format(torch.version.cuda or "13.0") if knows == "its version" else "#!/bin/sh\nexit 1\n"
+    script(tmp_path / "cuda" / "bin" / "nvcc", text)
+    env = {"CUDA_HOME": str(tmp_path / "cuda"), "PYTHONPATH": cuda_torch}
+    result = setup(cuda_tree, "build_ext", "--inplace", **env)
+    assert result.returncode == 0, result.stderr
+    assert "going on without it, see the compiler's output above" in result.stdout
+    record = build_record(cuda_tree / "dla_fast")
+    assert record["WITH_CPU"] is True
+    assert record["WITH_CUDA"] is False
+    assert str(record["CUDA_REASON"]).startswith("the CUDA kernels were not built: compilation failed (")
+    code = "from dla_fast._extension import STATUS; print(STATUS)" + TRITON_REGISTERED
+    result = run([sys.executable, "-c", code], cuda_tree)
+    assert result.returncode == 0, result.stderr
+    assert "loaded=True" in result.stdout
+    assert "has_cuda=False" in result.stdout
+
+    result = setup(cuda_tree, "build_ext", "--inplace", DLA_FAST_BUILD_CUDA="1", **env)
+    assert result.returncode != 0
+    assert "DLA_FAST_BUILD_CUDA=1, but compilation failed" in result.stderr
+
+
+@needs_compiler
+def test_an_nvcc_that_is_a_script_leads_to_the_toolkit(cuda_tree, cuda_torch, tmp_path):
+    toolkit = tmp_path / "toolkit"
+    script(toolkit / "bin" / "nvcc", NVCC.format(torch.version.cuda or "13.0"))
+    (toolkit / "include").mkdir()
+    (toolkit / "include" / "cuda_runtime.h").write_text("")
+    says = f'case "$*" in *dryrun*) echo "#\\$ TOP={toolkit}/bin/.." >&2;; esac'
+    script(tmp_path / "bin" / "nvcc", f"#!/bin/sh\n{says}\nexit 1\n")
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    env = {"PATH": path, "PYTHONPATH": cuda_torch, "CUDA_HOME": None, "CUDA_PATH": None}
+    result = setup(cuda_tree, "build_ext", "--inplace", **env)
+    assert result.returncode == 0, result.stderr
+    assert f"{toolkit}/bin/nvcc" in result.stdout + result.stderr
+    assert "nvcc is broken" in result.stdout + result.stderr
 
 
 # --- with a compiler --------------------------------------------------------------------------------------------------
@@ -312,6 +505,19 @@ def test_import_is_light():
         if min(seconds) < 0.5:
             break
     assert min(seconds) < 0.5, seconds
+
+
+def test_every_operator_of_what_was_built_is_registered():
+    built = {
+        "cpu": _extension.STATUS.loaded,
+        "cuda": _extension.STATUS.loaded and _extension.STATUS.has_cuda,
+        "triton": True,
+    }
+    assert set(built) == set(ops.NAMESPACES)
+    units = {"cuda": ("aggregate_inference", "batch_norm_act", "upsample", "upsample_add")}
+    for backend, there in built.items():
+        for unit in units.get(backend, ops.UNITS) if there else ():
+            assert ops.find_missing(backend, unit, ops.NAMESPACES[backend]) is None
 
 
 def test_import_without_triton(tmp_path):

@@ -340,9 +340,16 @@ def test_compile_fullgraph(fused_calls, backend):
     node, twin = Pair(), Pair()
     twin.load_state_dict(node.state_dict())
     dla_fast.swap_(twin, backend=backend)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    graphs = []
+
+    def look(graph, example_inputs):
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    compiled = torch.compile(twin, fullgraph=True, backend=look)
     xs = [x.requires_grad_() for x in inputs()]
     got, want = compiled(*xs), node(*xs)
+    assert ["dla_fast_cpu" in graph for graph in graphs] == [backend == "auto"]
     assert relative(got, want) <= 1e-5
     grads = [torch.autograd.grad(y.sum(), xs) for y in (got, want)]
     for g, w in zip(*grads, strict=True):

@@ -55,6 +55,8 @@ _runs: dict[int, str | None] = {}
 
 @constant_when_traced
 def _refuses_device() -> str | None:
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     index = torch.cuda.current_device()
     if index not in _runs:
         capability = torch.cuda.get_device_capability(index)

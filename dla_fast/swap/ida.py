@@ -209,7 +209,7 @@ def can_fuse(module: nn.Module, spec: IDASpec, layers: Any, start: Any, end: Any
     # A ranged ladder may be asked for fewer layers than it has.
     if start < 0 or end > len(layers) or count > spec.layers or count < (2 if spec.ranged else spec.layers):
         return False
-    if nn.modules.module._has_any_global_hook() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if nn.modules.module._has_any_global_hook() or torch.jit.is_tracing() or backend.is_exporting():
         return False
     for i in range(1, count):
         if any(child(module, spec, kind, i) is None for kind in ("proj", "up", "node")):

@@ -252,7 +252,7 @@ def can_fuse(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> bo
         return False
     if not is_plain_conv1x1(conv) or getattr(module, spec.flag, None) is not spec.residual:
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or backend.is_exporting():
         return False
     # fx proxies and tensor subclasses (DTensor, quantized weights) have rules of their own; meta computes nothing.
     weight = _parameter(conv, "weight")
