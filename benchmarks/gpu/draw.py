@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.case import Case, Setting
 from dla_fast import backend
 from dla_fast.ops import cuda, triton
+from dla_fast.ops.layout import is_channels_last
 
 META = torch.device("meta")
 
@@ -100,7 +101,31 @@ class _Standing(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 0.0 if args[0].dtype.is_floating_point else 0
         if func is torch.ops.aten.equal.default and args[0].is_meta:
             return True
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _CONVOLUTIONS:
+            # input, weight, or the gradient, input, weight
+            x, weight = args[_CONVOLUTIONS[func] :][:2]
+            return _as_cudnn(x, weight, result) if x.is_meta else result
+        return result
+
+
+# Operator -> where its input is among the arguments.
+_CONVOLUTIONS = {torch.ops.aten.convolution.default: 0, torch.ops.aten.convolution_backward.default: 1}
+
+
+def _as_cudnn(x: Tensor, weight: Tensor, result: Any) -> Any:
+    """Results of a convolution in the layout that cuDNN gives them; those of meta tensors are contiguous.
+
+    The rule is ATen's ``cudnn_conv_suggest_memory_format``: channels_last where the input or the weight is, but for
+    float64.
+    """
+    if x.dtype == torch.float64 or not (is_channels_last(x) or is_channels_last(weight)):
+        return result
+
+    def arranged(t: Tensor | None) -> Tensor | None:
+        return t.contiguous(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t
+
+    return arranged(result) if isinstance(result, Tensor) else tuple(map(arranged, result))
 
 
 @contextlib.contextmanager
