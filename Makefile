@@ -15,7 +15,7 @@ export MAX_JOBS
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-torch asan aot traffic gates gates-newest cuda-host cuda-check bench readme lint format clean distclean
+.PHONY: help install demo test test-torch asan aot traffic gates gates-newest cuda-host cuda-check rehearse bench readme lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -84,6 +84,9 @@ traffic: install ## count the bytes that the Triton kernels move, with no GPU
 	$(PY) -m benchmarks.traffic --passes
 
 gates: traffic aot cuda-check ## what the GPU kernels are held to where there is no GPU
+
+rehearse: install ## rehearse the run on a GPU, with none: its kernels compiled, its blocks on the CPU, its timetable
+	$(PY) -m benchmarks.gpu --rehearse
 
 cuda-host: install ## run the CUDA kernels on the host, thread by thread, against the reference
 	$(PY) -m pytest -n 2 tests/test_cuda_host*.py $(PYTEST_ARGS)

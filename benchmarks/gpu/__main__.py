@@ -3,8 +3,8 @@
 It builds the extension and compiles every kernel that it will launch, on all cores; then it checks (parity of every op
 and dtype against float64, gradients, determinism, CUDA graphs, torch.compile, whole networks) and measures (nodes and
 whole networks beside eager and compiled peers, kernel by kernel, as shares of the machine's floor). Blocks run in
-processes of their own, so that a crash or a hang costs the case it happened in. OUT/gpu.json holds all of it and is whole
-at any moment; OUT/gpu.txt says it in words. Only wrong results fail a run: goals that were missed are told.
+processes of their own, so that a crash or a hang costs the case it happened in. OUT/gpu.json holds all of it and is
+whole at any moment; OUT/gpu.txt says it in words. Only wrong results fail a run: goals that were missed are told.
 
 Without a GPU, ``--rehearse`` compiles all of it for one, runs every block's Python, and prints the timetable.
 """

@@ -235,7 +235,9 @@ def _swapped(training: bool, label: str, setting: Setting) -> Found:
     report = swap_(model)
     found = [_close(a, b, 1e-8) for a, b in zip(outputs(model), expected, strict=True)]
     worst = next((text for ok, text in found if not ok), found[0][1])
-    return passed(label, all(ok for ok, _ in found) and len(report.swapped) > 0, f"{len(report.swapped)} nodes, {worst}")
+    return passed(
+        label, all(ok for ok, _ in found) and len(report.swapped) > 0, f"{len(report.swapped)} nodes, {worst}"
+    )
 
 
 def _whole(setting: Setting) -> Iterator[Case]:

@@ -159,7 +159,10 @@ def timetable(compiled: list[Compiled], cores: int, small: bool = False) -> list
     rows.append(Expected("build of the extension, beside the compiling", 0.0, build))
     ready = START
     for name in first:
-        ready = max(ready + by_block[name].drawing / 2, START + sum(by_block[n].seconds for n in first[: first.index(name) + 1]) / cores)
+        ready = max(
+            ready + by_block[name].drawing / 2,
+            START + sum(by_block[n].seconds for n in first[: first.index(name) + 1]) / cores,
+        )
         # While the build runs it has half of the cores.
         rows.append(Expected(f"kernels of {name} compiled", 0.0, ready + by_block[name].seconds / cores))
     at = {row.what: row.ends for row in rows}

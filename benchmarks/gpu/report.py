@@ -182,17 +182,15 @@ def goals(data: dict[str, Any]) -> list[dict[str, Any]]:
         value = recorded.geometric_mean(values) if values and min(values) > 0 else max(values, default=None)
         worst = (max if most else min)(values, default=None)
         met = None if value is None else value <= goal if most else value >= goal
-        rows.append(
-            {"what": what, "goal": goal, "at most": most, "value": value, "worst": worst, "met": met, "cases": len(values)}
-        )  # fmt: skip
+        row = {"what": what, "goal": goal, "at most": most, "value": value, "worst": worst, "met": met}
+        rows.append(row | {"cases": len(values)})
 
     def over(what: str, goal: float, op: str, mode: str, *impls: str, **more: Any) -> None:
         add(what, goal, [ratio for ratio, _ in pairs(found, op, mode, *impls, **more)])
 
     def figures(op: str, backend: str | None = None) -> list[float]:
-        return [
-            f["value"] for f in data["figures"] if f.get("op") == op and backend in (None, f.get("backend")) and f["value"]
-        ]  # fmt: skip
+        found = [f for f in data["figures"] if f.get("op") == op and f["value"]]
+        return [f["value"] for f in found if backend in (None, f.get("backend"))]
 
     for mode, over_eager, over_compiled in (("inference", 2.5, 1.8), ("training", 1.6, 1.4)):
         everywhere = [ratio for ratio, _ in pairs(found, "aggregate", mode, "eager")]
@@ -206,7 +204,9 @@ def goals(data: dict[str, Any]) -> list[dict[str, Any]]:
         add(f"aggregate {mode}, batch 256, memory-bound: share of the floor", 0.85, memory)
         over(f"networks, {mode}: over eager", 1.0, "model", mode, "eager")
         over(f"networks, {mode}: over compiled", 1.0, "model", mode, *COMPILED)
-    over("networks: peak of a training step, eager's over dla_fast's", 1.2, "model", "training", "eager", by="peak_bytes")
+    over(
+        "networks: peak of a training step, eager's over dla_fast's", 1.2, "model", "training", "eager", by="peak_bytes"
+    )
     for op in ("upsample", "batch_norm_act"):
         for mode in ("inference", "training"):
             mine = [r for _, r in pairs(found, op, mode, "eager")]
@@ -236,7 +236,8 @@ def _ratios(data: dict[str, Any]) -> list[str]:
     rows = []
     for op in ("aggregate", "model", "merge", "upsample", "upsample_add", "batch_norm_act"):
         for mode in ("inference", "training"):
-            against = {i: dict((id(r), v) for v, r in pairs(data["records"], op, mode, i)) for i in ("eager", *COMPILED)}
+            by_peer = {i: pairs(data["records"], op, mode, i) for i in ("eager", *COMPILED)}
+            against = {i: {id(r): v for v, r in found} for i, found in by_peer.items()}
             for _, r in sorted(pairs(data["records"], op, mode, "eager"), key=lambda pair: pair[0]):
                 ratios = ", ".join(f"{v[id(r)]:.2f}x {i}" for i, v in against.items() if id(r) in v)
                 share = r["floor_ms"] / r["median_ms"]

@@ -1,4 +1,4 @@
-"""The run: builds and compiles, checks, times, in the order of the timetable; whatever happens, what was found is kept."""
+"""The run: it builds, compiles, checks and times in the order of the timetable, and keeps what was found."""
 
 from __future__ import annotations
 

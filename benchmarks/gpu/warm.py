@@ -191,7 +191,9 @@ def _result(future: Future[Made], job: Job) -> Made:
     if future.cancelled():
         return Made(job.name, 0.0, 0.0, False, "cancelled")
     failure = future.exception()
-    return future.result() if failure is None else Made(job.name, 0.0, 0.0, False, f"{type(failure).__name__}: {failure}")
+    return (
+        future.result() if failure is None else Made(job.name, 0.0, 0.0, False, f"{type(failure).__name__}: {failure}")
+    )
 
 
 def cache_in(folder: Path) -> dict[str, str]:
