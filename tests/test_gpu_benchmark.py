@@ -141,7 +141,7 @@ def test_a_failure_costs_the_case_it_happened_in(went_wrong):
         assert labels(data, block) == [f"{block} first", f"{block} last"], block
     assert "FAILED checks: dies" in (folder / "gpu.txt").read_text()
     # A case that hangs is ended with everything it had started.
-    wait_until_gone(child_of(folder / "processes" / "networks-0-1.log"))
+    wait_until_gone(child_of(folder / "cache" / "processes" / "networks-0-1.log"))
     assert not data["left_out"]
 
 
@@ -157,7 +157,7 @@ def test_a_run_is_continued(went_wrong, dying, monkeypatch, tmp_path, capsys):
         [f"{block} {part}" for block in WRONG for part in ("first", "last")]
         + ["raises", "dies", "loses the device", "hangs"]
     )
-    again = "".join(path.read_text() for path in (tmp_path / "second" / "processes").glob("roots-*.lines"))
+    again = "".join(path.read_text() for path in (tmp_path / "second" / "cache" / "processes").glob("roots-*.lines"))
     assert "raises" in again
     assert "roots first" not in again
     assert len(data["records"]) == 2
@@ -189,7 +189,7 @@ def test_time_that_is_up(dying, tmp_path):
     assert "networks: what comes after hangs" in data["left_out"]
     assert labels(data, "networks") == ["networks first"]
     assert labels(data, "networks", ok=False) == ["hangs"]
-    wait_until_gone(child_of(tmp_path / "processes" / "networks-0-1.log"))
+    wait_until_gone(child_of(tmp_path / "cache" / "processes" / "networks-0-1.log"))
     status, data = run(tmp_path / "none", "--minutes", 0, blocks=["rest"])
     assert data["left_out"] == ["rest: rest first", "rest: rest last"]
 
@@ -203,7 +203,7 @@ def test_an_interruption_keeps_what_is_done(dying, tmp_path):
         [sys.executable, "-c", command, *arguments, "--blocks", "rest", "networks"],
         cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    log, until = tmp_path / "processes" / "networks-0-1.log", time.time() + 60
+    log, until = tmp_path / "cache" / "processes" / "networks-0-1.log", time.time() + 60
     while not (log.exists() and log.read_text()) and time.time() < until:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -225,7 +225,7 @@ def test_processes_end_with_a_run_that_was_killed(dying, tmp_path):
         [sys.executable, "-c", command, *arguments, "--blocks", "networks"],
         cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    log, until = tmp_path / "processes" / "networks-0-1.log", time.time() + 60
+    log, until = tmp_path / "cache" / "processes" / "networks-0-1.log", time.time() + 60
     while not (log.exists() and log.read_text() and (tmp_path / "gpu.json").exists()) and time.time() < until:
         time.sleep(0.1)
     process.kill()

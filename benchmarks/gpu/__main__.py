@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rehearse", action="store_true", help="everything that needs no GPU")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu", "meta"], help="cpu tests this program")
     parser.add_argument("--small", action="store_true", help="the smallest shapes alone, for testing this program")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="of compiled kernels (default: OUT/cache)")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="of compiled kernels and logs (default: OUT/cache)"
+    )
     parser.add_argument("--arch", type=int, default=90, help="to rehearse for; 90 is sm_90 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile in a rehearsal")
     parser.add_argument("--grace", type=float, default=running.GRACE, help=argparse.SUPPRESS)
@@ -74,10 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     collected = report.Collected(args.out / "gpu.json", args.device, before)
-    plan = running.Plan(
-        args.device, args.small, args.minutes, args.blocks, args.out / "processes", args.cache or args.out / "cache",
-        args.grace, args.patience, collected,
-    )  # fmt: skip
+    cache = args.cache or args.out / "cache"
+    how = (args.grace, args.patience, collected)
+    plan = running.Plan(args.device, args.small, args.minutes, args.blocks, cache / "processes", cache, *how)
     shutil.rmtree(plan.out, ignore_errors=True)
     plan.out.mkdir(parents=True)
     interrupted = False

@@ -80,7 +80,7 @@ def kernels_of(call: Callable[[], object], setting: Setting, repeats: int = 5) -
     found: dict[str, list[float]] = {}
     for event in profiled.events():
         if event.device_type == kind:
-            us = event.self_device_time_total if setting.on_gpu else event.self_cpu_time_total
+            us = event.time_range.elapsed_us() if setting.on_gpu else event.self_cpu_time_total
             found.setdefault(event.name, []).append(us)
     rows = [{"kernel": k, "calls": len(v) / repeats, "us": sum(v) / repeats} for k, v in found.items()]
     return sorted(rows, key=lambda row: -row["us"])

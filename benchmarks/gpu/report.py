@@ -61,7 +61,7 @@ class Collected:
         """Records of the earlier run that nothing replaces."""
         if self.before is None:
             return []
-        again = {(line["block"], line["label"]) for line in self.lines if "ended" in line or line.get("lost")}
+        again = {(line["block"], line["label"]) for line in self.lines if "ok" in line or line.get("lost")}
         older = [*self.before["checks"], *self.before["records"], *self.before["figures"], *self.before["tables"]]
         return [r for r in older if (r["block"], r["case_label"]) not in again]
 
@@ -114,6 +114,9 @@ class Collected:
             "left_out": self.left_out(),
             "timetable": self.timetable,
             "warm": self.warm(),
+            "prepared": [
+                {k: line[k] for k in ("prepared", "seconds", "error")} for line in self.lines if "prepared" in line
+            ],
             "compilations": self.compilations(),
             "skipped": [r for r in found if "skipped" in r],
             "done": self.done(),

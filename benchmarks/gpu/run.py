@@ -41,7 +41,7 @@ class Plan:
         small: the smallest shapes alone.
         minutes: for everything.
         blocks: names, ``build`` among them.
-        out: folder of the files.
+        out: folder of the processes' files and logs.
         cache: folder of what is compiled.
         grace: see :data:`GRACE`.
         patience: scales the time after which a case is given up.
