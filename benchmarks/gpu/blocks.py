@@ -43,7 +43,7 @@ BLOCKS = {
     block.name: block
     for block in (
         Block("roots", "parity of dla34's roots", 25.0, 2, roots),
-        Block("checks", "everything that can be right or wrong", 75.0, 5, checks),
+        Block("checks", "everything that can be right or wrong", 75.0, 8, checks),
         Block("nodes", "dla34's roots timed", 75.0, 1, nodes),
         Block("networks", "whole networks timed", 95.0, 1, nets),
         Block("bandwidth", "memory-bound kernels timed", 20.0, 1, bandwidth),
@@ -51,4 +51,4 @@ BLOCKS = {
     )
 }
 # Processes that compile the peers of the timed blocks while the checks run.
-PREPARING = 6
+PREPARING = 7

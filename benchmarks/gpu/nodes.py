@@ -30,7 +30,7 @@ def _settings(setting: Setting, dtype: torch.dtype, peers: Sequence[str], second
 
 def timed(
     case: cases.Case, mode: str, batch: int, dtype: torch.dtype, peers: Sequence[str], setting: Setting,
-    suite: str = "gpu", seconds: float = 0.6,
+    suite: str = "gpu", seconds: float = 0.4,
 ) -> Found:  # fmt: skip
     """An op beside its peers, as records."""
     settings = _settings(setting, dtype, peers, seconds)
@@ -58,7 +58,7 @@ def timed_cases(
             for peer in compiled:
                 prepared(*a, peer, setting)
 
-        yield Case(label, run, 1.5 + 1.5 * len(compiled), prepare if compiled else None)
+        yield Case(label, run, 1.3 + 1.5 * len(compiled), prepare if compiled else None)
 
 
 def kernels_of(call: Callable[[], object], setting: Setting, repeats: int = 5) -> list[dict[str, Any]]:

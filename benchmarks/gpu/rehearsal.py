@@ -7,7 +7,8 @@ is compiled while something is timed. Every block's Python is run on the CPU's k
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,6 @@ class Compiled:
 
 def compile_all(names: Iterable[str], args: argparse.Namespace, cache: Path) -> tuple[list[Compiled], list[draw.Job]]:
     """Draw and compile the launches of blocks; what each took, and all jobs."""
-    import os
-
     os.environ.update(warm.cache_in(cache))
     pool = warm.Pool(args.arch, args.jobs)
     found, every = [], dict[Any, draw.Job]()
@@ -98,9 +97,6 @@ print(*[m.name for m in made if not m.found][:20], sep="\\n")
 
 def replayed(jobs: list[draw.Job], arch: int, cache: Path) -> tuple[int, list[str]]:
     """How many of the jobs a new process finds in the cache, and the names of some that it does not."""
-    import os
-    import pickle
-
     path = cache / "jobs.pickle"
     path.write_bytes(pickle.dumps((jobs, arch, warm.has_library())))
     done = subprocess.run(
@@ -157,14 +153,12 @@ def timetable(compiled: list[Compiled], cores: int, small: bool = False) -> list
     rows, now = [], 0.0
     build = max(BUILD_LONGEST, (BUILD_CORE_SECONDS + work) / cores)
     rows.append(Expected("build of the extension, beside the compiling", 0.0, build))
-    ready = START
+    drawing = compiling = 0.0
     for name in first:
-        ready = max(
-            ready + by_block[name].drawing / 2,
-            START + sum(by_block[n].seconds for n in first[: first.index(name) + 1]) / cores,
-        )
-        # While the build runs it has half of the cores.
-        rows.append(Expected(f"kernels of {name} compiled", 0.0, ready + by_block[name].seconds / cores))
+        drawing, compiling = drawing + by_block[name].drawing, compiling + by_block[name].seconds
+        # Drawn one after another and compiled meanwhile; the build has half of the cores.
+        seconds = START + max(drawing, 2 * compiling / cores)
+        rows.append(Expected(f"kernels of {name} compiled", 0.0, seconds))
     at = {row.what: row.ends for row in rows}
     for name, block in BLOCKS.items():
         if name not in by_block:
@@ -231,6 +225,3 @@ def main(args: argparse.Namespace) -> int:
         print(f"FAILED {failure}"[:400])
     print(f"rehearsed: {len(jobs)} specialisations, {len(failures)} failures, predicted {predicted:.0f} s")
     return 1 if failures else 0
-
-
-__all__ = ["Compiled", "json", "main", "timetable"]
