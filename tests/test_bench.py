@@ -239,7 +239,7 @@ class FakeStream:
 
 
 class FakeScope:
-    def __init__(self, *_) -> None:
+    def __init__(self, *_, **__) -> None:
         pass
 
     def __enter__(self) -> None:
