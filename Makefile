@@ -25,7 +25,7 @@ demo: install ## swap timm's DLA-34 to fused nodes on real photographs, and comp
 	$(PY) -m dla_fast demo $(DEMO_ARGS)
 
 test: install ## run the tests
-	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # Another torch, in an environment and a copy of the tree of its own, since an extension fits one torch alone. The pins
 # hold but for what that torch chooses itself. CUDA is built where that torch and nvcc allow it, for one architecture;
