@@ -15,7 +15,7 @@ export MAX_JOBS
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-torch asan aot traffic gates gates-newest cuda-host cuda-check rehearse bench readme lint format clean distclean
+.PHONY: help install demo test test-torch asan aot traffic gates gates-newest cuda-host cuda-check rehearse bench readme docs lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -74,8 +74,12 @@ bench: install ## run the benchmarks; writes benchmarks/out/bench.json and bench
 	$(PY) -m dla_fast bench all --models dla34 dla34up --batch 8 --rounds 9 --seconds 2 --minutes 8 \
 	  --json benchmarks/out/bench.json --html benchmarks/out/bench.html $(BENCH_ARGS)
 
-readme: install ## write the README's speed figures from benchmarks/results
+readme: install ## write the README's figures and docs/benchmarks.md from benchmarks/results
 	$(PY) benchmarks/readme.py
+
+docs: install ## write the API reference to build/docs, from the docstrings
+	$(PY) -m pdoc --docformat google -o build/docs dla_fast dla_fast.backend
+	@echo "build/docs/index.html"
 
 aot: install ## compile the Triton kernels that ship ahead of time, with no GPU
 	$(PY) -m benchmarks.aot

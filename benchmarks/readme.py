@@ -1,7 +1,7 @@
-"""Write the README's speed figures from the runs in benchmarks/results: ``make readme``.
+"""Write README.md's figures and docs/benchmarks.md from the runs in benchmarks/results: ``make readme``.
 
-Between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->`` stands what the run in that file says, and nothing
-written by hand.
+Between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->`` stands what the run in that file says of whole
+models, and nothing written by hand.
 """
 
 from __future__ import annotations
@@ -10,15 +10,32 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dla_fast.commands.bench.records import comparisons, geometric_mean, load, side_of
-from dla_fast.commands.bench.table import LARGE, memory_pairs
+from dla_fast.commands.bench import peers
+from dla_fast.commands.bench.records import Comparison, comparisons, geometric_mean, load, side_of
+from dla_fast.commands.bench.table import LARGE, memory_pairs, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+WHOLE = ("models", "swapped")
+
+INTRODUCTION = f"""# Benchmarks
+
+Written by `make readme` from the runs that were kept in `benchmarks/results`; nothing here is typed by hand.
+
+Every ratio is the time of the fastest peer over that of dla_fast: above 1x dla_fast is ahead. A case was timed after
+its results had been found to agree with its peers', in turn with them, in one run; figures are medians. "At
+{LARGE}×{LARGE} and above" are the maps where memory decides; below, a node is a matrix product and little else, and
+there is less to gain. On a shared machine figures move by several percent from run to run, so read ratios, not
+milliseconds.
+
+No GPU has been measured yet. To add a machine: `python -m dla_fast bench nodes ida models --json FILE`, or on a GPU
+`python -m benchmarks.gpu`, and send the file in.
+"""
 
 
 def _values(records: list[dict[str, Any]], name: str) -> str:
-    return ", ".join(sorted({str(record[name]) for record in records}))
+    return ", ".join(str(value) for value in sorted({record[name] for record in records}))
 
 
 def _heading(file: str, run: dict[str, Any]) -> str:
@@ -27,64 +44,106 @@ def _heading(file: str, run: dict[str, Any]) -> str:
     where = [machine.get("processor") or "processor not recorded", machine["isa"]]
     where += [f"{threads} CPU thread{'s' if threads > 1 else ''}"] if records[0]["device"] == "cpu" else []
     what = f"batch {_values(records, 'batch')}, {_values(records, 'dtype')}, {_values(records, 'layout')}"
-    peers = _values([r for r in records if not r["impl"].startswith("dla_fast")], "impl")
+    rivals = _values([r for r in records if not r["impl"].startswith(peers.FUSED)], "impl")
     made = run["commit"][:12] if run.get("commit") else "commit not recorded"
     return (
         f"`benchmarks/results/{file}` — {', '.join(where)}; torch {versions['torch']}, dla_fast {versions['dla_fast']} "
-        f"({made}); {what}; against {peers}:"
+        f"({made}); {what}; against {rivals}:"
     )
 
 
-def figures(file: str, run: dict[str, Any]) -> str:
-    """What a run says, as Markdown.
-
-    Args:
-        file: its name in benchmarks/results.
-        run: as in the file.
-    """
-    groups: dict[tuple[str, str, str], list[Any]] = {}
-    for c in comparisons(run["records"]):
+def _ops(found: list[Comparison]) -> list[str]:
+    """A row for each suite, op and mode."""
+    groups: dict[tuple[str, str, str], list[Comparison]] = {}
+    for c in found:
         groups.setdefault((c.mine.get("suite", "nodes"), c.mine["op"], c.mine["mode"]), []).append(c)
-    lines = [_heading(file, run), ""]
-    if groups:
-        lines.append(f"| | op | mode | cases | geometric mean | at {LARGE}×{LARGE} and above | worst |")
-        lines.append("|---|---|---|---|---|---|---|")
-    for (suite, op, mode), found in sorted(groups.items()):
-        ratios = [c.speedup for c in found]
-        large = [c.speedup for c in found if (side_of(c.mine) or 0) >= LARGE]
+    if not groups:
+        return []
+    lines = [f"| | op | mode | cases | geometric mean | at {LARGE}×{LARGE} and above | worst |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for (suite, op, mode), cases in sorted(groups.items()):
+        ratios = [c.speedup for c in cases]
+        large = [c.speedup for c in cases if (side_of(c.mine) or 0) >= LARGE]
         above = f"{geometric_mean(large):.2f}x" if large else "–"
         mean = f"{geometric_mean(ratios):.2f}x"
         lines.append(f"| {suite} | {op} | {mode} | {len(ratios)} | {mean} | {above} | {min(ratios):.2f}x |")
-    pairs = memory_pairs(run["records"])
-    if pairs:
-        lines += ["", "| memory of a training step | peak, eager | dla_fast | saved for backward, eager | dla_fast |"]
-        lines.append("|---|---|---|---|---|")
-    for mine, theirs in sorted(pairs, key=lambda pair: str(pair[0]["case"])):
+    return [*lines, ""]
+
+
+def _models(found: list[Comparison]) -> list[str]:
+    """A row for each whole model, with every implementation's time."""
+    impls = list(dict.fromkeys(impl for c in found for impl in c.by_impl))
+    impls.sort(key=lambda impl: (impl.startswith(peers.FUSED), impl != "eager"))
+    if not found:
+        return []
+    lines = [f"| model | batch | | {' | '.join(f'{impl}, ms' for impl in impls)} | against the best peer |"]
+    lines.append(f"|---|---|---{'|---' * len(impls)}|---|")
+    for c in sorted(found, key=lambda c: (c.mine["case"], c.mine["batch"], c.mine["mode"])):
+        times = [milliseconds(c.by_impl[i]["median_ms"]) if i in c.by_impl else "–" for i in impls]
+        name = f"{c.mine['case']}, {c.mine['shape']}"
+        lines.append(f"| {name} | {c.mine['batch']} | {c.mine['mode']} | {' | '.join(times)} | {c.speedup:.2f}x |")
+    return [*lines, ""]
+
+
+def _memory(records: list[dict[str, Any]]) -> list[str]:
+    """Peak and kept bytes of a training step."""
+    pairs = memory_pairs(records)
+    if not pairs:
+        return []
+    lines = ["| memory of a training step | peak, eager | dla_fast | saved for backward, eager | dla_fast |"]
+    lines.append("|---|---|---|---|---|")
+    for mine, theirs in sorted(pairs, key=lambda pair: (str(pair[0]["case"]), pair[0]["batch"])):
         cells = []
         for name in ("peak_bytes", "saved_bytes"):
             ratio = f"{mine[name] / 2**20:.0f} MiB ({mine[name] / theirs[name]:.2f}x)"
             cells += [f"{theirs[name] / 2**20:.0f} MiB", ratio]
         lines.append(f"| {mine['case']}, {mine['shape']}, batch {mine['batch']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return [*lines, ""]
 
 
-def rewritten(text: str, results: Path = ROOT / "benchmarks" / "results") -> str:
+def figures(file: str, run: dict[str, Any], *, whole_models_alone: bool = False) -> str:
+    """What a run says, as Markdown.
+
+    Args:
+        file: its name in benchmarks/results.
+        run: as in the file.
+        whole_models_alone: leave out single ops.
+    """
+    found = comparisons(run["records"])
+    parts = [] if whole_models_alone else _ops([c for c in found if c.mine.get("suite") not in WHOLE])
+    parts += _models([c for c in found if c.mine.get("suite") in WHOLE]) + _memory(run["records"])
+    return "\n".join([_heading(file, run), "", *parts]).rstrip("\n")
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
     """The README with its figures as the runs have them.
 
     Raises:
         CommandError: a run that is not there.
     """
-    return BLOCK.sub(lambda m: f"{m[1]}{figures(m[2], load(results / m[2]))}\n{m[3]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}{figures(m[2], load(results / m[2]), whole_models_alone=True)}\n{m[3]}", text)
+
+
+def page(results: Path = RESULTS) -> str:
+    """docs/benchmarks.md."""
+    parts = [INTRODUCTION]
+    for path in sorted(results.glob("*.json")):
+        parts.append(f"## {path.stem}\n\n{figures(path.name, load(path))}\n")
+    return "\n".join(parts)
 
 
 def main() -> None:
-    """Rewrite README.md where it differs."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = rewritten(text)
-    if new != text:
-        path.write_text(new, encoding="utf-8")
-    print(f"README.md: {'rewritten' if new != text else 'its figures match the results'}")
+    """Rewrite README.md and docs/benchmarks.md where they differ."""
+    readme = ROOT / "README.md"
+    for path, new in (
+        (readme, rewritten(readme.read_text(encoding="utf-8"))),
+        (ROOT / "docs" / "benchmarks.md", page()),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {'rewritten' if new != old else 'its figures match the results'}")
 
 
 if __name__ == "__main__":

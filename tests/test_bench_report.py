@@ -1,10 +1,9 @@
-"""What is made of a run: comparison with another, the HTML report, the README's figures."""
+"""What is made of a run: comparison with another, and the HTML report."""
 
 from __future__ import annotations
 
 import base64
 import copy
-import importlib.util
 import json
 import re
 import time
@@ -236,36 +235,3 @@ def test_a_report_of_memory_alone(whole):
     html = report.render(whole)
     assert "No times in this run" in html
     assert html.count("<img") == 1
-
-
-# --- the README -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def readme():
-    path = ROOT / "benchmarks" / "readme.py"
-    if not path.exists():
-        pytest.skip("not a checkout")
-    spec = importlib.util.spec_from_file_location("readme_figures", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_readme_has_the_figures_of_the_kept_runs(readme):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.BLOCK.search(text)
-    assert readme.rewritten(text) == text, "run `make readme`"
-
-
-def test_the_readmes_figures_follow_the_run(readme, whole, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(whole))
-    text = "before\n<!-- figures: run.json -->\nold 9.99x\n<!-- end of figures -->\nafter\n"
-    new = readme.rewritten(text, tmp_path)
-    assert "9.99x" not in new
-    assert "| ops | aggregate | inference | 1 | 2.00x | 2.00x | 2.00x |" in new
-    assert "300 MiB (0.75x)" in new
-    assert new.startswith("before\n<!-- figures: run.json -->\n`benchmarks/results/run.json` — a processor, AVX2")
-    assert readme.rewritten(new, tmp_path) == new

@@ -1,14 +1,17 @@
-"""A swapped dla34 trains as the unswapped one does: losses, parameters and buffers, step by step."""
+"""A swapped dla34 trains as the unswapped one does: losses, parameters and buffers, step by step, and distributed."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from swap_helpers import relative
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dla_fast
 
@@ -110,3 +113,45 @@ def test_gradients_of_a_whole_model(timm, training):
         results.append([leaf.grad, *(p.grad for p in m.parameters())])
     for got, want in zip(results[1], results[0], strict=True):
         assert relative(got, want) <= 1e-8
+
+
+def test_activation_checkpointing(timm):
+    """The forward runs twice, and a norm counts both, as it does unswapped."""
+    model = make_model(timm, torch.float64)
+    twin = copy.deepcopy(model)
+    assert len(dla_fast.swap_(twin).swapped) == 6
+    images, _ = make_batches(1, torch.float64)[0]
+    for m in (model, twin):
+        checkpoint(m, images, use_reentrant=False).square().sum().backward()
+    for got, want in zip(twin.parameters(), model.parameters(), strict=True):
+        assert relative(got.grad, want.grad) <= 1e-8
+    for got, want in zip(twin.buffers(), model.buffers(), strict=True):
+        assert relative(got, want) <= 1e-10
+
+
+def _one_process(rank: int, folder: str) -> None:
+    """A step of data-parallel training on this process's part of the batch, unswapped and swapped."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    with dla_fast.use_backend("reference"):
+        model = dla_fast.models.create_model("dla46_c", num_classes=10).double().train()
+    found = {}
+    for backend in ("reference", "auto"):
+        with dla_fast.use_backend(backend):
+            parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+            images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+            parallel(images).square().sum().backward()
+        found[backend] = [p.grad for p in parallel.parameters()]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_distributed_data_parallel(tmp_path):
+    torch.multiprocessing.spawn(_one_process, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(Path(tmp_path, f"{rank}.pt")) for rank in range(2)]
+    for found in ranks:
+        for got, want in zip(found["auto"], found["reference"], strict=True):
+            assert relative(got, want) <= 1e-8
+    assert all(map(torch.equal, *(found["auto"] for found in ranks)))
