@@ -78,7 +78,7 @@ readme: install ## write the README's figures and docs/benchmarks.md from benchm
 	$(PY) benchmarks/readme.py
 
 docs: install ## write the API reference to build/docs, from the docstrings
-	$(PY) -m pdoc --docformat google -o build/docs dla_fast dla_fast.backend
+	$(PY) -m pdoc --docformat google -o build/docs dla_fast dla_fast.backend dla_fast.swap
 	@echo "build/docs/index.html"
 
 aot: install ## compile the Triton kernels that ship ahead of time, with no GPU

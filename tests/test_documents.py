@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -109,6 +111,17 @@ def test_the_version_is_that_of_the_changelog():
     newest = re.search(r"^## ([\d.]+)", read("CHANGELOG.md"), re.MULTILINE)
     assert newest is not None
     assert newest[1] == dla_fast.__version__
+
+
+def test_the_api_reference_is_made_without_a_warning(tmp_path):
+    pytest.importorskip("pdoc")
+    line = re.search(r"\$\(PY\) (-m pdoc .*) -o build/docs (.*)", read("Makefile"))
+    assert line is not None
+    command = [sys.executable, *line[1].split(), "-o", str(tmp_path), *line[2].split()]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "Warn" not in made.stderr
+    assert "SwapReport" in (tmp_path / "dla_fast" / "swap.html").read_text(encoding="utf-8")
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
