@@ -159,6 +159,11 @@ def test_compare_tells_memory_errors_and_what_is_missing(whole):
     assert "now an error: 1" in text
 
 
+def test_a_run_that_has_the_kernels_instruction_set_is_of_the_same_machine(whole):
+    after = {**whole, "machine": {**whole["machine"], "kernel_isa": "avx512_bf16"}}
+    assert "not the same machine" not in compare.render(compare.compare(whole, after, 0.05), whole, after)
+
+
 def test_compare_against_a_slowed_op(monkeypatch, capsys, tmp_path):
     """From the command line to the exit status: an op that really takes longer."""
     monkeypatch.setattr(cases, "measure_rates", lambda dtype, device: cases.Rates(1e10, 1e11))
@@ -225,6 +230,16 @@ def test_the_report_needs_nothing_beside_it(whole, tmp_path):
     assert html.count("<div") == html.count("</div>")
 
 
+def test_the_report_tells_the_instruction_set_of_the_kernels(whole):
+    pytest.importorskip("matplotlib")
+    whole["records"] = []
+    assert "CPU threads: 2, AVX2 (of torch)</dd>" in report.render(whole)
+    whole["machine"]["kernel_isa"] = "avx512_bf16"
+    assert "CPU threads: 2, avx512_bf16</dd>" in report.render(whole)
+    del whole["machine"]["isa"], whole["machine"]["kernel_isa"]
+    assert "CPU threads: 2, instruction set not recorded</dd>" in report.render(whole)
+
+
 def test_the_report_is_the_same_for_the_same_run(whole):
     pytest.importorskip("matplotlib")
     assert report.render(whole) == report.render(whole)
@@ -269,3 +284,6 @@ def test_the_readmes_figures_follow_the_run(readme, whole, tmp_path):
     assert "300 MiB (0.75x)" in new
     assert new.startswith("before\n<!-- figures: run.json -->\n`benchmarks/results/run.json` — a processor, AVX2")
     assert readme.rewritten(new, tmp_path) == new
+    whole["machine"]["kernel_isa"] = "amx"
+    (tmp_path / "run.json").write_text(json.dumps(whole))
+    assert "— a processor, amx, 2 CPU threads;" in readme.rewritten(text, tmp_path)

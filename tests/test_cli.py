@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dla_fast import _extension, backend, cli, commands
-from dla_fast.commands import demo_memory, demo_setup, doctor, measure
+from dla_fast.commands import demo_memory, demo_report, demo_setup, doctor, machine, measure
+from dla_fast.commands.bench import records
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = re.compile(
@@ -105,12 +106,21 @@ def test_doctor_tells_of_the_cuda_kernels(monkeypatch, capsys):
     assert "DLA_FAST_BUILD_CUDA" not in out
 
 
-@pytest.mark.parametrize("broken", ["_cuda_devices", "_cpu_name", "_instruction_set", "_version", "explain"])
+def test_every_command_names_the_processor_alike():
+    facts, recorded = doctor.collect()["cpu"], records.machine_facts(torch.device("cpu"), {})
+    where = demo_report.machine({"task": {"device": "cpu"}, "serves": {}})
+    assert f"with {facts['instruction set']};" in where
+    assert records.instruction_set(recorded) == facts["instruction set"]
+    assert recorded["cpu"] == facts["name"]
+
+
+@pytest.mark.parametrize("broken", ["_cuda_devices", "cpu_name", "instruction_set", "_version", "explain"])
 def test_doctor_survives_what_is_broken(capsys, monkeypatch, broken):
     def fail(*_):
         raise OSError("it is broken")
 
-    monkeypatch.setattr(backend if broken == "explain" else doctor, broken, fail)
+    homes = {"explain": backend, "cpu_name": machine, "instruction_set": machine}
+    monkeypatch.setattr(homes.get(broken, doctor), broken, fail)
     assert cli.main(["doctor"]) == 0
     assert "OSError: it is broken" in capsys.readouterr().out
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dla_fast._version import __version__
 from dla_fast.commands.demo_setup import LOGITS, unnormalised
+from dla_fast.commands.machine import instruction_set
 
 _BEFORE, _AFTER = "#8a94a6", "#1f77b4"
 
@@ -46,7 +47,7 @@ def machine(result: dict[str, Any]) -> str:
         where = torch.cuda.get_device_name(device)
     else:
         threads = torch.get_num_threads()
-        where = f"{threads} CPU thread{'s' if threads > 1 else ''} with {torch.backends.cpu.get_cpu_capability()}"
+        where = f"{threads} CPU thread{'s' if threads > 1 else ''} with {instruction_set()}"
     return (
         f"dla_fast {__version__}, torch {torch.__version__}, {where}; aggregate runs on: {', '.join(result['serves'])}"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dla_fast.commands.bench import pictures, table
-from dla_fast.commands.bench.records import Comparison, Record, geometric_mean, is_timed
+from dla_fast.commands.bench.records import Comparison, Record, geometric_mean, instruction_set, is_timed
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2430; background: #fff;
@@ -50,7 +50,7 @@ def _facts(run: dict[str, Any]) -> str:
     machine = run["machine"]
     rows = {
         "machine": f"{machine.get('processor') or 'unknown processor'}, CPU threads: {machine.get('threads')}, "
-        f"{machine.get('isa')}",
+        f"{instruction_set(machine) or 'instruction set not recorded'}",
         "system": machine.get("platform", ""),
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
         "commit": run.get("commit") or "not from a checkout",
