@@ -42,7 +42,7 @@ def scenes(count: int, side: int, classes: int, generator: torch.Generator) -> t
 def build(impl: str, args: argparse.Namespace) -> nn.Module:
     """The network, with the same weights for either implementation."""
     torch.manual_seed(0)
-    mine = models.create_model(args.model, classes=args.classes, down_ratio=args.down_ratio)
+    mine = models.create_model(args.model, num_classes=args.classes, down_ratio=args.down_ratio)
     network: nn.Module = mine
     if impl == "eager":
         name = args.model.removesuffix("up")

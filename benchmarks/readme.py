@@ -41,7 +41,7 @@ def _values(records: list[dict[str, Any]], name: str) -> str:
 def _heading(file: str, run: dict[str, Any]) -> str:
     machine, versions, records = run["machine"], run["versions"], run["records"]
     threads = machine["threads"]
-    where = [machine.get("processor") or "processor not recorded", machine["isa"]]
+    where = [machine.get("processor") or "processor not recorded", machine.get("kernel_isa") or machine["isa"]]
     where += [f"{threads} CPU thread{'s' if threads > 1 else ''}"] if records[0]["device"] == "cpu" else []
     what = f"batch {_values(records, 'batch')}, {_values(records, 'dtype')}, {_values(records, 'layout')}"
     rivals = _values([r for r in records if not r["impl"].startswith(peers.FUSED)], "impl")

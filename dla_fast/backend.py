@@ -57,6 +57,17 @@ def selected() -> str:
     return _selected
 
 
+def asked_by() -> str | None:
+    """Who forced the backend in force, for a message; None where it is ``auto``."""
+    if _selected == "auto":
+        return None
+    if _disabled():
+        return f"DLA_FAST_DISABLE={os.environ['DLA_FAST_DISABLE']}"
+    if os.environ.get("DLA_FAST_BACKEND") == _selected:
+        return f"DLA_FAST_BACKEND={_selected}"
+    return f"use_backend({_selected!r})"
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every call inside on one backend.

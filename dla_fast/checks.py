@@ -60,6 +60,15 @@ def check_same_size(xs: Sequence[Tensor], name: str = "xs") -> None:
             raise ValueError(f"{name}[{i}]: expected shape {want} as {name}[0] has, got {_shape(x)}")
 
 
+def check_channels(name: str, xs: Sequence[object], channels: Sequence[int], source: str) -> None:
+    """As many inputs as ``source`` lists, with its channels each; what is no map at all is told where it is used."""
+    if len(xs) != len(channels):
+        raise ValueError(f"{name}: expected {len(channels)} tensors, as {source} {list(channels)} has, got {len(xs)}")
+    for i, (x, c) in enumerate(zip(xs, channels, strict=True)):
+        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != c:
+            raise ValueError(f"{name}[{i}]: expected {c} channels ({source}[{i}]), got shape {_shape(x)}")
+
+
 def check_weight(weight: object, xs: Sequence[Tensor], kernels: tuple[int, ...]) -> Tensor:
     """A convolution weight (N, K, k, k) whose K is the sum of the inputs' channels."""
     w = check_tensor("weight", weight, rank=4)

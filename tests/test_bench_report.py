@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dla_fast import cli, functional
-from dla_fast.commands.bench import cases, compare, records, report, table
+from dla_fast.commands.bench import cases, compare, pictures, records, report, table
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("aggregate", "merge", "upsample")
@@ -158,6 +158,11 @@ def test_compare_tells_memory_errors_and_what_is_missing(whole):
     assert "now an error: 1" in text
 
 
+def test_a_run_that_has_the_kernels_instruction_set_is_of_the_same_machine(whole):
+    after = {**whole, "machine": {**whole["machine"], "kernel_isa": "avx512_bf16"}}
+    assert "not the same machine" not in compare.render(compare.compare(whole, after, 0.05), whole, after)
+
+
 def test_compare_against_a_slowed_op(monkeypatch, capsys, tmp_path):
     """From the command line to the exit status: an op that really takes longer."""
     monkeypatch.setattr(cases, "measure_rates", lambda dtype, device: cases.Rates(1e10, 1e11))
@@ -224,9 +229,47 @@ def test_the_report_needs_nothing_beside_it(whole, tmp_path):
     assert html.count("<div") == html.count("</div>")
 
 
+def test_the_report_tells_the_instruction_set_of_the_kernels(whole):
+    pytest.importorskip("matplotlib")
+    whole["records"] = []
+    assert "CPU threads: 2, AVX2 (of torch)</dd>" in report.render(whole)
+    whole["machine"]["kernel_isa"] = "avx512_bf16"
+    assert "CPU threads: 2, avx512_bf16</dd>" in report.render(whole)
+    del whole["machine"]["isa"], whole["machine"]["kernel_isa"]
+    assert "CPU threads: 2, instruction set not recorded</dd>" in report.render(whole)
+
+
 def test_the_report_is_the_same_for_the_same_run(whole):
     pytest.importorskip("matplotlib")
     assert report.render(whole) == report.render(whole)
+
+
+def test_the_report_fits_a_small_screen(whole):
+    pytest.importorskip("matplotlib")
+    html = report.render(whole)
+    assert '<meta name="viewport" content="width=device-width' in html
+    boxed = re.findall(r'<div class="scroll"[^>]*><(img|table)', html)
+    assert len(boxed) == html.count("<img") + html.count("<table")
+    assert re.search(r"\.scroll \{ overflow-x: auto", html)
+    assert re.search(r"img \{[^}]*min-width: \d+px", html)
+    assert re.search(r"@media \(max-width: \d+px\) \{[^@]*dl \{ display: block", html)
+
+
+def test_no_floor_is_drawn_over_a_bar(whole, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for share in (0.5, 1.5):  # ahead of the bar, and within it where the cache beats the memory
+        whole["records"].append(record(suite="ops", case=f"floor {share}", floor_ms=share))
+        whole["records"].append(record(suite="ops", case=f"floor {share}", impl="eager", median_ms=3.0))
+    found = [c for c in records.comparisons(whole["records"]) if c.mine["suite"] == "ops"]
+    monkeypatch.setattr(pictures, "_bytes", lambda figure: figure)
+    figure = pictures.ratio_bars(found, "ops")
+    (axes,) = figure.axes
+    bars = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axes.patches]
+    floors = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "|"]
+    assert len(bars) == len(floors) == len(found)
+    assert not any(low <= y <= high for y in floors for low, high in bars)
+    (legend,) = figure.legends
+    assert "up to the machine's floor" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_a_report_of_memory_alone(whole):

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_fast import _extension, backend, cli, commands
-from dla_fast.commands import demo_memory, demo_setup, doctor, measure
+from dla_fast import _extension, backend, cli, commands, ops
+from dla_fast.commands import demo, demo_memory, demo_report, demo_setup, doctor, machine, measure
+from dla_fast.commands.bench import records
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = re.compile(
     r"demo: swapped (\d+) nodes, max logit difference (\d\.\de[+-]\d\d), nodes (\d+\.\d\d)x, network (\d+\.\d\d)x, "
-    r"saved for backward (\d+\.\d\d)x"
+    r"saved for backward (\d+\.\d\d)x(; .+)?"
 )
 TINY = ["demo", "--batch", "2", "--size", "64", "--runs", "1", "--device", "cpu"]
 
@@ -105,12 +106,21 @@ def test_doctor_tells_of_the_cuda_kernels(monkeypatch, capsys):
     assert "DLA_FAST_BUILD_CUDA" not in out
 
 
-@pytest.mark.parametrize("broken", ["_cuda_devices", "_cpu_name", "_instruction_set", "_version", "explain"])
+def test_every_command_names_the_processor_alike():
+    facts, recorded = doctor.collect()["cpu"], records.machine_facts(torch.device("cpu"), {})
+    where = demo_report.machine({"task": {"device": "cpu"}, "serves": {}})
+    assert f"with {facts['instruction set']};" in where
+    assert records.instruction_set(recorded) == facts["instruction set"]
+    assert recorded["cpu"] == facts["name"]
+
+
+@pytest.mark.parametrize("broken", ["_cuda_devices", "cpu_name", "instruction_set", "_version", "explain"])
 def test_doctor_survives_what_is_broken(capsys, monkeypatch, broken):
     def fail(*_):
         raise OSError("it is broken")
 
-    monkeypatch.setattr(backend if broken == "explain" else doctor, broken, fail)
+    homes = {"explain": backend, "cpu_name": machine, "instruction_set": machine}
+    monkeypatch.setattr(homes.get(broken, doctor), broken, fail)
     assert cli.main(["doctor"]) == 0
     assert "OSError: it is broken" in capsys.readouterr().out
 
@@ -153,9 +163,43 @@ def test_a_reader_that_leaves_is_no_traceback():
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """As where the extension was not built: nothing but the reference serves the CPU."""
+    monkeypatch.setattr(backend, "_selected", "auto")
+    monkeypatch.delenv("DLA_FAST_DISABLE", raising=False)
+    monkeypatch.setitem(ops._missing, ("cpu", "aggregate"), "the C++ extension was not built: no compiler")
+    monkeypatch.setitem(backend._chosen, ("aggregate", "cpu"), "reference")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The demo's figures without the minutes that they take; who serves is found out as ever."""
+    pair = {"before": 2.0, "after": 1.0}
+    rows = [demo_setup.LOGITS, "gradients, training, float64", "gradients, training, float32"]
+
+    def compare(args, task, stages):
+        result = {
+            "task": dataclasses.asdict(task),
+            "swapped": ["level2.root"],
+            "serves": {},
+            "reference": demo._reference("cpu"),
+            "difference": {row: {"relative": 1e-7, "absolute": 1e-6, "PyTorch alone": 2e-7} for row in rows},
+            "saved for backward": pair,
+            "ms": dict.fromkeys(demo_report._TIMES, pair) | {"each of the nodes, inference": {"level2.root": pair}},
+            "peak": {name: {"peak": 3, "step": 1} for name in pair},
+        }
+        logits = torch.randn(2, 10)
+        tensors = {f"logits {name}": logits + 1e-7 for name in ("after", "PyTorch alone")}
+        return result, {"photographs": torch.zeros(2, 3, 8, 8), "logits before": logits, **tensors}
+
+    monkeypatch.setattr(demo, "_compare", compare)
+
+
 def test_demo(demo_extras, capsys, tmp_path):
     picture = tmp_path / "demo.png"
-    assert cli.main([*TINY, "--out", str(picture)]) == 0
+    unasked = demo_report.failed({"reference": demo._reference("cpu")})
+    assert cli.main([*TINY, "--out", str(picture)]) == unasked
     lines = capsys.readouterr().out.splitlines()
     match = LAST_LINE.fullmatch(lines[-1])
     assert match is not None, lines[-1]
@@ -165,9 +209,59 @@ def test_demo(demo_extras, capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_demo_on_a_reference_that_nobody_asked_for_fails(demo_extras, no_kernels, no_subprocesses, capsys, tmp_path):
+    assert cli.main([*TINY, "--model", "dla46_c", "--out", str(tmp_path / "demo.png")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    why = "cpu: the C++ extension was not built: no compiler"
+    assert lines[0] == f"FAILED: on the PyTorch reference, though nobody asked for it: {why}"
+    match = LAST_LINE.fullmatch(lines[-1])
+    assert match is not None, lines[-1]
+    assert match[6] == "; FAILED: on the reference, unasked"
+
+
+def test_demo_tells_a_program_and_the_picture_too(demo_extras, no_kernels, measured, capsys, tmp_path):
+    picture = tmp_path / "demo.svg"
+    assert cli.main([*TINY, "--json", "--out", str(picture)]) == 1
+    why = "cpu: the C++ extension was not built: no compiler"
+    assert json.loads(capsys.readouterr().out)["reference"] == {"asked for": False, "reason": why}
+    # matplotlib draws letters as paths, with the line that they make in a comment.
+    assert "FAILED: on the PyTorch reference, though nobody asked for it" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("variables", "asks"),
+    [
+        ({"DLA_FAST_DISABLE": "1"}, "DLA_FAST_DISABLE=1"),
+        ({"DLA_FAST_BACKEND": "reference"}, "DLA_FAST_BACKEND=reference"),
+        ({}, "use_backend('reference')"),
+    ],
+)
+def test_demo_on_a_reference_that_was_asked_for(
+    demo_extras, no_kernels, measured, monkeypatch, capsys, tmp_path, variables, asks
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(backend, "_selected", "reference")
+    assert cli.main([*TINY, "--out", str(tmp_path / "demo.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"on the PyTorch reference, as {asks} asks: no kernel of dla_fast ran"
+    assert lines[-1].endswith("saved for backward 0.50x; on the reference, as asked")
+
+
+def test_demo_names_the_photographs_and_what_pytorch_alone_changes(demo_extras, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_reference", lambda device: None)
+    picture = tmp_path / "demo.svg"
+    assert cli.main([*TINY, "--out", str(picture)]) == 0
+    svg = picture.read_text()
+    for said in ("two sample photographs, china.jpg and flower.jpg", "PyTorch alone, NCHW/channels_last", "swap_"):
+        assert said in svg
+    assert "FAILED" not in svg
+
+
 def test_demo_json(demo_extras, no_subprocesses, capsys, tmp_path):
     out = ["--out", str(tmp_path / "demo.svg")]
-    assert cli.main([*TINY, "--json", "--channels-last", "--model", "dla46_c", *out]) == 0
+    unasked = demo_report.failed({"reference": demo._reference("cpu")})
+    assert cli.main([*TINY, "--json", "--channels-last", "--model", "dla46_c", *out]) == unasked
     result = json.loads(capsys.readouterr().out)
     assert len(result["swapped"]) == 6
     assert result["difference"]["gradients, training, float64"]["relative"] < 1e-6

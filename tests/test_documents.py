@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_the_documents_have_the_figures_of_the_kept_runs(readme):
     assert readme.page() == read("docs/benchmarks.md"), "run `make readme`"
 
 
-def run_of(records: list[dict[str, object]]) -> dict[str, object]:
+def run_of(records: list[dict[str, object]]) -> dict[str, Any]:
     return {
         "machine": {"processor": "a processor", "isa": "AVX2", "threads": 2},
         "versions": {"torch": torch.__version__, "dla_fast": "1"},
@@ -192,6 +193,10 @@ def test_figures_follow_the_run(readme, tmp_path):
     assert "| ops |" not in new
     assert new.startswith("before\n<!-- figures: run.json -->\n`benchmarks/results/run.json` — a processor, AVX2")
     assert readme.rewritten(new, tmp_path) == new
+    whole_run = run_of(rows)
+    whole_run["machine"]["kernel_isa"] = "amx"
+    (tmp_path / "run.json").write_text(json.dumps(whole_run))
+    assert "— a processor, amx, 2 CPU threads;" in readme.rewritten(text, tmp_path)
     page = readme.page(tmp_path)
     assert "## run\n" in page
     assert "| ops | aggregate | inference | 1 | 2.00x | 2.00x | 2.00x |" in page

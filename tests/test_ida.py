@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -144,14 +145,14 @@ def test_batch_norm_act_is_norm_residual_and_activation():
 def test_networks_are_those_op_by_op(name):
     base = models.create_model(name.removesuffix("up"), features_only=True, device="meta")
     for ratio in (2, 4, 8, 16):
-        mine = models.create_model(name, classes=19, down_ratio=ratio, device="meta")
+        mine = models.create_model(name, num_classes=19, down_ratio=ratio, device="meta")
         plain = PlainSeg(base, base.feature_info.channels(), 19, ratio)
         assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
         assert not mine.up.weight.requires_grad
 
 
 def test_dla34up_follows_the_network_op_by_op_in_training(timm):
-    mine = models.create_model("dla34up", classes=3, down_ratio=4).double()
+    mine = models.create_model("dla34up", num_classes=3, down_ratio=4).double()
     plain = PlainSeg(timm.create_model("dla34", num_classes=0), mine.base.feature_info.channels(), 3, 4).double()
     plain.load_state_dict(mine.state_dict(), strict=True)
     torch.manual_seed(0)
@@ -180,7 +181,7 @@ def test_dla34up_follows_the_network_op_by_op_in_training(timm):
 
 
 def test_a_boundary_network_gives_two_classes_at_stride_2():
-    model = models.create_model("dla34up", classes=2, down_ratio=2).eval()
+    model = models.create_model("dla34up", num_classes=2, down_ratio=2).eval()
     with torch.no_grad():
         y, scores = model(torch.randn(1, 3, 64, 32))
     assert y.shape == (1, 2, 64, 32)
@@ -188,8 +189,28 @@ def test_a_boundary_network_gives_two_classes_at_stride_2():
     torch.testing.assert_close(y.exp().sum(1), torch.ones(1, 64, 32))
 
 
+def test_the_number_of_classes_has_one_name_and_an_older_one():
+    base = models.create_model("dla34", features_only=True, device="meta")
+    for model in (
+        models.create_model("dla34up", num_classes=7, device="meta"),
+        models.create_model("dla34up", classes=7, device="meta"),
+        models.DLASeg(base, 7, 4, device="meta"),
+        models.DLASeg(base, classes=7, device="meta"),
+    ):
+        assert model.num_classes == model.classes == model.fc[0].out_channels == 7
+    assert models.create_model("dla34up", device="meta").num_classes == 19
+
+
+def test_a_network_pickled_under_the_older_name():
+    model = models.DLASeg(models.create_model("dla46_c", features_only=True), 3)
+    model.__dict__["classes"] = model.__dict__.pop("num_classes")
+    old = pickle.loads(pickle.dumps(model))
+    assert old.num_classes == old.classes == 3
+    assert pickle.loads(pickle.dumps(old)).classes == 3
+
+
 def test_checkpoints_of_the_original_code():
-    mine = models.create_model("dla34up", classes=5, down_ratio=4)
+    mine = models.create_model("dla34up", num_classes=5, down_ratio=4)
     original = models.to_original(mine.state_dict(), "dla34up")
     extra = set(original) - set(mine.state_dict())
     assert extra
@@ -197,7 +218,7 @@ def test_checkpoints_of_the_original_code():
     back = models.from_original(original, mine)
     assert list(back) == list(mine.state_dict())
     detector = {f"module.{k}": v for k, v in original.items()} | {"module.base.fc.weight": torch.randn(1000, 512, 1, 1)}
-    other = models.create_model("dla34up", classes=5, down_ratio=4)
+    other = models.create_model("dla34up", num_classes=5, down_ratio=4)
     models.load_state_dict(other, {"state_dict": detector})
     assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), other.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match=r"fc\.0\.bias"):
@@ -248,8 +269,14 @@ def test_bad_input_names_the_layer():
         (lambda: IDAUp(4, (4, 4), (1, 2), node_kernel=5), ValueError, "node_kernel: expected 1 or 3, got 5"),
         (lambda: IDAUp(4, (4, 4), (1, 2), merge="mul"), ValueError, "merge: expected 'concat' or 'add'"),
         (lambda: DLAUp((4, 4), scales=(4, 6)), ValueError, r"scales\[1\]: expected a multiple of 4"),
-        (lambda: models.create_model("dla34up", classes=2, down_ratio=3), ValueError, "down_ratio: expected 2, 4, 8"),
-        (lambda: models.create_model("dla34up", classes=0), ValueError, "classes: expected an integer >= 1"),
+        (
+            lambda: models.create_model("dla34up", num_classes=2, down_ratio=3),
+            ValueError,
+            "down_ratio: expected 2, 4, 8",
+        ),
+        (lambda: models.create_model("dla34up", classes=True), ValueError, "num_classes: expected .* got True"),
+        (lambda: models.create_model("dla34up", num_classes=2, classes=2), TypeError, "two names of one option, got 2"),
+        (lambda: models.create_model("dla34up", num_classes=0), ValueError, "num_classes: expected an integer >= 1"),
     ],
 )
 def test_bad_options(make, error, text):
@@ -258,7 +285,7 @@ def test_bad_options(make, error, text):
 
 
 def test_a_size_the_network_cannot_take_names_the_nearest():
-    model = models.create_model("dla34up", classes=2, down_ratio=4)
+    model = models.create_model("dla34up", num_classes=2, down_ratio=4)
     with pytest.raises(ValueError, match=r"stride 32, got 100x64; the nearest valid size is 96x64"):
         model(torch.randn(1, 3, 100, 64))
 

@@ -1,4 +1,4 @@
-"""The ten networks against timm's: parameters, keys, outputs, gradients, options, and checkpoints of both layouts."""
+"""The ten networks against timm's: parameters, keys, outputs, gradients, options."""
 
 from __future__ import annotations
 
@@ -8,57 +8,14 @@ import pickle
 
 import pytest
 import torch
+from model_helpers import NAMES, PARAMETERS, network, randomise, relative, tiny, twins
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dla_fast
-from dla_fast.models import DLA, create_model, from_original, list_models, load_state_dict, to_original
+from dla_fast.models import DLA, create_model, list_models, load_state_dict
+from dla_fast.models.registry import _DENSE_OPTIONS, _OPTIONS
 from dla_fast.nn import BasicBlock
-
-# Parameters as timm counts them, and those of the projects that only the original layout has.
-PARAMETERS = {
-    "dla34": (15742104, 41728),
-    "dla46_c": (1301400, 8448),
-    "dla46x_c": (1068440, 8448),
-    "dla60x_c": (1319832, 16896),
-    "dla60": (22036632, 297472),
-    "dla60x": (17352344, 297472),
-    "dla102": (33268888, 462848),
-    "dla102x": (26309272, 462848),
-    "dla102x2": (41282200, 462848),
-    "dla169": (53389720, 599296),
-}
-NAMES = list(PARAMETERS)
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Norms with parameters and statistics that cannot be taken for one another or for the identity."""
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(0.4, 1.2)
-                m.bias.normal_(0, 0.2)
-                m.running_mean.normal_(0, 0.2)
-                m.running_var.uniform_(0.5, 1.5)
-    return model
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
-
-
-def network(name: str, **kwargs) -> DLA:
-    """A network whose weights are about to be loaded, so they need no initialisation."""
-    return create_model(name, device="meta", **kwargs).to_empty(device="cpu")
-
-
-def twins(timm, name: str, dtype: torch.dtype = torch.float32, **kwargs) -> tuple[DLA, nn.Module]:
-    theirs = randomise(timm.create_model(name, **kwargs)).to(dtype)
-    return load_state_dict(network(name, dtype=dtype, **kwargs), theirs.state_dict()), theirs
-
-
-def tiny(**kwargs) -> DLA:
-    return DLA((1, 1, 1, 2, 2, 1), (4, 6, 8, 8, 12, 16), BasicBlock, **{"num_classes": 5, **kwargs})
 
 
 class CountPools(TorchDispatchMode):
@@ -71,18 +28,6 @@ class CountPools(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += "max_pool2d" in func.name()
         return func(*args, **(kwargs or {}))
-
-
-def graft_projects(trees: nn.Module, tree_class: type) -> None:
-    """Give timm's deeper trees the unused projects of the original code."""
-    for tree in [m for m in trees.modules() if isinstance(m, tree_class) and m.levels > 1]:
-        first = tree
-        while isinstance(first, tree_class):
-            first = first.tree1
-        leaf = [m for m in tree.modules() if getattr(m, "root", None) is not None][-1]
-        cin, cout = first.conv1.in_channels, leaf.root.conv.out_channels
-        if cin != cout:
-            tree.project = nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
 
 
 def test_names():
@@ -229,90 +174,6 @@ def test_device_and_dtype():
     assert model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_layouts_convert_both_ways(name):
-    model = create_model(name, device="meta").to_empty(device="cpu")
-    state = model.state_dict()
-    original = to_original(state, name)
-    added = [k for k in original if k not in state]
-    parameters = [k for k in added if "running" not in k and "tracked" not in k]
-    assert sum(original[k].numel() for k in parameters) == PARAMETERS[name][1]
-    # Per unused project: a convolution, a norm's weight and bias, and its three buffers.
-    assert len(parameters) == 3 * len(added) // 6
-    back = from_original(original, model)
-    assert list(back) == list(state)
-    assert all(back[k] is v for k, v in state.items())
-    assert list(to_original(original)) == list(original) == list(to_original(back))
-    assert list(from_original(state)) == list(state)
-
-
-@pytest.mark.parametrize("name", ["dla34", "dla46x_c", "dla102", "dla169"])
-def test_original_layout_is_that_of_trees_with_projects(timm, name):
-    original = timm.create_model(name)
-    graft_projects(original, timm.models.dla.DlaTree)
-    ours = create_model(name, dtype=torch.float32)
-    converted = to_original(ours.state_dict())
-    original.load_state_dict(converted, strict=True)
-    x = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        assert relative(original.eval()(x), ours.eval()(x)) <= 1e-5
-        fresh = load_state_dict(network(name), original.state_dict())
-        assert torch.equal(fresh.eval()(x), ours(x))
-
-
-def test_synthesised_projects_keep_dtype_and_repeat():
-    state = tiny(dtype=torch.float64).state_dict()
-    first, second = to_original(state), to_original(state)
-    added = [k for k in first if k not in state]
-    assert added
-    assert all(torch.equal(first[k], second[k]) for k in added)
-    assert {first[k].dtype for k in added} == {torch.float64, torch.int64}
-    assert all(first[k].data_ptr() not in {v.data_ptr() for v in state.values()} for k in added)
-    # The original registers a tree's project last.
-    level4 = [k for k in first if k.startswith("level4.")]
-    assert level4[-6:] == [k for k in added if k.startswith("level4.project.")]
-    leaf = [k for k in level4 if k.startswith("level4.tree1.")]
-    assert leaf[-6:] == [k for k in state if k.startswith("level4.tree1.project.")]
-
-
-def test_load_reads_wrapped_prefixed_and_old_checkpoints():
-    source, x = randomise(tiny()).eval(), torch.randn(1, 3, 32, 32)
-    state = to_original(source.state_dict())
-    state["fc.weight"] = state["fc.weight"].flatten(1)
-    state = {f"module.{k}": v for k, v in state.items() if "num_batches_tracked" not in k}
-    model = tiny().eval()
-    assert load_state_dict(model, {"epoch": 3, "state_dict": state}) is model
-    assert torch.equal(model(x), source(x))
-
-
-def test_load_rejects_and_writes_nothing():
-    model = tiny()
-    good, before = tiny().state_dict(), copy.deepcopy(model.state_dict())
-
-    def rejects(state, message, error=ValueError):
-        with pytest.raises(error, match=message):
-            load_state_dict(model, state)
-
-    rejects({k: v for k, v in good.items() if k != "level2.root.bn.bias"}, r"1 missing \(level2\.root\.bn\.bias\)")
-    rejects({**good, "head.weight": torch.ones(1)}, r"1 unexpected \(head\.weight\)")
-    rejects({**good, "fc.bias": torch.ones(7)}, r"fc\.bias: expected \(5,\), got \(7,\)")
-    rejects({**good, "module.fc.bias": torch.ones(5)}, "'fc.bias' is there twice")
-    rejects({"conv1.weight": torch.ones(1)}, "missing base_layer.0.weight.*conv1.weight")
-    rejects({}, "none at all")
-    rejects([1], "expected a mapping", TypeError)
-    rejects({**good, "fc.bias": 3}, "expected a Tensor, got int", TypeError)
-    with pytest.raises(ValueError, match="2 missing"):
-        from_original({k: v for k, v in good.items() if "fc" not in k}, model)
-    with pytest.raises(ValueError, match=r"missing level4\.tree1\.project\.1\.weight"):
-        to_original({k: v for k, v in good.items() if k != "level4.tree1.project.1.weight"})
-    with pytest.raises(ValueError, match="unexpected"):
-        to_original({**good, "x": torch.ones(1)}, model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    load_state_dict(model, {k: v for k, v in good.items() if "fc" not in k}, strict=False)
-    assert torch.equal(model.level2.root.conv.weight, good["level2.root.conv.weight"])
-    assert torch.equal(model.fc.weight, before["fc.weight"])
-
-
 def test_sizes_are_those_that_timm_takes(timm):
     theirs, ours = timm.create_model("dla46_c").eval(), network("dla46_c").eval()
     for size in (31, 32, 33, 48, 62, 63, 64, 65):
@@ -346,6 +207,18 @@ def test_sizes_are_those_that_timm_takes(timm):
 def test_options_are_checked(kwargs, message):
     with pytest.raises(ValueError, match=message):
         create_model("dla34", **kwargs)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_option_that_does_not_exist_names_those_that_do(dense):
+    name, known = (list_models(dense=True)[0], _DENSE_OPTIONS) if dense else ("dla34", _OPTIONS)
+    values = {"device": "meta", "output_stride": 32, "down_ratio": 2, "drop_rate": 0.0, "dtype": torch.float32}
+    for option in known:
+        create_model(name, **{"device": "meta", option: values.get(option, 1)})
+    with pytest.raises(TypeError, match=f"num_class: {name} has no such option; did you mean 'num_classes'"):
+        create_model(name, num_class=3)
+    with pytest.raises(TypeError, match=f"pretrained: {name} has no such option; expected one of {', '.join(known)}"):
+        create_model(name, pretrained=True)
 
 
 def test_other_bad_input():

@@ -1,4 +1,4 @@
-"""The modules: AggregationNode, the blocks, and Tree against timm's and against plain PyTorch."""
+"""The modules: the blocks, and Tree against timm's and against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,47 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from nn_helpers import assert_same_function, randomise, relative
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dla_fast.nn import AggregationNode, BasicBlock, Bottleneck, ConvLevel, Projection, SplitBottleneck, Tree
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """Norms with parameters and statistics that cannot be taken for one another or for the identity."""
-    with torch.no_grad():
-        for m in module.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(-1.0, 1.5)
-                m.bias.normal_(0, 0.3)
-                m.running_mean.normal_(0, 0.3)
-                m.running_var.uniform_(0.5, 1.5)
-    return module
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
-
-
-def assert_same_function(ours: nn.Module, theirs: nn.Module, run_ours, run_theirs, *inputs: torch.Tensor) -> None:
-    """Outputs, every gradient and every buffer, evaluation then training, in float64."""
-    randomise(theirs)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    for training in (False, True):
-        results = []
-        for module, run in ((ours, run_ours), (theirs, run_theirs)):
-            module.train(training)
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            y = run(module, *[x * 1 for x in leaves])
-            grads = torch.autograd.grad((y * torch.sin(torch.arange(y.numel()).view_as(y))).sum(), leaves)
-            y = run(module, *inputs)
-            params = dict(module.named_parameters())
-            weight_grads = torch.autograd.grad(y.square().mean(), list(params.values()))
-            results.append([y, *grads, *weight_grads, *(b.double() for b in module.buffers())])
-        assert len(results[0]) == len(results[1])
-        for got, want in zip(*results, strict=True):
-            assert got.shape == want.shape
-            assert relative(got, want) < 1e-9
 
 
 class CountPools(TorchDispatchMode):
@@ -61,60 +25,6 @@ class CountPools(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += "max_pool2d" in func.name() and "backward" not in func.name()
         return func(*args, **(kwargs or {}))
-
-
-class PlainNode(nn.Module):
-    """An aggregation node op by op."""
-
-    def __init__(self, in_channels: int, out_channels: int, residual: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
-        self.residual = residual
-
-    def forward(self, *xs):
-        y = self.bn(self.conv(torch.cat(xs, 1)))
-        return F.relu(y + xs[0] if self.residual else y)
-
-
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("channels", [(6,), (6, 3), (6, 6, 5, 1)])
-def test_aggregation_node(channels, residual):
-    node, plain = AggregationNode(channels, 6, residual).double(), PlainNode(sum(channels), 6, residual).double()
-    xs = [torch.randn(2, c, 5, 3, dtype=torch.float64) for c in channels]
-    assert_same_function(node, plain, lambda m, *xs: m(list(xs)), lambda m, *xs: m(*xs), *xs)
-    assert torch.equal(node.eval()(*xs), node([*xs]))
-
-
-def test_aggregation_node_counts_batches_and_follows_its_norm():
-    node, plain = AggregationNode(4, 3), PlainNode(4, 3, False)
-    node.load_state_dict(plain.state_dict())
-    node.bn.momentum = plain.bn.momentum = None
-    for _ in range(3):
-        x = torch.randn(2, 4, 3, 3)
-        node(x), plain(x)
-    assert node.bn.num_batches_tracked == 3
-    assert torch.allclose(node.bn.running_mean, plain.bn.running_mean)
-    assert torch.allclose(node.bn.running_var, plain.bn.running_var)
-    before = copy.deepcopy(node.bn.state_dict())
-    node.bn.eval()
-    node(torch.randn(2, 4, 3, 3))
-    assert node.training
-    assert all(torch.equal(v, before[k]) for k, v in node.bn.state_dict().items())
-
-
-def test_aggregation_node_rejects():
-    node = AggregationNode([4, 2], 3)
-    before = copy.deepcopy(node.state_dict())
-    with pytest.raises(ValueError, match="at least one input"):
-        node()
-    with pytest.raises(ValueError, match="expected 4 \\+ 3 = 7 input channels, got 6"):
-        node(torch.randn(1, 4, 2, 2), torch.randn(1, 3, 2, 2))
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        node(torch.randn(1, 4, 1, 1), torch.randn(1, 2, 1, 1))
-    with pytest.raises(ValueError, match="act: unknown activation 'gelu'"):
-        AggregationNode(4, 3, act="gelu")
-    assert all(torch.equal(v, before[k]) for k, v in node.state_dict().items())
 
 
 def pair_of_blocks(timm, kind, cin, cout, **kwargs):
@@ -291,8 +201,10 @@ def test_tree_rejects():
     tree = Tree(2, BasicBlock, 4, 6, 2, child_channels=(3,))
     with pytest.raises(ValueError, match="stride 2 divides, got 5x8; 4x8 would fit"):
         tree(torch.randn(1, 4, 5, 8), [torch.randn(1, 3, 2, 4)])
-    with pytest.raises(ValueError, match="children: expected 1 tensors, got 0"):
+    with pytest.raises(ValueError, match=r"children: expected 1 tensors, as child_channels \[3\] has, got 0"):
         tree(torch.randn(1, 4, 4, 8))
+    with pytest.raises(ValueError, match=r"children\[0\]: expected 3 channels \(child_channels\[0\]\), got shape"):
+        tree(torch.randn(1, 4, 4, 8), [torch.randn(1, 4, 2, 4)])
     for name, args in (("levels", (0,)), ("stride", (1, 0)), ("dilation", (1, 1, 0))):
         levels, stride, dilation = (*args, 1, 1)[:3]
         with pytest.raises(ValueError, match=f"{name}: expected an integer >= 1, got 0"):
@@ -326,24 +238,3 @@ def test_copies_and_compiles(module, channels):
             assert torch.allclose(a.grad, b.grad, atol=1e-4)
         for a, b in zip(eager.buffers(), compiled.buffers(), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
-
-
-@pytest.mark.parametrize("change", ["hook on the convolution", "hook on the norm", "folded norm", "converted norm"])
-def test_aggregation_node_runs_what_its_children_have_become(change):
-    node = AggregationNode([4, 3], 4, residual=True).eval()
-    torch.nn.init.normal_(node.bn.weight)
-    xs = [torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)]
-    expected = node(*xs)
-    called = []
-    if change == "hook on the convolution":
-        node.conv.register_forward_hook(lambda *_: called.append(1))
-    elif change == "hook on the norm":
-        node.bn.register_forward_pre_hook(lambda *_: called.append(1))
-    elif change == "folded norm":
-        node.conv = torch.nn.utils.fusion.fuse_conv_bn_eval(node.conv, node.bn)
-        node.bn = torch.nn.Identity()
-    else:
-        node = torch.nn.SyncBatchNorm.convert_sync_batchnorm(node)
-        node.bn.register_forward_hook(lambda *_: called.append(1))
-    torch.testing.assert_close(node(*xs), expected)
-    assert called or change == "folded norm"

@@ -96,7 +96,7 @@ def _worst(after: dict[str, Tensor], before: dict[str, Tensor]) -> tuple[float, 
 def _differences(
     before: nn.Module, after: nn.Module, task: Task, x: Tensor, labels: Tensor
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """What ``swap_`` changes in the results, beside what another memory format changes in PyTorch's; and the logits."""
+    """What ``swap_`` changes in the results, beside what another memory format changes in PyTorch's; and all logits."""
     other = torch.contiguous_format if task.channels_last else torch.channels_last
     alone = in_format(copy.deepcopy(before), other)
     rows: dict[str, dict[str, float]] = {}
@@ -105,12 +105,12 @@ def _differences(
         rows[name] = {"relative": swapped[0], "absolute": swapped[1], "PyTorch alone": own[0]}
 
     reordered = x.to(memory_format=other)
-    logits = {"before": inference(before, x)(), "after": inference(after, x)()}
-    add(
-        LOGITS,
-        _difference(logits["after"], logits["before"]),
-        _difference(inference(alone, reordered)(), logits["before"]),
-    )
+    logits = {
+        "before": inference(before, x)(),
+        "after": inference(after, x)(),
+        "PyTorch alone": inference(alone, reordered)(),
+    }
+    add(LOGITS, *(_difference(logits[name], logits["before"]) for name in ("after", "PyTorch alone")))
     for dtype, count in ((torch.float64, 2), (torch.float32, len(x))):
         few = x[:count].to(dtype)
         gradients = _gradients(before, few, labels[:count])
@@ -202,6 +202,7 @@ def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dic
         "task": asdict(task),
         "swapped": names,
         "serves": {c.backend: c.reason for c in backend.explain("aggregate", x.device.type) if c.chosen},
+        "reference": _reference(x.device.type),
         "difference": differences,
     }
     pair = {"before": before, "after": after}
@@ -217,7 +218,20 @@ def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dic
             if x.device.type == "cpu" and sys.platform == "linux":
                 tight = measure.in_fresh_process(MEMORY, line, env=demo_memory.NO_FRAGMENTATION)
                 result["peak"][name]["step, unfragmented"] = tight["step"]
-    return result, {"photographs": x, "logits before": logits["before"], "logits after": logits["after"]}
+    return result, {"photographs": x, **{f"logits {name}": value for name, value in logits.items()}}
+
+
+def _reference(device: str) -> dict[str, Any] | None:
+    """Whether the reference, which has no kernel to show, was asked for, and why it serves; None where it does not."""
+    candidates = {c.backend: c for c in backend.explain("aggregate", device)}
+    if not candidates["reference"].chosen:
+        return None
+    if backend.selected() == "reference":
+        return {"asked for": True, "reason": backend.asked_by()}
+    # What was never meant for this device has nothing to say about why it has no kernels.
+    meant = ("cpu",) if device == "cpu" else ("triton", "cuda")
+    reasons = (f"{name}: {candidates[name].reason}" for name in meant if candidates[name].reason is not None)
+    return {"asked for": False, "reason": "; ".join(reasons)}
 
 
 def _saved(model: nn.Module, x: Tensor, labels: Tensor) -> int:
@@ -257,7 +271,11 @@ def _times(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print, draw."""
+    """Compare, print, draw.
+
+    Returns:
+        0; 1 where the reference served though nobody asked for it: there was nothing to compare then.
+    """
     require(EXTRAS, "demo")
     task = _task(args)
     stages = _Stages(total=2 + 1 + 3 * args.runs + max(3, args.runs // 2) + 4)
@@ -268,4 +286,4 @@ def run(args: argparse.Namespace) -> int:
     demo_report.draw(result, tensors, args.out)
     result["picture"] = args.out
     print(json.dumps(result, indent=2) if args.json else demo_report.text(result))
-    return 0
+    return 1 if demo_report.failed(result) else 0

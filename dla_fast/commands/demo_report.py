@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_fast._version import __version__
-from dla_fast.commands.demo_setup import LOGITS, unnormalised
+from dla_fast.commands.demo_setup import LOGITS, PHOTOGRAPHS, unnormalised
+from dla_fast.commands.machine import instruction_set
 
-_BEFORE, _AFTER = "#8a94a6", "#1f77b4"
+_BEFORE, _AFTER, _WRONG = "#8a94a6", "#1f77b4", "#c0392b"
 
 
 def speedup(row: dict[str, float]) -> float:
@@ -18,15 +21,33 @@ def speedup(row: dict[str, float]) -> float:
     return row["before"] / row["after"]
 
 
+def failed(result: dict[str, Any]) -> bool:
+    """Whether the nodes ran on the reference though nobody asked for it: the demo then shows no kernel."""
+    return result["reference"] is not None and not result["reference"]["asked for"]
+
+
+def notice(result: dict[str, Any]) -> str | None:
+    """What has to be said first where the reference served, with the reason; None where kernels did."""
+    served = result["reference"]
+    if served is None:
+        return None
+    if served["asked for"]:
+        return f"on the PyTorch reference, as {served['reason']} asks: no kernel of dla_fast ran"
+    return f"FAILED: on the PyTorch reference, though nobody asked for it: {served['reason']}"
+
+
 def last_line(result: dict[str, Any]) -> str:
-    """The demo in one parsable line."""
+    """The demo in one parsable line; where the reference served, that stands at its end."""
     ms, saved = result["ms"], result["saved for backward"]
+    served = ""
+    if result["reference"] is not None:
+        served = "; FAILED: on the reference, unasked" if failed(result) else "; on the reference, as asked"
     return (
         f"demo: swapped {len(result['swapped'])} nodes, "
         f"max logit difference {result['difference'][LOGITS]['relative']:.1e}, "
         f"nodes {speedup(ms['nodes, inference']):.2f}x, "
         f"network {speedup(ms['network, inference']):.2f}x, "
-        f"saved for backward {saved['after'] / saved['before']:.2f}x"
+        f"saved for backward {saved['after'] / saved['before']:.2f}x{served}"
     )
 
 
@@ -35,7 +56,7 @@ def heading(result: dict[str, Any]) -> str:
     task = result["task"]
     weights = "timm's weights" if task["pretrained"] else "random weights"
     layout = "channels_last" if task["channels_last"] else "NCHW"
-    shape = f"{task['batch']} photographs of {task['size']}x{task['size']}"
+    shape = f"{task['batch']} crops of photographs, {task['size']}x{task['size']}"
     return f"timm {task['model']}, {weights}, {shape}, float32 {layout}"
 
 
@@ -46,7 +67,7 @@ def machine(result: dict[str, Any]) -> str:
         where = torch.cuda.get_device_name(device)
     else:
         threads = torch.get_num_threads()
-        where = f"{threads} CPU thread{'s' if threads > 1 else ''} with {torch.backends.cpu.get_cpu_capability()}"
+        where = f"{threads} CPU thread{'s' if threads > 1 else ''} with {instruction_set()}"
     return (
         f"dla_fast {__version__}, torch {torch.__version__}, {where}; aggregate runs on: {', '.join(result['serves'])}"
     )
@@ -68,7 +89,8 @@ _TIMES = ("nodes, inference", "nodes, forward and backward", "network, inference
 
 def text(result: dict[str, Any]) -> str:
     """The report; its last line is :func:`last_line`."""
-    lines = [heading(result), machine(result), ""]
+    first = notice(result)
+    lines = [*([first] if first else []), heading(result), machine(result), ""]
     lines += [f"swapped {len(result['swapped'])} nodes: {', '.join(result['swapped'])}", ""]
     lines += [*_difference_rows(result), *_FOOTNOTE, ""]
     lines.append(f"{'milliseconds':<36}{'before':>12}{'after':>12}   before/after")
@@ -127,25 +149,26 @@ def _bars(axes: Any, rows: dict[str, dict[str, float]], title: str, unit: str, r
 
 
 def draw(result: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
-    """The comparison as a picture: the photographs, the logits before and after, times and memory."""
+    """The comparison as a picture: the photographs, what changed in the logits, times and memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # A figure of its own, without pyplot, touches no global state and needs no display.
-    figure = Figure(figsize=(13, 10), layout="constrained")
+    figure = Figure(figsize=(13, 11), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{heading(result)}: before and after dla_fast.swap_\n{machine(result)}", fontsize=12)
-    photos = unnormalised(tensors["photographs"])[:8]
-    rows: Any = figure.subfigures(3, 1, height_ratios=[1.2, 3.4, 3.2])
+    first = notice(result)
+    title = f"{heading(result)}: before and after dla_fast.swap_\n{machine(result)}"
+    if first:
+        title = "\n".join([*textwrap.wrap(first, 110), title])
+    figure.suptitle(title, fontsize=12, color=_WRONG if failed(result) else "black")
+    rows: Any = figure.subfigures(3, 1, height_ratios=[1.5, 3.2, 3.2])
     top, middle, bottom = rows
-    for i, axes in enumerate(top.subplots(1, max(4, len(photos)), squeeze=False)[0]):
-        axes.axis("off")
-        if i < len(photos):
-            axes.imshow(photos[i].permute(1, 2, 0).numpy())
-    logits, each = middle.subplots(1, 2, width_ratios=[1, 1.6])
-    _scatter(logits, result, tensors)
+    _strip(top, tensors["photographs"])
+    swapped, alone, each = middle.subplots(1, 3, width_ratios=[1, 1, 1.9])
+    _logits(swapped, alone, result, tensors)
     _bars(each, result["ms"]["each of the nodes, inference"], "Each node, inference", "ms", "before/after")
-    each.legend(loc="lower right", fontsize=8, ncols=2, bbox_to_anchor=(1.0, -0.09), frameon=False)
+    each.legend(loc="lower right", fontsize=9, ncols=2, bbox_to_anchor=(1.0, -0.13), frameon=False)
     times, memory = bottom.subplots(1, 2)
     _bars(times, {name: result["ms"][name] for name in _TIMES}, "Time", "ms", "before/after")
     bytes_ = {
@@ -155,13 +178,41 @@ def draw(result: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _scatter(axes: Any, result: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    before, after = (tensors[f"logits {key}"].float().cpu().flatten() for key in ("before", "after"))
-    ends = [before.min().item(), before.max().item()]
-    axes.plot(ends, ends, color=_BEFORE, linewidth=1)
-    axes.scatter(before.numpy(), after.numpy(), s=4, color=_AFTER, linewidths=0)
-    axes.set_xlabel("logits before", fontsize=9)
-    axes.set_ylabel("logits after", fontsize=9)
-    axes.tick_params(labelsize=8)
+def _strip(figure: Any, batch: Tensor) -> None:
+    """The images of the batch, each named after the photograph that it is a crop of."""
+    photos = unnormalised(batch[:8])
+    shown = "The batch" if len(photos) == len(batch) else f"The first {len(photos)} of a batch of {len(batch)}"
+    figure.suptitle(
+        f"{shown}: crops of scikit-learn's two sample photographs, {' and '.join(PHOTOGRAPHS)}", fontsize=11
+    )
+    for i, axes in enumerate(figure.subplots(1, max(4, len(photos)), squeeze=False)[0]):
+        axes.axis("off")
+        if i < len(photos):
+            axes.imshow(photos[i].permute(1, 2, 0).numpy())
+            axes.set_title(PHOTOGRAPHS[i % len(PHOTOGRAPHS)], fontsize=9, y=-0.16)
+
+
+def _logits(swapped: Any, alone: Any, result: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """What swapping changes in each logit, beside what PyTorch's own memory formats change, on one scale."""
+    before = tensors["logits before"].double().cpu().flatten()
+    largest = max(before.abs().max().item(), 1e-30)
     row = result["difference"][LOGITS]
-    axes.set_title(f"Logits: largest difference {row['relative']:.1e} of the largest", fontsize=11, loc="left")
+    layouts = ["NCHW", "channels_last"]
+    if result["task"]["channels_last"]:
+        layouts.reverse()
+    panels = (
+        (swapped, "after", "Logits: before to after swap_", row["relative"], _AFTER),
+        (alone, "PyTorch alone", f"PyTorch alone, {'/'.join(layouts)}", row["PyTorch alone"], _BEFORE),
+    )
+    exponent = math.floor(math.log10(max(row["relative"], row["PyTorch alone"], 1e-16)))
+    limit = 1.25 * max(row["relative"], row["PyTorch alone"], 1e-16) / 10**exponent
+    for axes, name, title, worst, color in panels:
+        changed = (tensors[f"logits {name}"].double().cpu().flatten() - before) / largest / 10**exponent
+        axes.axhline(0, color="#d8dde5", linewidth=1, zorder=1)
+        axes.scatter(before.numpy(), changed.numpy(), s=4, color=color, linewidths=0, alpha=0.6)
+        axes.set_ylim(-limit, limit)
+        axes.set_xlabel("logit", fontsize=9)
+        axes.tick_params(labelsize=9)
+        axes.set_title(f"{title}\nlargest difference {worst:.1e}", fontsize=10, loc="left")
+    swapped.set_ylabel(f"change, in 1e{exponent} of the largest logit", fontsize=9)
+    alone.tick_params(labelleft=False)

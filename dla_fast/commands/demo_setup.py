@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ EXTRAS = {"timm": "timm", "sklearn": "scikit-learn", "PIL": "pillow", "matplotli
 
 # The comparison that the demo's last line quotes.
 LOGITS = "logits, evaluation, float32"
+
+# What every crop is from, in the order in which scikit-learn gives them and crops take turns.
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 
 # Normalisation of the networks' training images.
 _MEAN = (0.485, 0.456, 0.406)
@@ -45,7 +49,9 @@ def photographs(count: int, size: int) -> Tensor:
     """
     from sklearn.datasets import load_sample_images
 
-    images = [torch.tensor(image).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
+    found = load_sample_images()
+    by_name = {os.path.basename(name): image for name, image in zip(found.filenames, found.images, strict=True)}
+    images = [torch.tensor(by_name[name]).permute(2, 0, 1).float() / 255 for name in PHOTOGRAPHS]
     generator = torch.Generator().manual_seed(0)
     crops = []
     for i in range(count):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -17,6 +15,7 @@ import torch
 
 from dla_fast import _extension, backend
 from dla_fast._version import __version__
+from dla_fast.commands import machine
 
 # Every variable that the package or its build reads, with what it does.
 VARIABLES = {
@@ -61,24 +60,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _instruction_set() -> str:
-    """What the CPU kernels use; without them torch's own."""
-    if not _extension.STATUS.loaded:
-        return f"{torch.backends.cpu.get_cpu_capability()} (of torch)"
-    return str(importlib.import_module("dla_fast._C").cpu_isa())
 
 
 def _cuda_devices() -> list[dict[str, Any]]:
@@ -138,9 +119,9 @@ def collect() -> dict[str, Any]:
             "platform": platform.platform(),
         },
         "cpu": {
-            "name": _attempt(_cpu_name),
+            "name": _attempt(machine.cpu_name),
             "cores": os.cpu_count(),
-            "instruction set": _attempt(_instruction_set),
+            "instruction set": _attempt(machine.instruction_set),
             "threads": torch.get_num_threads(),
         },
         "cuda": {"devices": devices, "reason": _attempt(_why_no_devices)},

@@ -22,6 +22,23 @@ _PROJECT = ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var")
 _TOP = {name: i for i, name in enumerate(("base_layer", *(f"level{i}" for i in range(6)), "fc"))}
 _SHOWN = 6
 _BASE = "base."
+# What every network has, a dense-prediction network under its base.
+_MARKS = ("base_layer.0.weight", f"{_BASE}base_layer.0.weight")
+# Where training scripts put the parameters, the plain ones before their moving averages: timm's and the original code's
+# state_dict, torchvision's model and model_ema, the names of PyTorch's tutorials, DeepSpeed's module, and so on.
+_WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "module",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+)
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def _listing(keys: Iterable[str]) -> str:
@@ -30,25 +47,57 @@ def _listing(keys: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def _short(key: str) -> str:
+    """A key without what wrappers of modules put before it: DataParallel, torch.compile, Lightning."""
+    while key.startswith(_PREFIXES):
+        key = key.partition(".")[2]
+    # torch.compile of a part puts its own amid the key.
+    return key.replace("._orig_mod.", ".")
+
+
+def _parameters(found: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
+    """The names and tensors of a network, themselves or within what a training script saved around them."""
+    if any(isinstance(key, str) and _short(key) in _MARKS for key in found):
+        return found
+    # By what is in it, since {"model": ...} may as well be the options that the network was made with.
+    inner = (found[name] for name in _WRAPPERS if isinstance(found.get(name), Mapping))
+    return next((state for state in map(_parameters, inner) if state is not None), None)
+
+
+def _described(found: Mapping[Any, Any]) -> str:
+    """What a mapping holds, the mappings in it with their own first keys."""
+    parts = []
+    for key, value in list(found.items())[:_SHOWN]:
+        kind = type(value).__name__
+        if isinstance(value, Mapping):
+            kind = f"{kind} of {_listing(map(str, value)) or 'nothing'}"
+        parts.append(f"{key} ({kind})")
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(parts) + more
+
+
 def _read(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The parameters of a checkpoint: unwrapped, without DataParallel's prefix, the head as a 1x1 convolution."""
+    """The parameters of a checkpoint: unwrapped, without prefixes, the head as a 1x1 convolution."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
-    while isinstance(state_dict.get("state_dict"), Mapping):
-        state_dict = state_dict["state_dict"]
+    parameters = _parameters(state_dict)
+    if parameters is None:
+        raise ValueError(
+            f"state_dict: missing {_MARKS[0]}, so this is no DLA network, neither itself nor under "
+            f"{', '.join(_WRAPPERS)}; found {_described(state_dict) or 'none at all'}"
+        )
     state: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
+    for key, value in parameters.items():
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: expected names of parameters, got {key!r}")
         if not isinstance(value, Tensor):
             raise TypeError(f"state_dict[{key!r}]: expected a Tensor, got {type(value).__name__}")
-        short = key.removeprefix("module.")
+        short = _short(key)
         if short in state:
-            raise ValueError(f"state_dict: {short!r} is there twice, with and without the prefix 'module.'")
+            raise ValueError(f"state_dict: {short!r} is there twice, with different prefixes of {', '.join(_PREFIXES)}")
         state[short] = value[:, :, None, None] if short == "fc.weight" and value.dim() == 2 else value
-    if "base_layer.0.weight" not in state and f"{_BASE}base_layer.0.weight" not in state:
-        raise ValueError(
-            f"state_dict: missing base_layer.0.weight, so this is no DLA network; its keys are "
-            f"{_listing(state) or 'none at all'}"
-        )
+    # AveragedModel counts beside the network that it holds.
+    state.pop("n_averaged", None)
     return state
 
 
@@ -57,7 +106,7 @@ def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
 
     A detector's base may hold a head of its own, which nothing uses: that is left out.
     """
-    if "base_layer.0.weight" in state:
+    if _MARKS[0] in state:
         return state, {}, ""
     base = {key.removeprefix(_BASE): value for key, value in state.items() if key.startswith(_BASE)}
     base = {key: value for key, value in base.items() if not key.startswith("fc.")}
@@ -74,7 +123,7 @@ def _network(name: str, state: Mapping[str, Tensor]) -> DLA | DLASeg:
     if name in list_models(dense=True):
         # Whatever the number of classes is, the keys are the same.
         up = state.get("up.weight")
-        options = {"classes": 1, "down_ratio": 2 if up is None else up.shape[-1] // 2}
+        options = {"num_classes": 1, "down_ratio": 2 if up is None else up.shape[-1] // 2}
     return create_model(name, device="meta", **options)
 
 
@@ -124,17 +173,19 @@ def _check(state: Mapping[str, Tensor], model: DLA | DLASeg | str | None) -> Non
 def from_original(state_dict: Mapping[str, Any], model: DLA | DLASeg | str | None = None) -> dict[str, Tensor]:
     """A checkpoint of the original code in this package's and timm's layout.
 
-    Drops the ``project`` layers that are never used, unwraps ``{"state_dict": ...}``, strips DataParallel's ``module.``
-    and views a 2-D ``fc.weight`` as a 1x1 convolution. A checkpoint that has the layout already comes out the same.
-    Values are not copied.
+    Drops the ``project`` layers that are never used and views a 2-D ``fc.weight`` as a 1x1 convolution. A checkpoint
+    that has the layout already comes out the same. Values are not copied.
 
     Args:
-        state_dict: names to tensors.
+        state_dict: names to tensors, or what training scripts save around them: a mapping that has them under
+            ``state_dict``, ``model``, ``model_state_dict``, ``model_state``, ``net``, ``network`` or ``module``, or,
+            where none of these holds a network, their moving average under ``state_dict_ema``, ``model_ema`` or
+            ``ema``; within each other too. Prefixes ``module.``, ``_orig_mod.`` and ``model.`` are stripped.
         model: the network, or its name, that the keys have to fit; None checks nothing.
 
     Raises:
         ValueError: no DLA network's keys, or keys missing or unexpected.
-        TypeError: not a mapping of names to tensors.
+        TypeError: not a mapping, or something else than tensors among the parameters.
     """
     state, rest, prefix = _split(_read(state_dict))
     deep = _deep_trees(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from dla_fast.models.dla import DLA
 from dla_fast.nn import DLAUp, Upsample
 
 _DOWN_RATIOS = (2, 4, 8, 16)
+_CLASSES = 19
 
 
 class DLASeg(nn.Module):
@@ -25,43 +27,51 @@ class DLASeg(nn.Module):
 
     Args:
         base: a network with ``features_only`` and output stride 32.
-        classes: number of classes; 19 by default, as in Cityscapes.
+        num_classes: number of classes; 19 where it is None, as in Cityscapes.
         down_ratio: stride at which the classes are scored: 2, 4, 8 or 16.
+        classes: another name of ``num_classes``, by which it was known first.
         device: of the parameters.
         dtype: of the parameters.
 
+    Attributes:
+        num_classes: number of classes, also as ``classes``.
+
     Raises:
         ValueError: an option out of its range; in ``forward`` a wrong rank, channel count or size.
-        TypeError: in ``forward``, an input that is not a floating tensor.
+        TypeError: ``num_classes`` and ``classes`` both given; in ``forward``, an input that is not a floating tensor.
 
     Shape:
-        Images (N, C, H, W), H and W multiples of 32. Gives the log-probabilities (N, classes, H, W) and the raw logits
-        (N, classes, H / down_ratio, W / down_ratio).
+        Images (N, C, H, W), H and W multiples of 32. Gives the log-probabilities (N, num_classes, H, W) and the raw
+        logits (N, num_classes, H / down_ratio, W / down_ratio).
     """
 
     def __init__(
         self,
         base: DLA,
-        classes: int = 19,
+        num_classes: int | None = None,
         down_ratio: int = 2,
         *,
+        classes: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if down_ratio not in _DOWN_RATIOS:
             raise ValueError(f"down_ratio: expected 2, 4, 8 or 16, got {down_ratio!r}")
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-            raise ValueError(f"classes: expected an integer >= 1, got {classes!r}")
+        if num_classes is not None and classes is not None:
+            raise TypeError(f"num_classes and classes are two names of one option, got {num_classes!r} and {classes!r}")
+        count = _CLASSES if num_classes is None and classes is None else num_classes if classes is None else classes
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"num_classes: expected an integer >= 1, got {count!r}")
         if not base.features_only or base.output_stride != 32:
             raise ValueError("base: expected a network with features_only=True and output_stride=32")
-        self.classes, self.down_ratio = classes, down_ratio
+        self.num_classes, self.down_ratio = count, down_ratio
         self.first_level = int(math.log2(down_ratio))
         self.base = base
         channels = base.feature_info.channels()[self.first_level :]
         self.dla_up = DLAUp(channels, device=device, dtype=dtype)
-        self.fc = nn.Sequential(nn.Conv2d(channels[0], classes, 1, device=device, dtype=dtype))
-        self.up = Upsample(classes, down_ratio, device=device, dtype=dtype)
+        self.fc = nn.Sequential(nn.Conv2d(channels[0], count, 1, device=device, dtype=dtype))
+        self.up = Upsample(count, down_ratio, device=device, dtype=dtype)
         self.up.weight.requires_grad_(False)
         for module in (*self.dla_up.modules(), *self.fc):
             if isinstance(module, nn.Conv2d):
@@ -69,6 +79,17 @@ class DLASeg(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @property
+    def classes(self) -> int:
+        """``num_classes``."""
+        return self.num_classes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Networks pickled under the first name keep their number of classes."""
+        if "num_classes" not in state:
+            state = {**state, "num_classes": state["classes"]}
+        super().__setstate__(state)
 
     def _check_images(self, x: Tensor) -> None:
         checks.check_tensor("x", x, rank=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,10 @@ _VARIANTS = {
 _DENSE = {f"{base}up": base for base in ("dla34", "dla60", "dla102", "dla169", "dla60x", "dla102x")}
 
 
+_OPTIONS = ("num_classes", "in_chans", "features_only", "output_stride", "drop_rate", "device", "dtype")
+_DENSE_OPTIONS = ("num_classes", "classes", "down_ratio", "in_chans", "device", "dtype")
+
+
 def list_models(dense: bool | None = None) -> list[str]:
     """The names that :func:`create_model` knows.
 
@@ -62,14 +67,15 @@ def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
     Args:
         name: one of :func:`list_models`.
         **kwargs: ``num_classes``, ``in_chans``, ``features_only``, ``output_stride``, ``drop_rate``, ``device``,
-            ``dtype``, as in :class:`DLA`; for a dense-prediction network ``classes``, ``down_ratio``, ``in_chans``,
-            ``device`` and ``dtype``, as in :class:`DLASeg`.
+            ``dtype``, as in :class:`DLA`; for a dense-prediction network ``num_classes`` (or ``classes``),
+            ``down_ratio``, ``in_chans``, ``device`` and ``dtype``, as in :class:`DLASeg`.
 
     Raises:
         ValueError: an unknown name, or an option out of its range.
-        TypeError: an option that the network does not have.
+        TypeError: an option that the network does not have, or one given under both of its names.
     """
     if name in _DENSE:
+        _check_options(name, kwargs, _DENSE_OPTIONS)
         common = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
         images = {"in_chans": kwargs.pop("in_chans")} if "in_chans" in kwargs else {}
         return DLASeg(_classifier(_DENSE[name], features_only=True, **images, **common), **kwargs)
@@ -77,7 +83,16 @@ def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
         close = difflib.get_close_matches(str(name), list_models(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"name: unknown model {name!r}; {hint}expected one of {', '.join(list_models())}")
+    _check_options(name, kwargs, _OPTIONS)
     return _classifier(name, **kwargs)
+
+
+def _check_options(name: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+    for option in given:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"{option}: {name} has no such option; {hint}expected one of {', '.join(known)}")
 
 
 def _classifier(name: str, **kwargs: Any) -> DLA:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dla_fast import functional
+from dla_fast import checks, functional
 from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain
 from dla_fast.reference.activation import ActSpec, activate, parse_act
 
@@ -34,16 +34,24 @@ class AggregationNode(nn.Module):
     The aggregation node of Deep Layer Aggregation (CVPR 2018). State dict keys: ``conv.weight`` and ``bn.*``.
 
     Args:
-        in_channels: channels of the inputs together, or a sequence with those of each.
+        in_channels: channels of the inputs together, or a sequence with those of each, which ``forward`` then holds
+            them to.
         out_channels: channels of the output.
         residual: add the first input between norm and activation.
         act: "relu", "identity", "silu", "leaky_relu", "hardswish", or ("leaky_relu", slope).
         device: of the parameters.
         dtype: of the parameters.
 
+    Raises:
+        ValueError: an unknown ``act``, an empty ``in_channels``; in ``forward`` inputs whose number or channels are not
+            those of ``in_channels``.
+
     Shape:
         ``forward(*xs)`` or ``forward([xs])``: inputs (N, C_i, H, W), output (N, out_channels, H, W).
     """
+
+    # None in nodes that were pickled before they kept it.
+    in_channels: int | tuple[int, ...] | None = None
 
     def __init__(
         self,
@@ -57,7 +65,10 @@ class AggregationNode(nn.Module):
     ) -> None:
         super().__init__()
         parse_act(act)
-        total = in_channels if isinstance(in_channels, int) else sum(in_channels)
+        self.in_channels = in_channels if isinstance(in_channels, int) else tuple(in_channels)
+        if self.in_channels == ():
+            raise ValueError("in_channels: expected an integer, or the channels of one input or more, got none")
+        total = self.in_channels if isinstance(self.in_channels, int) else sum(self.in_channels)
         self.conv = nn.Conv2d(total, out_channels, 1, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.residual = residual
@@ -65,7 +76,12 @@ class AggregationNode(nn.Module):
 
     def forward(self, *xs: Tensor | Sequence[Tensor]) -> Tensor:
         inputs = cast(Sequence[Tensor], xs[0] if len(xs) == 1 and not isinstance(xs[0], Tensor) else xs)
+        # Two inputs exchanged have the same channels together, and would be taken silently.
+        if isinstance(self.in_channels, tuple) and isinstance(inputs, Sequence):
+            checks.check_channels("xs", inputs, self.in_channels, "in_channels")
         return run_aggregate(inputs, self.conv, self.bn, residual=self.residual, act=self.act)
 
     def extra_repr(self) -> str:
-        return f"residual={self.residual}, act={self.act!r}"
+        channels = list(self.in_channels) if isinstance(self.in_channels, tuple) else self.in_channels
+        shown = "" if channels is None else f"in_channels={channels}, "
+        return f"{shown}residual={self.residual}, act={self.act!r}"

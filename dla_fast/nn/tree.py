@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dla_fast import checks
 from dla_fast.nn.aggregate import AggregationNode, run_aggregate
 from dla_fast.nn.batch_norm import is_plain
 
@@ -147,8 +148,7 @@ class Tree(nn.Module):
         )
 
     def forward(self, x: Tensor, children: Sequence[Tensor] = (), bottom: Tensor | None = None) -> Tensor:
-        if len(children) != len(self.child_channels):
-            raise ValueError(f"children: expected {len(self.child_channels)} tensors, got {len(children)}")
+        checks.check_channels("children", children, self.child_channels, "child_channels")
         if bottom is None:
             self._check_size(x)
             bottom = self.downsample(x)

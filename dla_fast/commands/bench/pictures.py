@@ -28,6 +28,8 @@ MARKERS = {
     "batch_norm_act": "D",
     "model": "P",
 }
+# A thin line with an end, to stand beside a bar.
+_FLOOR: dict[str, Any] = {"color": "black", "linewidth": 0.9, "marker": "|", "markersize": 5}
 
 
 def color(impl: str) -> str:
@@ -62,20 +64,23 @@ def _plain(axes: Any) -> None:
 
 
 def ratio_bars(found: Sequence[Comparison], title: str) -> bytes:
-    """The speedup of each case, worst on top, with a mark where the machine's floor would be."""
+    """The speedup of each case, worst on top, and under each bar how far the machine's floor would be."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
     from matplotlib.ticker import NullLocator
 
-    figure = _figure(10, 1.3 + 0.27 * len(found))
+    figure = _figure(10, 1.6 + 0.29 * len(found))
     axes = figure.subplots()
     ends = []
     for i, c in enumerate(found):
         ahead = c.speedup >= 1
-        axes.barh(-i, c.speedup - 1, left=1, height=0.68, color=COLORS[peers.FUSED] if ahead else BEHIND)
+        axes.barh(-i + 0.12, c.speedup - 1, left=1, height=0.5, color=COLORS[peers.FUSED] if ahead else BEHIND)
         share = c.share_of_floor
         limit = c.speedup / share if share else None
         # A call of nothing has no floor worth drawing.
         if limit is not None and limit < 100:
-            axes.plot([limit, limit], [-i - 0.38, -i + 0.38], color="black", linewidth=1.3)
+            # Beneath the bar, which it would hide where a case beats the floor of the memory from the cache.
+            axes.plot([1, limit], [-i - 0.25, -i - 0.25], **_FLOOR, markevery=[1])
             ends.append(limit)
         ends.append(c.speedup)
         # In the margin at the right, where neither bar nor mark can be under it.
@@ -106,9 +111,17 @@ def ratio_bars(found: Sequence[Comparison], title: str) -> bytes:
     ticks = [t for t in ladder if low / 1.05 <= t <= high * 1.05]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("time of the best peer over dla_fast's; the black mark is the machine's floor", fontsize=9)
+    axes.set_xlabel("time of the best peer over dla_fast's", fontsize=9)
     axes.set_title(title, fontsize=11, loc="left")
     _plain(axes)
+    entries: list[tuple[Any, str]] = []
+    if any(c.speedup >= 1 for c in found):
+        entries.append((Patch(color=COLORS[peers.FUSED]), "ahead"))
+    if any(c.speedup < 1 for c in found):
+        entries.append((Patch(color=BEHIND), "behind"))
+    entries.append((Line2D([], [], **_FLOOR, markevery=[0]), "up to the machine's floor"))
+    handles, names = zip(*entries, strict=True)
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return _bytes(figure)
 
 
@@ -141,7 +154,7 @@ def roofline(found: Sequence[Comparison], rates: dict[str, float], title: str) -
     peak, bandwidth = rates["flops_per_s"] / 1e9, rates["bytes_per_s"] / 1e9
     ridge = peak / bandwidth
     left, right = min([*xs, ridge]) / 1.5, max([*xs, ridge]) * 2
-    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="black", linewidth=1.2)
+    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="black", linewidth=1.2, zorder=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
@@ -206,7 +219,7 @@ def scaling_lines(records: Sequence[Record], mode: str) -> bytes:
                 *zip(*line, strict=True), marker="o", markersize=3.5, linewidth=1.4, color=color(impl), label=impl
             )
         floor = sorted({(r["value"], r["floor_ms"]) for r in alike if r["impl"] == peers.FUSED})
-        axes.plot(*zip(*floor, strict=True), color="black", linewidth=1, linestyle="--", label="floor")
+        axes.plot(*zip(*floor, strict=True), color="black", linewidth=1, linestyle="--", label="floor", zorder=1)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dla_fast._version import __version__
-from dla_fast.commands import CommandError
+from dla_fast.commands import CommandError, machine
 from dla_fast.commands.bench import peers
 from dla_fast.commands.bench.cases import Rates
 
@@ -28,17 +28,14 @@ _GROUP = ("suite", "case", "op", "mode", "device", "dtype", "batch", "threads")
 
 def machine_facts(device: torch.device, rates: dict[str, Rates]) -> dict[str, Any]:
     """The machine, with the rates measured by dtype; the first of them also as ``bytes_per_s`` and ``flops_per_s``."""
-    from dla_fast.commands.doctor import _cpu_name
-
-    try:
-        name = _cpu_name()
-    except OSError:
-        name = platform.processor()
+    name = machine.cpu_name()
     facts: dict[str, Any] = {
         "platform": platform.platform(),
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         "cpu": name,
+        # torch's, by which runs are told to be of one machine; what the kernels used beside it.
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "kernel_isa": machine.instruction_set(),
         "threads": torch.get_num_threads(),
         "rates": {
             key: {"bytes_per_s": rate.bytes_per_s, "flops_per_s": rate.flops_per_s} for key, rate in rates.items()
@@ -48,6 +45,16 @@ def machine_facts(device: torch.device, rates: dict[str, Rates]) -> dict[str, An
         first = next(iter(rates.values()))
         facts |= {"bytes_per_s": first.bytes_per_s, "flops_per_s": first.flops_per_s}
     return facts
+
+
+def instruction_set(facts: dict[str, Any]) -> str | None:
+    """The instruction set to show for a run; runs kept before the kernels' own was recorded have torch's alone.
+
+    Args:
+        facts: the run's ``machine``.
+    """
+    shown: str | None = facts.get("kernel_isa")
+    return machine.of_torch(facts["isa"]) if shown is None and facts.get("isa") else shown
 
 
 def commit() -> str | None:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dla_fast.commands.bench import pictures, table
-from dla_fast.commands.bench.records import Comparison, Record, geometric_mean, is_timed
+from dla_fast.commands.bench.records import Comparison, Record, geometric_mean, instruction_set, is_timed
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2430; background: #fff;
        max-width: 1080px; margin: 2em auto; padding: 0 1.2em; }
 h1 { font-size: 1.7em; margin: 0 0 .2em; }
 h2 { font-size: 1.25em; margin: 2em 0 .5em; border-bottom: 1px solid #d8dde5; }
-p { margin: .5em 0; } img { width: 100%; height: auto; display: block; margin: .6em 0 1.2em; }
+p { margin: .5em 0; overflow-wrap: anywhere; } li { overflow-wrap: anywhere; }
+img { width: 100%; min-width: 800px; height: auto; display: block; margin: .6em 0 1.2em; }
 table { border-collapse: collapse; margin: .6em 0; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #e8ebf0; white-space: nowrap; }
 th { background: #f3f5f8; } th.l, td.l { text-align: left; }
@@ -24,12 +25,19 @@ th { background: #f3f5f8; } th.l, td.l { text-align: left; }
 summary { cursor: pointer; color: #1f6fb4; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; }
 dt { color: #5d6675; } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 600px) {
+  body { margin: 1em auto; padding: 0 .9em; }
+  dl { display: block; } dd { margin: 0 0 .5em; }
+}
 """
+# Reached by the keyboard too, which has no other way to scroll it.
+_BOX = '<div class="scroll" tabindex="0">'
 
 
 def _image(svg: bytes, text: str) -> str:
     data = base64.b64encode(svg).decode("ascii")
-    return f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
+    # On a small screen it keeps a size that can be read, and scrolls in a box of its own, as tables do.
+    return f'{_BOX}<img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}"></div>'
 
 
 def _table(rows: list[list[str]], left: int = 1) -> str:
@@ -39,7 +47,7 @@ def _table(rows: list[list[str]], left: int = 1) -> str:
         tag = "th" if i == 0 else "td"
         cells = (f"<{tag}{' class=l' if j < left else ''}>{cell}</{tag}>" for j, cell in enumerate(row))
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return f"{_BOX}<table>{''.join(lines)}</table></div>"
 
 
 def _ratio(value: float) -> str:
@@ -50,7 +58,7 @@ def _facts(run: dict[str, Any]) -> str:
     machine = run["machine"]
     rows = {
         "machine": f"{machine.get('processor') or 'unknown processor'}, CPU threads: {machine.get('threads')}, "
-        f"{machine.get('isa')}",
+        f"{instruction_set(machine) or 'instruction set not recorded'}",
         "system": machine.get("platform", ""),
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
         "commit": run.get("commit") or "not from a checkout",
@@ -188,7 +196,8 @@ def render(run: dict[str, Any]) -> str:
         parts.append(_details(found))
     body = "\n".join(parts)
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>dla_fast benchmarks</title>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>dla_fast benchmarks</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
