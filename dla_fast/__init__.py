@@ -1,8 +1,8 @@
 """Fused kernels for Deep Layer Aggregation networks in PyTorch.
 
 :func:`swap_` makes the modules of an existing model run fused, :func:`unswap_` undoes it; ``nn``, ``functional`` and
-``models`` are for networks of one's own, ``reference`` is the same in plain PyTorch, and :func:`use_backend` chooses who
-computes. ``__version__`` is the version of this package as a string, "0.2.0"; CHANGELOG.md says what each brought.
+``models`` are for networks of one's own, ``reference`` is the same in plain PyTorch, and :func:`use_backend` chooses
+who computes. ``__version__`` is the version of this package as a string, "0.2.0"; CHANGELOG.md says what each brought.
 """
 
 from dla_fast import functional, models, nn, reference
