@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--relative",
         dest="absolute",
         action="store_false",
-        help="compare: the times over those of the peers of the same run (default)",
+        default=argparse.SUPPRESS,
+        help="compare: the times over those of the peers of the same run, as without either",
     )
 
 

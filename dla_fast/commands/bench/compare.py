@@ -14,8 +14,8 @@ deviation s has a standard error of 1.25 s / √n, and s comes from the span bet
    v as if v were known from :data:`PRIOR` cases more, and Student's t has as many degrees of freedom more (the
    moderated t of Smyth 2004). Cases of an op are timed one after another and share what the machine does meanwhile:
    a correlation of :data:`ALIKE` among them multiplies the variance of the mean (the design effect of Kish 1965).
-3. A single case stands out if its d alone is too large for v and for the scatter of its op's other cases. Single
-   cases have heavier tails than the normal distribution, so Student's t has :data:`PRIOR` degrees of freedom at most.
+3. A single case stands out if its d alone is too large for v and for the scatter of its op's other cases. The tails of
+   single cases are heavy, of unchanged code too: Student's t of :data:`TAILS` degrees of freedom, whatever the cases.
 
 Both levels share :data:`ALARM`, the chance to call unchanged code worse, each divided by the number of comparisons
 (Bonferroni). A change that is significant and larger than the threshold counts. Bytes have no noise, and no statistics.
@@ -41,6 +41,8 @@ POWER = 0.8
 PRIOR = 4
 # The correlation of the noise of an op's cases. Of unchanged builds on a busy machine it was about this.
 ALIKE = 0.05
+# Degrees of freedom for the tails of single cases. With 6, two in a hundred pairs of runs of one build had an alarm.
+TAILS = 5
 # Two runs of one build differ at least this much: memory is laid out anew.
 FLOOR = 0.01
 # With fewer cases than this the factor between the noise of rounds and of runs cannot be estimated;
@@ -233,7 +235,7 @@ def _single(row: _Row, others: Sequence[_Row], judge: _Judge, shared: float) -> 
     _, _, squares = _mean(others)
     scatter = max(1.0, (PRIOR + squares) / (PRIOR + max(len(others) - 1, 0)))
     error = math.sqrt(row.variance * scatter + shared)
-    return abs(row.change) > judge.least(error, PRIOR), math.exp(judge.least(error, PRIOR, POWER))
+    return abs(row.change) > judge.least(error, TAILS), math.exp(judge.least(error, TAILS, POWER))
 
 
 def _grouped(rows: Iterable[_Row]) -> dict[tuple[str, ...], list[_Row]]:
@@ -391,14 +393,15 @@ def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str
     drift = "no peers" if result.drift is None else f"the peers' times changed by {result.drift:.2f}x altogether"
     lines.append(f"{result.compared} figures compared; {drift}")
     if result.factor is not None:
-        how = "as measured" if result.absolute else "over those of the peers of the same run"
-        noise = f"the runs differ by {result.factor:.1f} times the noise within them"
-        lines.append(f"{table.counted(len(result.least))} of dla_fast, times {how}; {noise}")
+        how = ", times as measured" if result.absolute else ", times over those of the peers of the same run"
+        known = "" if len(result.least) >= FEW else " (assumed, for want of cases)"
+        noise = f"noise between the runs {result.factor:.1f} times that within them{known}"
+        lines.append(f"{table.counted(len(result.least))} of dla_fast{how}; {noise}")
     if result.alone:
-        lines.append(f"{table.counted(result.alone)} without a peer in both runs, compared as measured:")
-        known = result.drift is not None or result.alone >= FEW
+        allowed = "is allowed for" if result.allowed else "counts as a change"
         lines.append(
-            f"  {'the noise of that is allowed for' if known else 'a slower machine counts as a change there'}"
+            f"{table.counted(result.alone)} of these without a peer in both runs: compared as measured, "
+            f"a slower machine {allowed}"
         )
     if result.ops:
         lines += ["", *_ops(result)]
