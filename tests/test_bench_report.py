@@ -1,18 +1,14 @@
-"""What is made of a run: comparison with another, and the HTML report."""
+"""What is made of a run: tables and the HTML report."""
 
 from __future__ import annotations
 
 import base64
-import copy
-import json
 import re
-import time
 from pathlib import Path
 
 import pytest
 
-from dla_fast import cli, functional
-from dla_fast.commands.bench import cases, compare, pictures, records, report, table
+from dla_fast.commands.bench import pictures, records, report, table
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("aggregate", "merge", "upsample")
@@ -80,116 +76,6 @@ def whole():
         "complete": True,
         "records": rows,
     }
-
-
-# --- compare ----------------------------------------------------------------------------------------------------------
-
-
-def written(path: Path, run: dict) -> str:
-    path.write_text(json.dumps(run))
-    return str(path)
-
-
-def slowed(run: dict, op: str, factor: float) -> dict:
-    run = copy.deepcopy(run)
-    for r in run["records"]:
-        if r["op"] == op and r["impl"] == "dla_fast" and r["median_ms"]:
-            for name in ("median_ms", "p20_ms", "p80_ms"):
-                r[name] *= factor
-    return run
-
-
-def test_a_run_equals_itself(whole, capsys, tmp_path):
-    a = written(tmp_path / "a.json", {**whole, "records": whole["records"][:-1]})
-    assert cli.main(["bench", "compare", a, a]) == 0
-    assert "nothing changed beyond noise" in capsys.readouterr().out
-
-
-def test_compare_finds_what_became_slow(whole, capsys, tmp_path):
-    a = written(tmp_path / "a.json", whole)
-    b = written(tmp_path / "b.json", slowed(whole, "merge", 1.3))
-    assert cli.main(["bench", "compare", a, b]) == 1
-    out = capsys.readouterr().out
-    worse = [line.split() for line in out.splitlines() if line.endswith("1.30x")]
-    assert worse
-    assert {words[0] for words in worse} == {"merge"}
-    assert cli.main(["bench", "compare", b, a]) == 0
-    assert "better: 4" in capsys.readouterr().out
-    assert cli.main(["bench", "compare", a, b, "--threshold", "0.5"]) == 0
-
-
-def test_what_lies_within_the_spread_is_noise(whole):
-    noisy = slowed(whole, "merge", 1.1)
-    for r in noisy["records"]:
-        if r["median_ms"]:
-            r["p20_ms"] = 0.5 * r["median_ms"]
-    assert compare.compare(whole, noisy, 0.05).changes == []
-
-
-def test_a_slower_machine_is_no_regression_of_ours(whole):
-    slow = copy.deepcopy(whole)
-    for r in slow["records"]:
-        for name in ("median_ms", "p20_ms", "p80_ms"):
-            if r[name]:
-                r[name] *= 1.5
-    plain = compare.compare(whole, slow, 0.05)
-    assert plain.regressions()
-    assert plain.drift == pytest.approx(1.5)
-    assert compare.compare(whole, slow, 0.05, relative=True).regressions() == []
-    found = compare.compare(whole, slowed(slow, "merge", 1.3), 0.05, relative=True).regressions()
-    assert {change.record["op"] for change in found} == {"merge"}
-
-
-def test_compare_tells_memory_errors_and_what_is_missing(whole):
-    after = copy.deepcopy(whole)
-    for r in after["records"]:
-        if r["suite"] == "memory" and r["impl"] == "dla_fast":
-            r["peak_bytes"] *= 2
-    after["records"] = [r for r in after["records"] if r["suite"] != "scaling" and r["op"] != "upsample"]
-    after["records"].append(record(suite="ops", case="upsample.case", op="upsample", median_ms=None, error="differ"))
-    after["records"].append(record(case="fresh"))
-    result = compare.compare(whole, after, 0.05)
-    assert [(c.what, c.ratio) for c in result.regressions()] == [("peak_bytes", 2.0)]
-    assert [r["case"] for r in result.broken] == ["upsample.case"]
-    assert [r["case"] for r in result.new] == ["fresh"]
-    assert {r["suite"] for r in result.missing} >= {"scaling"}
-    text = compare.render(result, whole, {**after, "machine": {**whole["machine"], "threads": 4}})
-    assert "not the same machine: threads was 2, is 4" in text
-    assert "now an error: 1" in text
-
-
-def test_a_run_that_has_the_kernels_instruction_set_is_of_the_same_machine(whole):
-    after = {**whole, "machine": {**whole["machine"], "kernel_isa": "avx512_bf16"}}
-    assert "not the same machine" not in compare.render(compare.compare(whole, after, 0.05), whole, after)
-
-
-def test_compare_against_a_slowed_op(monkeypatch, capsys, tmp_path):
-    """From the command line to the exit status: an op that really takes longer."""
-    monkeypatch.setattr(cases, "measure_rates", lambda dtype, device: cases.Rates(1e10, 1e11))
-    options = ["launch", "--peers", "eager", "--modes", "inference", "--rounds", "5", "--seconds", "0.1"]
-    a, b = (str(tmp_path / name) for name in ("a.json", "b.json"))
-    assert cli.main(["bench", *options, "--json", a]) == 0
-    fast = functional.upsample
-
-    def slow(*args):
-        time.sleep(0.003)
-        return fast(*args)
-
-    monkeypatch.setattr(functional, "upsample", slow)
-    assert cli.main(["bench", *options, "--json", b]) == 0
-    capsys.readouterr()
-    assert cli.main(["bench", "compare", a, b, "--threshold", "5"]) == 1
-    out = capsys.readouterr().out
-    assert "worse: 1" in out
-    assert "launch.upsample " in out
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"records": 1}'])
-def test_compare_with_what_is_no_run(capsys, tmp_path, text):
-    path = tmp_path / "a.json"
-    path.write_text(text)
-    assert cli.main(["bench", "compare", str(path), str(path)]) == 1
-    assert str(path) in capsys.readouterr().err
 
 
 # --- table and report -------------------------------------------------------------------------------------------------

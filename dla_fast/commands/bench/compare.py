@@ -1,19 +1,67 @@
-"""``bench compare A.json B.json``: what changed between two runs beyond their noise."""
+"""``bench compare A.json B.json``: what changed between two runs beyond their noise.
+
+What is compared: the time of each case of dla_fast over that of its peers in the same run, since a machine that was
+slower in one run was slower for both; the difference d of its logarithm between the runs.
+
+How it is judged, with w² the variance of d that the rounds within both runs tell (the median of n rounds with standard
+deviation s has a standard error of 1.25 s / √n, and s comes from the span between the 20th and the 80th percentile):
+
+1. Few rounds can agree by chance, so w² is at least half its median over the cases of the op. Two runs differ by more
+   than their rounds show: most cases are unchanged, so the median absolute deviation of all d/w says how much more
+   (:func:`_between_runs`), and v = that factor² × w² is the variance of a case.
+2. An op in a mode is judged by the mean of its cases' d, weighted by 1/v. Its standard error √(1/Σ(1/v)) is multiplied
+   by the scatter that its own cases show against v (the Birge ratio). Few cases tell that badly, so it is averaged with
+   v as if v were known from :data:`PRIOR` cases more, and Student's t has as many degrees of freedom more (the
+   moderated t of Smyth 2004). Cases of an op are timed one after another and share what the machine does meanwhile:
+   a correlation of :data:`ALIKE` among them multiplies the variance of the mean (the design effect of Kish 1965).
+3. A single case stands out if its d alone is too large for v and for the scatter of its op's other cases. The tails of
+   single cases are heavy, of unchanged code too: Student's t of :data:`TAILS` degrees of freedom, whatever the cases.
+
+Both levels share :data:`ALARM`, the chance to call unchanged code worse, each divided by the number of comparisons
+(Bonferroni). A change that is significant and larger than the threshold counts. Bytes have no noise, and no statistics.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist, median
 from typing import Any
 
 from dla_fast.commands.bench import peers, table
-from dla_fast.commands.bench.records import Record, geometric_mean, identity, is_timed, load
+from dla_fast.commands.bench.records import Record, identity, is_timed, load
+
+# The chance that a comparison of unchanged code calls something worse, both levels together.
+ALARM = 0.025
+# How often a change of the size that is said to show is found.
+POWER = 0.8
+# Cases that the common variance counts for, beside those of an op.
+PRIOR = 4
+# The correlation of the noise of an op's cases. Of unchanged builds on a busy machine it was about this.
+ALIKE = 0.05
+# Degrees of freedom for the tails of single cases. With 6, two in a hundred pairs of runs of one build had an alarm.
+TAILS = 5
+# Two runs of one build differ at least this much: memory is laid out anew.
+FLOOR = 0.01
+# With fewer cases than this the factor between the noise of rounds and of runs cannot be estimated;
+FEW = 10
+# it is then what runs of one build on a shared machine have shown.
+USUAL_FACTOR = 2.0
+# Rounds of a record that does not say: the least there are.
+_FEWEST_ROUNDS = 3
+# Standard deviations of the normal distribution between the 20th and the 80th percentile, and to the upper quartile.
+_SPAN = NormalDist().inv_cdf(0.8) - NormalDist().inv_cdf(0.2)
+_QUARTILE = NormalDist().inv_cdf(0.75)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure that changed: ``ratio`` is after over before, so above 1 is slower or larger."""
+    """One figure of dla_fast that changed: ``ratio`` is after over before, so above 1 is slower or larger.
+
+    ``before`` and ``after`` are as measured, the ratio of a time is what remains beside the peers' change.
+    """
 
     record: Record
     what: str
@@ -21,10 +69,30 @@ class Change:
     after: float
     ratio: float
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is a figure of dla_fast, rather than of a peer."""
-        return bool(self.record["impl"].startswith(peers.FUSED))
+
+@dataclass(frozen=True)
+class Pooled:
+    """What the cases of one op in one mode say together.
+
+    Attributes:
+        op: the op, and what else tells the group from others: backend, dtype.
+        mode: inference, forward or training.
+        cases: how many there are.
+        ratio: geometric mean of after over before, weighted.
+        low: lower end of its 95 % confidence interval,
+        high: and upper end.
+        least: the smallest change, as a ratio above 1, that would be found four times of five.
+        changed: whether it is a change.
+    """
+
+    op: str
+    mode: str
+    cases: int
+    ratio: float
+    low: float
+    high: float
+    least: float
+    changed: bool
 
 
 @dataclass(frozen=True)
@@ -32,24 +100,56 @@ class Result:
     """What :func:`compare` found.
 
     Attributes:
-        changes: beyond noise and the threshold, the worst first.
+        ops: each op in each mode: what became worse, what did not change, what became better; the worst first.
+        changes: single cases and sizes in memory, the worst first.
         broken: cases that had a figure and are an error now.
         missing: records of the first run that the second lacks.
         new: records that the first run lacks.
-        compared: figures that both runs have.
-        drift: geometric mean of the peers' change in time: how much the machine itself changed.
+        compared: records that both runs have.
+        drift: geometric mean of the peers' change in time: how much the machine itself changed; None without peers.
+        least: for each timed case the smallest change, as a ratio above 1, that would be found four times of five.
+        alone: timed cases with no peer in both runs, judged by their own times;
+        allowed: whether a change of the machine is part of their noise, as far as other cases tell it.
+        factor: noise between the runs over that within them; None without times.
+        absolute: whether times were compared as they are.
     """
 
+    ops: list[Pooled]
     changes: list[Change]
     broken: list[Record]
     missing: list[Record]
     new: list[Record]
     compared: int
-    drift: float
+    drift: float | None
+    least: list[float]
+    alone: int
+    allowed: bool
+    factor: float | None
+    absolute: bool
 
-    def regressions(self) -> list[Change]:
-        """Changes of dla_fast for the worse."""
-        return [change for change in self.changes if change.is_ours and change.ratio > 1]
+    def regressions(self) -> list[Pooled | Change]:
+        """Changes for the worse."""
+        return [*(op for op in self.ops if op.changed and op.ratio > 1), *(c for c in self.changes if c.ratio > 1)]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A timed case of dla_fast in both runs: the change of its logarithm, and the variance that its rounds tell."""
+
+    before: Record
+    after: Record
+    change: float
+    variance: float
+    alone: bool
+
+    def group(self) -> tuple[str, ...]:
+        """What it is pooled with: mode, then what the op is called by, of which :func:`_names` drops what is common."""
+        r = self.after
+        # What calls cost, on maps so small that nothing else counts, is one thing for all ops: as in the tables.
+        op = "every op (launch)" if r.get("suite") == "launch" else str(r["op"])
+        backend = r["impl"].removeprefix(peers.FUSED).removeprefix(":")
+        facts = (str(r.get(name) or "") for name in ("dtype", "layout", "device"))
+        return (r["mode"], op, backend, *facts, "without peers" if self.alone else "")
 
 
 def _case(record: Record) -> tuple[Any, ...]:
@@ -57,73 +157,201 @@ def _case(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(k) for k in ("suite", "case", "op", "mode", "device", "dtype", "batch", "threads"))
 
 
-def _overlap(a: Record, b: Record, factor: float) -> bool:
-    """Whether the spans from p20 to p80 meet, the second divided by ``factor``."""
-    spans = []
-    for record, scale in ((a, 1.0), (b, factor)):
-        low = record.get("p20_ms") or record["median_ms"]
-        high = record.get("p80_ms") or record["median_ms"]
-        spans.append((low / scale, high / scale))
-    return spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]
+def _is_ours(record: Record) -> bool:
+    return bool(record["impl"].startswith(peers.FUSED))
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, relative: bool = False) -> Result:
-    """Compare two runs record by record.
+def _moved(a: Record, b: Record) -> tuple[float, float]:
+    """The change of a time's logarithm from ``a`` to ``b``, and its variance by the rounds of both."""
+    variance = 0.0
+    for r in (a, b):
+        low, high = r.get("p20_ms") or r["median_ms"], r.get("p80_ms") or r["median_ms"]
+        # The variance of a median is π/2 times that of a mean.
+        variance += math.pi / 2 * (math.log(high / low) / _SPAN) ** 2 / (r.get("rounds") or _FEWEST_ROUNDS)
+    return math.log(b["median_ms"] / a["median_ms"]), variance
 
-    A time has changed when its median differs by more than ``threshold`` and the spans from the 20th to the 80th
-    percentile do not meet; bytes, which have no noise to speak of, when they differ by more than ``threshold``.
+
+def _quantile(tail: float, degrees: float) -> float:
+    """The t that Student's distribution exceeds with a probability of ``tail``.
+
+    Wallace's (1959) approximation by the normal distribution, turned round: with few degrees of freedom up to 6 % too
+    large far out.
+    """
+    z = NormalDist().inv_cdf(1 - tail) * (8 * degrees + 3) / (8 * degrees + 1)
+    return math.sqrt(degrees * math.expm1(z * z / degrees))
+
+
+def _between_runs(rows: Sequence[_Row]) -> float:
+    """The noise between two runs over that within them: the scaled median absolute deviation, 1 at least.
+
+    About the median, so that a change of everything is not taken for noise.
+    """
+    if len(rows) < FEW:
+        return USUAL_FACTOR
+    middle = median(row.change for row in rows)
+    return max(1.0, median(abs(row.change - middle) / math.sqrt(row.variance) for row in rows) / _QUARTILE)
+
+
+def _mean(rows: Sequence[_Row]) -> tuple[float, float, float]:
+    """Weighted mean of the changes, its variance, and the sum of squares about it in units of the rows' variance."""
+    weight = sum(1 / row.variance for row in rows)
+    mean = sum(row.change / row.variance for row in rows) / weight if rows else 0.0
+    return mean, 1 / weight if rows else 0.0, sum((row.change - mean) ** 2 / row.variance for row in rows)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """How large an estimate must be: ``tests`` comparisons share half of :data:`ALARM` at either end."""
+
+    tests: int
+    threshold: float
+
+    def least(self, error: float, degrees: float, power: float = 0.5) -> float:
+        """The logarithm of the smallest change that is found with a probability of ``power``."""
+        bound = max(math.log1p(self.threshold), _quantile(ALARM / 2 / self.tests, degrees) * error)
+        return bound + NormalDist().inv_cdf(power) * error
+
+
+def _pool(op: str, mode: str, rows: Sequence[_Row], judge: _Judge, shared: float) -> Pooled:
+    """An op in a mode; ``shared`` is the variance that all rows have in common."""
+    mean, variance, squares = _mean(rows)
+    degrees = PRIOR + len(rows) - 1
+    error = math.sqrt(variance * (PRIOR + squares) / degrees * (1 + ALIKE * (len(rows) - 1)) + shared)
+    margin = _quantile(0.025, degrees) * error
+    return Pooled(
+        op=op,
+        mode=mode,
+        cases=len(rows),
+        ratio=math.exp(mean),
+        low=math.exp(mean - margin),
+        high=math.exp(mean + margin),
+        least=math.exp(judge.least(error, degrees, POWER)),
+        changed=abs(mean) > judge.least(error, degrees),
+    )
+
+
+def _single(row: _Row, others: Sequence[_Row], judge: _Judge, shared: float) -> tuple[bool, float]:
+    """Whether a case stands out, and the smallest ratio that would."""
+    _, _, squares = _mean(others)
+    scatter = max(1.0, (PRIOR + squares) / (PRIOR + max(len(others) - 1, 0)))
+    error = math.sqrt(row.variance * scatter + shared)
+    return abs(row.change) > judge.least(error, TAILS), math.exp(judge.least(error, TAILS, POWER))
+
+
+def _grouped(rows: Iterable[_Row]) -> dict[tuple[str, ...], list[_Row]]:
+    """The rows by what they are pooled with."""
+    groups: dict[tuple[str, ...], list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group(), []).append(row)
+    return groups
+
+
+def _names(groups: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names of ops as short as tells them apart: the op, and of the rest what the groups do not have in common."""
+    varying = [i for i, facts in enumerate(zip(*groups, strict=True)) if i == 1 or (i > 1 and len(set(facts)) > 1)]
+    return [" ".join(filter(None, (group[i] for i in varying))) for group in groups]
+
+
+def _shared_noise(rows: Sequence[_Row], drifts: Sequence[float]) -> float:
+    """The variance of what cases without peers may have changed together with the machine.
+
+    By the peers of other cases, which are unchanged; where there are none, by what dla_fast's own cases have in
+    common if they are many.
+    """
+    if len(drifts) >= FEW:
+        return (median(map(abs, drifts)) / _QUARTILE) ** 2
+    changes = [row.change for row in rows if row.alone]
+    return median(changes) ** 2 if len(changes) >= FEW else 0.0
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, absolute: bool = False) -> Result:
+    """Compare two runs record by record: see the head of this file.
 
     Args:
         before: a run, as in its JSON file.
         after: another.
         threshold: the smallest change that counts, as a fraction.
-        relative: divide each time's change by that of the peers on the same case, so that a machine that was slower
-            altogether does not count.
+        absolute: compare times as they are, so that a machine that was slower altogether counts, instead of the times
+            over those of the peers of the same run.
     """
     old = {identity(r): r for r in before["records"] if not r.get("error")}
     new = {identity(r): r for r in after["records"] if not r.get("error")}
     shared = [(old[key], new[key]) for key in old if key in new]
-    drifts: dict[tuple[Any, ...], list[float]] = {}
-    for a, b in shared:
-        if is_timed(a) and is_timed(b) and not a["impl"].startswith(peers.FUSED):
-            drifts.setdefault(_case(a), []).append(b["median_ms"] / a["median_ms"])
-    changes = []
-    for a, b in shared:
-        if is_timed(a) and is_timed(b):
-            drift = drifts.get(_case(a)) if relative and a["impl"].startswith(peers.FUSED) else None
-            factor = geometric_mean(drift) if drift else 1.0
-            ratio = b["median_ms"] / a["median_ms"] / factor
-            if _beyond(ratio, threshold) and not _overlap(a, b, factor):
-                changes.append(Change(b, "ms", a["median_ms"], b["median_ms"], ratio))
-        for what in ("peak_bytes", "saved_bytes"):
-            if a.get(what) and b.get(what) and _beyond(b[what] / a[what], threshold):
-                changes.append(Change(b, what, a[what], b[what], b[what] / a[what]))
+    timed = [(a, b) for a, b in shared if is_timed(a) and is_timed(b)]
+    moved: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for a, b in timed:
+        if not _is_ours(a):
+            moved.setdefault(_case(a), []).append(_moved(a, b))
+    drifts = [change for changes in moved.values() for change, _ in changes]
+    rows = []
+    for a, b in timed:
+        if _is_ours(a):
+            change, variance = _moved(a, b)
+            against = [] if absolute else moved.get(_case(a), [])
+            if against:
+                change -= sum(c for c, _ in against) / len(against)
+                variance += sum(v for _, v in against) / len(against) ** 2
+            rows.append(_Row(a, b, change, variance + FLOOR**2, not against and not absolute))
+    groups = _grouped(rows)
+    floors = {name: median(row.variance for row in alike) / 2 for name, alike in groups.items()}
+    rows = [replace(row, variance=max(row.variance, floors[row.group()])) for row in rows]
+    factor = _between_runs(rows)
+    rows = [replace(row, variance=factor**2 * row.variance) for row in rows]
+    groups = _grouped(rows)
+    noise = _shared_noise(rows, drifts)
+    ops, changes, shown = [], [], []
+    for name, (mode, *_), alike in zip(_names(list(groups)), groups, groups.values(), strict=True):
+        extra = noise if alike[0].alone else 0.0
+        ops.append(_pool(name, mode, alike, _Judge(len(groups), threshold), extra))
+        for i, row in enumerate(alike):
+            others = alike[:i] + alike[i + 1 :]
+            stands_out, needed = _single(row, others, _Judge(len(rows), threshold), extra)
+            shown.append(needed)
+            if stands_out:
+                times = row.before["median_ms"], row.after["median_ms"]
+                changes.append(Change(row.after, "ms", *times, math.exp(row.change)))
+    changes += _sizes(shared, threshold)
     had = {_case(r) for r in old.values()}
-    broken = [r for r in after["records"] if r.get("error") and _case(r) in had]
+    known = {identity(r) for r in before["records"] if r.get("error")}
+    broken = [r for r in after["records"] if r.get("error") and _case(r) in had and identity(r) not in known]
     failed = {_case(r) for r in broken}
-    missing = [r for key, r in old.items() if key not in new and _case(r) not in failed]
-    every = [ratio for ratios in drifts.values() for ratio in ratios]
     return Result(
-        sorted(changes, key=lambda change: -change.ratio),
-        broken,
-        missing,
-        [r for key, r in new.items() if key not in old],
-        len(shared),
-        geometric_mean(every) if every else 1.0,
+        ops=sorted(ops, key=lambda op: (op.changed and (op.ratio < 1) - (op.ratio > 1), -op.ratio)),
+        changes=sorted(changes, key=lambda change: -change.ratio),
+        broken=broken,
+        missing=[r for key, r in old.items() if key not in new and _case(r) not in failed],
+        new=[r for key, r in new.items() if key not in old],
+        compared=len(shared),
+        drift=math.exp(sum(drifts) / len(drifts)) if drifts else None,
+        least=sorted(shown),
+        alone=sum(row.alone for row in rows),
+        allowed=noise > 0,
+        factor=factor if rows else None,
+        absolute=absolute,
     )
 
 
-def _beyond(ratio: float, threshold: float) -> bool:
-    """Whether a ratio lies further from 1 than ``threshold``, the same for faster and slower."""
-    return abs(math.log(ratio)) > math.log1p(threshold)
+def _sizes(shared: Iterable[tuple[Record, Record]], threshold: float) -> list[Change]:
+    """Changes of dla_fast's bytes, which have no noise to speak of."""
+    return [
+        Change(b, what, a[what], b[what], b[what] / a[what])
+        for a, b in shared
+        for what in ("peak_bytes", "saved_bytes")
+        if _is_ours(a) and a.get(what) and b.get(what) and abs(math.log(b[what] / a[what])) > math.log1p(threshold)
+    ]
 
 
 def _figure(value: float, what: str) -> str:
     return f"{table.milliseconds(value)} ms" if what == "ms" else f"{value / 2**20:.1f} MiB"
 
 
-def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str:
-    """The result as text."""
+def _size(ratio: float) -> str:
+    """A ratio above 1 as a change: in percent, and as a factor where that is many."""
+    return f"{ratio - 1:.0%}" if ratio < 2 else f"{ratio:.1f}x" if ratio < 100 else "over 100x"
+
+
+def _setting(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Where machine and versions differ."""
     lines = []
     for key in ("processor", "isa", "threads"):
         was, now = before.get("machine", {}).get(key), after.get("machine", {}).get(key)
@@ -133,37 +361,81 @@ def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str
         now = after.get("versions", {}).get(key)
         if was != now:
             lines.append(f"{key} was {was}, is {now}")
-    lines.append(f"{result.compared} figures compared; the peers' times changed by {result.drift:.2f}x altogether")
+    return lines
+
+
+def _ops(result: Result) -> list[str]:
+    """The table of ops."""
+    rows = [["op", "mode", "", "cases", "after/before", "95 % interval", "would show"]]
+    for op in result.ops:
+        verdict = ("worse" if op.ratio > 1 else "better") if op.changed else "-"
+        figures = [str(op.cases), f"{op.ratio:.3f}x", f"{op.low:.2f} to {op.high:.2f}", _size(op.least)]
+        rows.append([op.op, op.mode, verdict, *figures])
+    worse = sum(op.changed and op.ratio > 1 for op in result.ops)
+    better = sum(op.changed and op.ratio < 1 for op in result.ops)
+    return [f"ops: {worse} worse, {better} better, of {len(result.ops)}", *table.align(rows, left=3)]
+
+
+def _cases(changes: Sequence[Change]) -> list[str]:
+    """The table of single cases."""
+    rows = [["op", "case", "mode", "impl", "batch", "what", "before", "after", "after/before"]]
+    for c in changes:
+        r = c.record
+        what = {"ms": "time", "peak_bytes": "peak", "saved_bytes": "saved"}[c.what]
+        names = [r["op"], r["case"], r["mode"], r["impl"], str(r["batch"]), what]
+        rows.append([*names, _figure(c.before, c.what), _figure(c.after, c.what), f"{c.ratio:.2f}x"])
+    return table.align(rows, left=4)
+
+
+def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = _setting(before, after)
+    drift = "no peers" if result.drift is None else f"the peers' times changed by {result.drift:.2f}x altogether"
+    lines.append(f"{result.compared} figures compared; {drift}")
+    if result.factor is not None:
+        how = ", times as measured" if result.absolute else ", times over those of the peers of the same run"
+        known = "" if len(result.least) >= FEW else " (assumed, for want of cases)"
+        noise = f"noise between the runs {result.factor:.1f} times that within them{known}"
+        lines.append(f"{table.counted(len(result.least))} of dla_fast{how}; {noise}")
+    if result.alone:
+        allowed = "is allowed for" if result.allowed else "counts as a change"
+        lines.append(
+            f"{table.counted(result.alone)} of these without a peer in both runs: compared as measured, "
+            f"a slower machine {allowed}"
+        )
+    if result.ops:
+        lines += ["", *_ops(result)]
     for title, changes in (
         ("worse", [c for c in result.changes if c.ratio > 1]),
         ("better", [c for c in reversed(result.changes) if c.ratio < 1]),
     ):
-        if not changes:
-            continue
-        rows = [["op", "case", "mode", "impl", "batch", "what", "before", "after", "after/before"]]
-        for c in changes:
-            r = c.record
-            what = {"ms": "time", "peak_bytes": "peak", "saved_bytes": "saved"}[c.what]
-            names = [r["op"], r["case"], r["mode"], r["impl"], str(r["batch"]), what]
-            rows.append([*names, _figure(c.before, c.what), _figure(c.after, c.what), f"{c.ratio:.2f}x"])
-        lines += ["", f"{title}: {len(changes)}", *table.align(rows, left=4)]
+        if changes:
+            lines += ["", f"single figures that stand out, {title}: {len(changes)}", *_cases(changes)]
     for title, records in (("now an error", result.broken), ("missing", result.missing), ("new", result.new)):
         if records:
             lines += ["", f"{title}: {len(records)}"]
             names = [f"  {r['case']} {r['mode']} {r['impl']} batch {r['batch']}" for r in records]
             lines += names[:20] + ([f"  and {len(names) - 20} more"] if len(names) > 20 else [])
-    if not result.changes and not result.broken:
+    lines.append("")
+    if not result.changes and not result.broken and not any(op.changed for op in result.ops):
         lines.append("nothing changed beyond noise")
+    if result.ops:
+        pooled, single = [op.least for op in result.ops], result.least
+        lines += [
+            "smallest change that these two runs would show, four times of five:",
+            f"  of an op {_size(min(pooled))} to {_size(max(pooled))}, of a single case {_size(single[0])} to "
+            f"{_size(single[-1])}, in half of them {_size(median(single))} or less",
+        ]
     return "\n".join(lines)
 
 
-def main(a: Path, b: Path, threshold: float, *, relative: bool = False) -> int:
+def main(a: Path, b: Path, threshold: float, *, absolute: bool = False) -> int:
     """Compare two files and print; 1 where dla_fast got worse past the threshold, or gives no figure any more.
 
     Raises:
         CommandError: a file that is no run.
     """
     before, after = load(a), load(b)
-    result = compare(before, after, threshold, relative=relative)
+    result = compare(before, after, threshold, absolute=absolute)
     print(render(result, before, after))
     return 1 if result.regressions() or result.broken else 0
