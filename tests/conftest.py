@@ -34,6 +34,10 @@ THINNED = {
 # The same for every test, where a sanitizer makes each slow.
 EVERY = int(os.environ.get("DLA_FAST_TEST_EVERY", "1"))
 
+# What is about kernels, their operators and the choice among them; the reference has none of these.
+KERNELS = ("test_backend", "test_cpu_*", "test_cuda_host", "test_ops", "test_threads", "test_triton")
+collect_ignore_glob = [f"{name}.py" for name in KERNELS] if serving.DISABLED else []
+
 
 def pytest_configure(config):
     """Without the extension most tests would run on the reference, or not at all, and pass."""
