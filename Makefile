@@ -11,11 +11,15 @@ PACKAGE := setup.py pyproject.toml dla_fast/_version.py
 SOURCES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 export MAX_JOBS
+# make V=1 shows the compilers' command lines.
+ifeq ($(V),1)
+export DLA_FAST_VERBOSE := 1
+endif
 # torch's build helper looks for ninja on PATH.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-torch asan aot traffic gates gates-newest cuda-host cuda-check rehearse bench readme docs lint format clean distclean
+.PHONY: help install demo test test-torch test-install asan aot traffic gates gates-newest cuda-host cuda-check rehearse bench readme docs lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -54,6 +58,13 @@ $(OTHER)/.requirements: requirements.txt
 	  torchvision 'triton; sys_platform == "linux"' setuptools wheel ninja timm tqdm matplotlib scikit-learn \
 	  hypothesis pytest pytest-benchmark pytest-xdist
 	@touch $@
+
+# Bare environments with packages as pip finds them, and the whole build in them: minutes, so not in .ci/run either. The
+# last of the ways needs a CUDA build of torch, which is gigabytes, and runs on request.
+TORCH_CUDA ?= 2.11.0
+test-install: ## install from bare environments as a stranger does (TORCH=2.13.0; CUDA=1 with a CUDA build of torch)
+	$(PYTHON) tests/install.py --torch-cuda $(TORCH_CUDA) $(if $(filter file,$(origin TORCH)),,--torch $(TORCH)) \
+	  --only plain oldest $(if $(filter 1,$(CUDA)),cuda)
 
 # Every fifth combination of a test's parameters, of which none divides by five: each value of each still comes up.
 # A copy of the tree, so that the sanitized library never stands in for the real one.

@@ -1,19 +1,22 @@
-"""Build of the C++ extension ``dla_fast._C``; everything else is in pyproject.toml.
+"""Build of the C++ extension ``dla_fast._C``, and which torch that asks for; the rest is in pyproject.toml.
 
 ``DLA_FAST_BUILD_EXT`` and ``DLA_FAST_BUILD_CUDA`` take 0, 1 or auto. With auto (the default) whatever cannot be had is
-left out and its reason kept in ``dla_fast/_build.py``; with 1 it is an error that says why.
+left out and its reason kept in ``dla_fast/_build.py``; with 1 it is an error that says why. ``DLA_FAST_VERBOSE=1``
+shows the compilers' command lines.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.metadata
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import setuptools
@@ -53,6 +56,7 @@ BUILD_CUDA = setting("DLA_FAST_BUILD_CUDA")
 if BUILD_EXT == "0" and BUILD_CUDA == "1":
     sys.exit("DLA_FAST_BUILD_CUDA=1 needs the C++ extension, and DLA_FAST_BUILD_EXT=0 switches it off")
 
+VERBOSE = os.environ.get("DLA_FAST_VERBOSE", "0") not in ("", "0")
 SANITIZE = os.environ.get("DLA_FAST_SANITIZE", "")
 if SANITIZE not in ("", "address", "undefined"):
     sys.exit(f"DLA_FAST_SANITIZE={SANITIZE}: expected address or undefined")
@@ -111,35 +115,48 @@ def find_compiler() -> tuple[str | None, str]:
     return None, f"no C++ compiler was found ({', '.join(names)})"
 
 
+def toolkit_lacks(home: str) -> str | None:
+    """The part that a CUDA toolkit lacks: what torch takes for one is any folder that holds an nvcc, or none."""
+    if not os.path.exists(os.path.join(home, "bin", "nvcc")):
+        return "bin/nvcc"
+    # Conda puts the headers into a folder for each platform, and its nvcc knows.
+    places = ("include", "targets/*/include")
+    if not any(glob.glob(os.path.join(glob.escape(home), place, "cuda_runtime.h")) for place in places):
+        return "include/cuda_runtime.h"
+    return None
+
+
 def find_toolkit() -> None:
-    """Set CUDA_HOME where the nvcc on PATH is a script that starts one elsewhere: torch looks beside the script."""
+    """Set CUDA_HOME to where the nvcc on PATH says it is: torch looks beside it, and it may be a script."""
     nvcc = shutil.which("nvcc")
-    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
-        return
-    header = Path("include", "cuda_runtime.h")
-    if (Path(nvcc).parent.parent / header).exists():
+    if nvcc is None:
         return
     with contextlib.suppress(OSError):
         command = [nvcc, "-dryrun", "-x", "cu", os.devnull]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         top = re.search(r"^#\$ TOP=(.+)$", run.stderr, re.MULTILINE)
-        if top is not None and (Path(top[1]) / header).exists():
+        if top is not None and toolkit_lacks(top[1]) is None:
             os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 
 def cuda_missing(sources: list[str]) -> str | None:
-    """Why the CUDA sources cannot be compiled; None when they can."""
+    """Why the CUDA sources cannot be compiled; None when they can be tried."""
     import torch
 
-    find_toolkit()
+    given = next((name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), None)
+    if given is None:
+        find_toolkit()
     from torch.utils.cpp_extension import CUDA_HOME
 
     if not sources:
         return "there are no CUDA sources in csrc/cuda"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
-    if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
+    if not CUDA_HOME:
         return "nvcc was not found (set CUDA_HOME)"
+    lacking = toolkit_lacks(CUDA_HOME)
+    if lacking is not None:
+        return f"{given}={CUDA_HOME} has no {lacking}" if given else f"{CUDA_HOME} has no {lacking} (set CUDA_HOME)"
     return None
 
 
@@ -181,7 +198,8 @@ def make_extension(cpu: list[str], cuda: list[str]) -> Extension:
     if os.environ.get("DLA_FAST_WERROR", "0") not in ("", "0"):
         nvcc += ["--Werror", "all-warnings"]
     common["define_macros"] = [("DLA_FAST_WITH_CUDA", "1")]
-    return CUDAExtension("dla_fast._C", cpu + cuda, extra_compile_args={"cxx": cxx, "nvcc": nvcc}, **common)
+    # In this order an nvcc that fails does so before minutes have gone into the rest.
+    return CUDAExtension("dla_fast._C", cuda + cpu, extra_compile_args={"cxx": cxx, "nvcc": nvcc}, **common)
 
 
 def default_architectures() -> None:
@@ -231,6 +249,24 @@ def make_plan() -> Plan:
 PLAN = make_plan()
 
 
+def requirements() -> list[str]:
+    """An extension fits the torch that it was built for and no other, so the package then asks for exactly that one.
+
+    Otherwise pip is free to replace it for another package's sake, and the extension would be of no use from then on.
+    The version is that of the distribution, local part included, which is what pip compares.
+    """
+    needs = "torch>=2.11"
+    if PLAN.extensions:
+        import torch
+
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed = importlib.metadata.version("torch")
+            # One that pip did not install, found on PYTHONPATH, is not for pip to ask for.
+            if installed.split("+")[0] == torch.__version__.split("+")[0]:
+                needs = f"torch=={installed}"
+    return [needs, "tqdm"]
+
+
 def write_build_info(path: Path, *, with_cpu: bool, with_cuda: bool) -> None:
     """Record in ``_build.py`` what this build is, for ``dla_fast._extension`` and ``doctor``."""
     torch = sys.modules.get("torch")
@@ -266,6 +302,78 @@ class BuildPy(setuptools_build_py):
             print(f"dla_fast: C++ extension not built: {PLAN.reason}", flush=True)
 
 
+class Watch:
+    """What compilers say goes on to standard output, and is kept to find out what went wrong.
+
+    Unless everything is to be seen, a file's name stands for the command that compiles it. Compilers are processes of
+    their own that ninja starts, so file descriptors are watched, not Python's streams.
+    """
+
+    # ninja puts its count in front, setuptools nothing.
+    COMMAND = re.compile(r"(\[\d+/\d+\] )?.* -c '?(?:\S*/)?(csrc/\S+?\.(?:cpp|cu))'? -o ")
+    # Of gcc, clang, nvcc and its tools, and the linker.
+    ERROR = re.compile(r"(?:^|[\s:)])(?:fatal error|error|fatal)\b[^:]{0,12}:|(?:^|/)ld(?:\.\w+)?: (?!warning)")
+    COLOUR = re.compile(r"\x1b\[[0-9;]*[mK]")
+
+    def __enter__(self) -> Watch:
+        self.lines: list[str] = []
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+        self.source, sink = os.pipe()
+        for descriptor in self.saved:
+            os.dup2(sink, descriptor)
+        os.close(sink)
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, saved in self.saved.items():
+            os.dup2(saved, descriptor)
+        # A compiler cache that stays in the background holds the pipe open; it has nothing more to say.
+        self.reader.join(timeout=5)
+        if not self.reader.is_alive():
+            for saved in self.saved.values():
+                os.close(saved)
+
+    def read(self) -> None:
+        with open(self.source, encoding="utf-8", errors="replace") as source:
+            for line in source:
+                shown = line if VERBOSE else self.shorten(line)
+                self.lines.append(self.COLOUR.sub("", line).rstrip())
+                # Reading goes on where nobody listens: compilers would wait for it.
+                with contextlib.suppress(OSError):
+                    os.write(self.saved[1], shown.encode("utf-8", "replace"))
+
+    def shorten(self, line: str) -> str:
+        if self.lines and self.lines[-1].startswith("FAILED: "):
+            return ""
+        command = self.COMMAND.match(line)
+        return f"{command[1] or ''}{command[2]}\n" if command else line
+
+    def first_error(self) -> str | None:
+        """The first line of the first error."""
+        # What ninja lets a command say follows its name and itself.
+        failed = next((index + 2 for index, line in enumerate(self.lines) if line.startswith("FAILED: ")), 0)
+        said = [line.strip() for line in self.lines[failed:] if line.strip() and not self.COMMAND.match(line)]
+        error = next((line for line in said if self.ERROR.search(line)), None)
+        if error is None and failed and said and not said[0].startswith(("[", "FAILED: ", "ninja: ")):
+            error = said[0]
+        return None if error is None else error.replace(f"{ROOT}{os.sep}", "")[:400]
+
+
+def message(error: Exception) -> str:
+    """The first line of an exception; torch leaves it to others to fill in a message's values."""
+    text = str(error)
+    if len(error.args) > 1 and isinstance(error.args[0], str):
+        with contextlib.suppress(TypeError, ValueError):
+            text = error.args[0] % error.args[1:]
+    return (text.strip() or type(error).__name__).splitlines()[0]
+
+
 def build_ext_class() -> type:
     """The build command on top of torch's, or setuptools' own where nothing is compiled."""
     if not PLAN.extensions:
@@ -294,14 +402,20 @@ def build_ext_class() -> type:
             for planned in PLAN.extensions:
                 vars(extension).update(vars(planned))
                 cuda = any(source.endswith(".cu") for source in extension.sources)
+                self.announce(extension.sources, cuda)
+                # The library of an earlier build, perhaps of another plan, must not pass for this one's.
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.get_ext_fullpath(extension.name))
+                watch = Watch()
                 try:
-                    super().build_extensions()
+                    with watch:
+                        super().build_extensions()
                     # A compiler can do nothing and say that all went well.
                     if not os.path.exists(self.get_ext_fullpath(extension.name)):
                         raise RuntimeError("the compiler left no library behind")
                 # torch reports a failed ninja run as RuntimeError, setuptools as its own CompileError or LinkError.
                 except Exception as error:
-                    why = f"compilation failed ({(str(error) or type(error).__name__).splitlines()[0]})"
+                    why = f"compilation failed: {watch.first_error() or message(error)}"
                     asked_for = "DLA_FAST_BUILD_CUDA" if cuda else "DLA_FAST_BUILD_EXT"
                     if (BUILD_CUDA if cuda else BUILD_EXT) == "1":
                         sys.exit(f"{asked_for}=1, but {why}; see the compiler's output above")
@@ -314,6 +428,17 @@ def build_ext_class() -> type:
                 self.with_cpu, self.with_cuda = True, cuda
                 return
             self.extensions[:] = []
+
+        def announce(self, sources: list[str], cuda: bool) -> None:
+            """Say what will take its time."""
+            files = f"{len(sources)} file{'s' if len(sources) > 1 else ''}"
+            what = f"the C++ extension: {files}, two to five minutes on two cores from scratch"
+            if cuda:
+                architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+                what += f", and minutes more for each of the GPU architectures {architectures} (TORCH_CUDA_ARCH_LIST)"
+            print(
+                f"dla_fast: compiling {what}{'' if VERBOSE else '; DLA_FAST_VERBOSE=1 shows the commands'}", flush=True
+            )
 
     return BuildExt
 
@@ -329,4 +454,9 @@ def put_ninja_on_path() -> None:
 
 
 put_ninja_on_path()
-setup(**LICENSE, ext_modules=PLAN.extensions[:1], cmdclass={"build_ext": build_ext_class(), "build_py": BuildPy})
+setup(
+    **LICENSE,
+    install_requires=requirements(),
+    ext_modules=PLAN.extensions[:1],
+    cmdclass={"build_ext": build_ext_class(), "build_py": BuildPy},
+)

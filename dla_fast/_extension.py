@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
+_HERE = os.path.dirname(os.path.abspath(__file__))
 _REBUILD = (
     "in dla_fast's checkout run python setup.py build_ext --inplace, "
     "or pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -40,6 +43,26 @@ class ExtensionStatus:
     compiler: str | None = None
 
 
+def _hidden() -> str | None:
+    """The folder of another dla_fast that is built, which an import would have found but for the sources here."""
+    folders = (os.path.join(entry or os.curdir, "dla_fast") for entry in sys.path)
+    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, "_build.py"))), None)
+
+
+def _build_record() -> tuple[ModuleType | None, str | None]:
+    """The record of the build beside this file; without it the folder of a build that these sources hide, if any.
+
+    Python looks into the current folder first, so in a checkout it takes the sources there, built or not. The import
+    hook of an editable install then finds for it what is missing, in another checkout: a library of other sources.
+    """
+    try:
+        build = importlib.import_module("dla_fast._build")
+    except ModuleNotFoundError:
+        return None, _hidden()
+    folder = os.path.dirname(str(build.__file__))
+    return (build, None) if os.path.realpath(folder) == os.path.realpath(_HERE) else (None, folder)
+
+
 def _sanitizer_missing(sanitizer: str | None) -> str | None:
     """An extension built with ASan ends the process that loads it without ASan's runtime, so ask first."""
     if sanitizer == "address" and "asan" not in os.environ.get("LD_PRELOAD", ""):
@@ -49,10 +72,7 @@ def _sanitizer_missing(sanitizer: str | None) -> str | None:
 
 def _load() -> ExtensionStatus:
     """Load the extension. What goes wrong is said once and remembered: the package works without it."""
-    try:
-        build = importlib.import_module("dla_fast._build")
-    except ModuleNotFoundError:
-        return ExtensionStatus(False, f"the C++ extension was not built: {_REBUILD}")
+    build, hidden = _build_record()
     built_torch = getattr(build, "TORCH_VERSION", None)
 
     def status(loaded: bool, reason: str | None, warning: bool = False) -> ExtensionStatus:
@@ -69,6 +89,13 @@ def _load() -> ExtensionStatus:
             compiler=getattr(build, "COMPILER", None),
         )
 
+    if hidden is not None:
+        # What is installed works, and somebody took the trouble of building it: this is worth a warning.
+        reason = f"the C++ extension was not built in {_HERE}, and these sources hide the dla_fast in {hidden}"
+        advice = "run from another folder than the checkout, or build in it: python setup.py build_ext --inplace"
+        return status(False, f"{reason}; {advice}", warning=True)
+    if build is None:
+        return status(False, f"the C++ extension was not built: {_REBUILD}")
     if not getattr(build, "WITH_CPU", False):
         return status(False, getattr(build, "REASON", None) or "the C++ extension was not built")
     if torch.__version__ != built_torch:

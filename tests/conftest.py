@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 
 import pytest
-import serving
 import torch
+
+with warnings.catch_warnings():
+    # Why there is no extension ends the session below, in one line.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    from dla_fast import _extension
+
+import serving
 
 from dla_fast._timm import import_timm
 from dla_fast.ops.precision import fp32_precision
@@ -26,6 +33,19 @@ THINNED = {
 
 # The same for every test, where a sanitizer makes each slow.
 EVERY = int(os.environ.get("DLA_FAST_TEST_EVERY", "1"))
+
+# What is about kernels, their operators and the choice among them; the reference has none of these.
+KERNELS = ("test_backend", "test_cpu_*", "test_cuda_host", "test_ops", "test_threads", "test_triton")
+collect_ignore_glob = [f"{name}.py" for name in KERNELS] if serving.DISABLED else []
+
+
+def pytest_configure(config):
+    """Without the extension most tests would run on the reference, or not at all, and pass."""
+    needed = {"cpu", "cuda"}.intersection(serving.NAMES)
+    if needed and not _extension.STATUS.loaded and not serving.DISABLED:
+        raise pytest.UsageError(
+            f"{_extension.STATUS.reason}\n(DLA_FAST_DISABLE=1 tests the reference alone, without the C++ extension)"
+        )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,8 +1,8 @@
 """Which backends the tests of an op run over, and how much of their matrix.
 
-Without a word it is the CPU's. ``test_triton.py`` starts the same tests once more, in a process where Triton interprets
-its kernels, and names the backend in DLA_FAST_TEST_BACKENDS. The interpreter takes a hundred times longer, so there the
-large matrices are thinned; and it has no bfloat16.
+Without a word it is the CPU's, or the reference where all else is disabled. ``test_triton.py`` starts the same tests
+once more, in a process where Triton interprets its kernels, and names the backend in DLA_FAST_TEST_BACKENDS. The
+interpreter takes a hundred times longer, so there the large matrices are thinned; and it has no bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 
 from dla_fast import backend
 
-NAMES = os.environ.get("DLA_FAST_TEST_BACKENDS", "cpu").split(",")
+# With DLA_FAST_DISABLE=1 kernels are not what is to be tested, and the reference is there without them.
+DISABLED = backend.selected() == "reference"
+NAMES = os.environ.get("DLA_FAST_TEST_BACKENDS", "reference" if DISABLED else "cpu").split(",")
 INTERPRETED = "triton" in NAMES
 
 

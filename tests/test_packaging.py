@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ensurepip
+import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -15,20 +15,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from building import (
+    COMPILER,
+    NVCC,
+    ROOT,
+    add_cuda,
+    at_startup,
+    blocked,
+    build_record,
+    copy_tree,
+    make_tiny,
+    make_toolkit,
+    pretend_cuda,
+    run,
+    script,
+    setup,
+)
 
 from dla_fast import _extension, ops
 
-ROOT = Path(__file__).resolve().parents[1]
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-
-# Stands in for the real sources, which take minutes: an extension module without torch's headers compiles in a second.
-TINY_SOURCE = """
-#include <Python.h>
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit__C(void) { return PyModule_Create(&module); }
-"""
-
 RUN_ON_REFERENCE = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -58,32 +64,6 @@ assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dla_fast_triton::{na
 """
 
 
-def copy_tree(target: Path) -> Path:
-    """The sources without anything that was built in them."""
-    keep_out = shutil.ignore_patterns(
-        ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build.py", "out", "tests", "benchmarks"
-    )
-    shutil.copytree(ROOT, target, ignore=keep_out)
-    return target
-
-
-def run(command: list[str], cwd: Path, **env: str | None) -> subprocess.CompletedProcess[str]:
-    """Run with the environment's own settings of the build taken out, and ``env`` put in (None removes)."""
-    full = {
-        k: v for k, v in os.environ.items() if not k.startswith("DLA_FAST_") and k not in ("CC", "CXX", "PYTHONPATH")
-    }
-    for key, value in env.items():
-        if value is None:
-            full.pop(key, None)
-        else:
-            full[key] = value
-    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=300, check=False)
-
-
-def setup(tree: Path, *arguments: str, **env: str | None) -> subprocess.CompletedProcess[str]:
-    return run([sys.executable, "setup.py", *arguments], tree, **env)
-
-
 @pytest.fixture
 def tree(tmp_path):
     return copy_tree(tmp_path / "tree")
@@ -91,39 +71,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def tiny_tree(tree):
-    shutil.rmtree(tree / "csrc")
-    (tree / "csrc").mkdir()
-    (tree / "csrc" / "bindings.cpp").write_text(TINY_SOURCE)
-    return tree
-
-
-def blocked(folder: Path, module: str) -> str:
-    """A path entry that makes ``module`` look as if it were not installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = f'raise ModuleNotFoundError("No module named {module!r}", name="{module}")\n'
-    (folder / f"{module}.py").write_text(text)
-    return str(folder)
-
-
-def at_startup(folder: Path, code: str) -> str:
-    """A path entry that runs ``code`` at the start of every Python."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(code)
-    return str(folder)
-
-
-def script(path: Path, text: str) -> Path:
-    """A program that a shell runs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-def build_record(package: Path) -> dict[str, object]:
-    values: dict[str, object] = {}
-    exec((package / "_build.py").read_text(), values)
-    return values
+    return make_tiny(tree)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -207,6 +155,8 @@ def test_an_sdist_carries_the_license_with_every_setuptools(tree, tmp_path, age,
         metadata = tar.extractfile(inside["PKG-INFO"]).read().decode()
     assert "LICENSE" in inside
     assert "License-File: LICENSE" in metadata
+    # What is not built yet has no torch of its own.
+    assert "torch==" not in metadata
     assert re.search(r"^License(-Expression)?: BSD-3-Clause$", metadata, re.MULTILINE)
 
 
@@ -329,47 +279,28 @@ def test_a_broken_compiler_leaves_triton_and_the_reference(tiny_tree, tmp_path, 
     assert warned == "0"
 
 
-# torch asks nvcc for its version first, and compares it with that of its own CUDA.
-NVCC = """#!/bin/sh
-[ "$*" = --version ] && exec echo "Cuda compilation tools, release {0}, V{0}.1"
-echo "nvcc is broken" >&2
-exit 1
-"""
-
-
 @pytest.fixture
 def cuda_tree(tiny_tree):
-    (tiny_tree / "csrc" / "cuda").mkdir()
-    (tiny_tree / "csrc" / "cuda" / "nothing.cu").write_text("")
-    return tiny_tree
+    return add_cuda(tiny_tree)
 
 
 @pytest.fixture
 def cuda_torch(tmp_path):
-    """A path entry that makes a CUDA build of a torch that is none, as far as compiling goes."""
-    code = """
-import torch
-if torch.version.cuda is None:
-    torch.version.cuda = "13.0"
-    torch.cuda._is_compiled = lambda: True
-    torch.cuda.is_available = lambda: False
-"""
-    return at_startup(tmp_path / "start", code)
+    return pretend_cuda(tmp_path / "start")
 
 
 @needs_compiler
 @pytest.mark.parametrize("knows", ["its version", "nothing"])
 def test_a_broken_nvcc_leaves_the_rest(cuda_tree, cuda_torch, tmp_path, knows):
     text = NVCC.format(torch.version.cuda or "13.0") if knows == "its version" else "#!/bin/sh\nexit 1\n"
-    script(tmp_path / "cuda" / "bin" / "nvcc", text)
-    env = {"CUDA_HOME": str(tmp_path / "cuda"), "PYTHONPATH": cuda_torch}
+    env = {"CUDA_HOME": str(make_toolkit(tmp_path / "cuda", text)), "PYTHONPATH": cuda_torch}
     result = setup(cuda_tree, "build_ext", "--inplace", **env)
     assert result.returncode == 0, result.stderr
     assert "going on without it, see the compiler's output above" in result.stdout
     record = build_record(cuda_tree / "dla_fast")
     assert record["WITH_CPU"] is True
     assert record["WITH_CUDA"] is False
-    assert str(record["CUDA_REASON"]).startswith("the CUDA kernels were not built: compilation failed (")
+    assert str(record["CUDA_REASON"]).startswith("the CUDA kernels were not built: compilation failed: ")
     code = "from dla_fast._extension import STATUS; print(STATUS)" + TRITON_REGISTERED
     result = run([sys.executable, "-c", code], cuda_tree)
     assert result.returncode == 0, result.stderr
@@ -383,17 +314,16 @@ def test_a_broken_nvcc_leaves_the_rest(cuda_tree, cuda_torch, tmp_path, knows):
 
 @needs_compiler
 def test_an_nvcc_that_is_a_script_leads_to_the_toolkit(cuda_tree, cuda_torch, tmp_path):
-    toolkit = tmp_path / "toolkit"
-    script(toolkit / "bin" / "nvcc", NVCC.format(torch.version.cuda or "13.0"))
-    (toolkit / "include").mkdir()
-    (toolkit / "include" / "cuda_runtime.h").write_text("")
+    toolkit = make_toolkit(tmp_path / "toolkit", NVCC.format(torch.version.cuda or "13.0"))
+    # Beside a script there can be another toolkit's headers.
+    make_toolkit(tmp_path, "")
     says = f'case "$*" in *dryrun*) echo "#\\$ TOP={toolkit}/bin/.." >&2;; esac'
     script(tmp_path / "bin" / "nvcc", f"#!/bin/sh\n{says}\nexit 1\n")
     path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
     env = {"PATH": path, "PYTHONPATH": cuda_torch, "CUDA_HOME": None, "CUDA_PATH": None}
     result = setup(cuda_tree, "build_ext", "--inplace", **env)
     assert result.returncode == 0, result.stderr
-    assert f"{toolkit}/bin/nvcc" in result.stdout + result.stderr
+    assert "nvcc is broken" in str(build_record(cuda_tree / "dla_fast")["CUDA_REASON"])
     assert "nvcc is broken" in result.stdout + result.stderr
 
 
@@ -425,10 +355,7 @@ def wheel(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     base = tmp_path_factory.mktemp("wheel")
-    tree = copy_tree(base / "tree")
-    shutil.rmtree(tree / "csrc")
-    (tree / "csrc").mkdir()
-    (tree / "csrc" / "bindings.cpp").write_text(TINY_SOURCE)
+    tree = make_tiny(copy_tree(base / "tree"))
     # The record of another build, left behind in the tree, must not travel.
     (tree / "dla_fast" / "_build.py").write_text("TORCH_VERSION = 'stale'\n")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(base)]
@@ -448,6 +375,9 @@ def test_wheel_has_the_extension_and_its_record(wheel):
     assert record["WITH_CPU"] is True
     assert record["REASON"] is None
     assert record["COMPILER"]
+    # The extension fits no other torch, so pip must not put another in its place.
+    (metadata,) = wheel.glob("dla_fast-*.dist-info/METADATA")
+    assert f"Requires-Dist: torch=={importlib.metadata.version('torch')}\n" in metadata.read_text()
     names = {path.relative_to(wheel).parts[0] for path in wheel.rglob("*") if path.is_file()}
     assert {name.split("-")[0] for name in names} == {"dla_fast"}
     result = run([sys.executable, "-c", "from dla_fast._extension import STATUS; print(STATUS)"], wheel)

@@ -26,6 +26,7 @@ VARIABLES = {
     "DLA_FAST_BUILD_CUDA": "0, 1 or auto, at build",
     "DLA_FAST_SANITIZE": "sanitizer, at build",
     "DLA_FAST_WERROR": "warnings are errors, at build",
+    "DLA_FAST_VERBOSE": "1 shows the compilers' commands, at build",
     "CXX": "compiler, at build",
     "CUDA_HOME": "CUDA toolkit, at build",
     "MAX_JOBS": "parallel compilations, at build",
