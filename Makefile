@@ -40,9 +40,9 @@ OTHER_TREE := build/torch-$(TORCH)
 OTHER_PY := $(abspath $(OTHER))/bin/python
 test-torch: $(OTHER)/.requirements ## run the tests with another torch: make test-torch TORCH=2.11.0
 	mkdir -p $(OTHER_TREE)
-	cd $(OTHER_TREE) && rm -rf csrc dla_fast tests benchmarks
-	cp -rp CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md benchmarks \
-	  csrc dla_fast pyproject.toml requirements.txt setup.py tests $(OTHER_TREE)
+	cd $(OTHER_TREE) && rm -rf csrc dla_fast tests benchmarks examples
+	cp -rp CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md benchmarks \
+	  csrc dla_fast docs examples pyproject.toml requirements.txt setup.py tests $(OTHER_TREE)
 	rm -rf $(OTHER_TREE)/dla_fast/_C*.so $(OTHER_TREE)/dla_fast/_build.py $(OTHER_TREE)/benchmarks/out
 	cd $(OTHER_TREE) && DLA_FAST_BUILD_EXT=0 DLA_FAST_BUILD_CUDA=0 $(OTHER_PY) -m pip install --quiet \
 	  --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -360,7 +360,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layout", default="contiguous", choices=list(LAYOUTS), help="(default: %(default)s, NCHW)")
     p.add_argument("--rounds", type=int, default=9, help="samples of each, at most (default: %(default)s)")
     p.add_argument(
-        "--seconds", type=float, default=40.0, help="time of a case, 3 rounds at least (default: %(default)s)"
+        "--seconds", type=float, default=25.0, help="time of a case, 3 rounds at least (default: %(default)s)"
     )
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--no-memory", action="store_true", help="times alone")
