@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 WHOLE = ("models", "swapped")
+SWAPPED = (peers.FUSED, f"{peers.FUSED}+compile")
 
 INTRODUCTION = f"""# Benchmarks
 
@@ -101,18 +102,43 @@ def _memory(records: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def figures(file: str, run: dict[str, Any], *, whole_models_alone: bool = False) -> str:
+def figures(file: str, run: dict[str, Any]) -> str:
     """What a run says, as Markdown.
 
     Args:
         file: its name in benchmarks/results.
         run: as in the file.
-        whole_models_alone: leave out single ops.
     """
     found = comparisons(run["records"])
-    parts = [] if whole_models_alone else _ops([c for c in found if c.mine.get("suite") not in WHOLE])
+    parts = _ops([c for c in found if c.mine.get("suite") not in WHOLE])
     parts += _models([c for c in found if c.mine.get("suite") in WHOLE]) + _memory(run["records"])
     return "\n".join([_heading(file, run), "", *parts]).rstrip("\n")
+
+
+def summary(run: dict[str, Any]) -> str:
+    """The whole models of a run as Markdown, a row each: how many times as fast as the model as it is, and memory."""
+    memory = {mine["case"]: mine["peak_bytes"] / theirs["peak_bytes"] for mine, theirs in memory_pairs(run["records"])}
+    rows: dict[str, dict[str, str]] = {}
+    for c in comparisons(run["records"]):
+        if c.mine.get("suite") not in WHOLE or "eager" not in c.by_impl:
+            continue
+        side = c.mine["side"]
+        times = {impl: c.by_impl["eager"]["median_ms"] / r["median_ms"] for impl, r in c.by_impl.items()}
+        cells = (f"{times[impl]:.2f}x" if impl in times else "–" for impl in (*SWAPPED, "compile"))
+        row = rows.setdefault(f"{c.mine['case']}, {side}×{side}", {})
+        row[c.mine["mode"]] = "{}, {} ({})".format(*cells)
+        if c.mine["case"] in memory:
+            row["memory"] = f"{memory[c.mine['case']]:.2f}x"
+    lines = ["| | inference | training step | its peak memory |", "|---|---|---|---|"]
+    for name, row in sorted(rows.items()):
+        lines.append(f"| {name} | {' | '.join(row.get(key, '–') for key in ('inference', 'training', 'memory'))} |")
+    machine, versions = run["machine"], run["versions"]
+    note = (
+        f"How many times as fast as the model as it is: swapped, swapped and compiled (`torch.compile` alone). "
+        f"{machine['processor']}, {machine['threads']} threads, {_values(run['records'], 'dtype')}, "
+        f"torch {versions['torch']}."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
@@ -121,7 +147,7 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
     Raises:
         CommandError: a run that is not there.
     """
-    return BLOCK.sub(lambda m: f"{m[1]}{figures(m[2], load(results / m[2]), whole_models_alone=True)}\n{m[3]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}{summary(load(results / m[2]))}\n{m[3]}", text)
 
 
 def page(results: Path = RESULTS) -> str:
