@@ -12,7 +12,7 @@ class SwapEntry:
 
     Attributes:
         name: its path in the model, as ``named_modules`` gives it.
-        kind: the op it is, or resembles: ``"aggregate"``.
+        kind: the op it is, or resembles: ``"aggregate"`` for a node, ``"merge"`` for a whole ladder.
         reason: why it was skipped; for a swapped module a remark, mostly empty.
     """
 
