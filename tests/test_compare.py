@@ -169,6 +169,16 @@ def test_a_slower_machine(capsys, tmp_path):
     assert "times as measured" in capsys.readouterr().out
 
 
+def test_a_run_beside_other_work(capsys, tmp_path):
+    """Threads that wait for each other take fifty times as long, and not the same in every program."""
+    a, b = written(tmp_path / "a.json", drawn(1)), slowed(drawn(2, machine=1 / 50), 2.5)
+    assert cli.main(["bench", "compare", a, written(tmp_path / "b.json", b)]) == 0
+    out = capsys.readouterr().out
+    assert "disturbed one of the runs" in out
+    assert "nothing changed beyond noise" in out
+    assert "disturbed" not in compare.render(compare.compare(b, b, 0.05), b, b)
+
+
 def test_without_peers():
     """A drift of many cases at once is allowed for, in so far as an op must pass it; few cases cannot tell."""
     mine = {"peers": (), "within": 0.01, "between": 0.01}
@@ -217,6 +227,7 @@ def test_only_our_own_figures_are_changes():
 
 DATA = Path(__file__).parent / "data" / "compare_runs.json"
 REAL = json.loads(DATA.read_text(encoding="utf-8"))
+QUIET = json.loads((Path(__file__).parent / "data" / "compare_runs_quiet.json").read_text())
 # Which of the slower runs are found. The machine was as busy as it gets: memory-bound ops changed by more from run to
 # run, in wall time all of them did.
 FOUND = {
@@ -260,6 +271,28 @@ def test_runs_with_a_slower_op(name):
         if names:
             hits.add(what)
     assert hits == FOUND[name]
+
+
+def quiet(rows):
+    """A run of the second file."""
+    records = []
+    for (case, mode, batch), (rounds, *times) in zip(QUIET["cases"], rows, strict=True):
+        same = {"case": case, "mode": mode, "batch": batch, "rounds": rounds}
+        for impl, figures in (("dla_fast", times[:3]), ("eager", times[3:])):
+            records.append(record(impl=impl, **same, **dict(zip(TIMES, figures, strict=True))))
+    return {"records": records}
+
+
+def test_six_pairs_of_runs_on_idle_cores():
+    """No alarm between runs of one build; a tenth more in aggregate is found each time."""
+    plain, slow = ([quiet(rows) for rows in QUIET[kind]] for kind in ("plain", "slowed"))
+    assert len(plain) == 7
+    for before, after in itertools.pairwise(plain):
+        assert not compare.compare(before, after, 0.05).regressions()
+    for before, after in zip(plain, slow, strict=False):
+        result = compare.compare(before, after, 0.05)
+        assert found(result)
+        assert all(0.9 < op.ratio / 1.1 < 1.1 for op in result.ops)
 
 
 # --- what is no time --------------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ deviation s has a standard error of 1.25 s / √n, and s comes from the span bet
 3. A single case stands out if its d alone is too large for v and for the scatter of its op's other cases. The tails of
    single cases are heavy, of unchanged code too: Student's t of :data:`TAILS` degrees of freedom, whatever the cases.
 
+Where the machine was :data:`DISTURBED` times slower in one run, half of the drift beyond that is a standard deviation
+that all cases share: what fights for the cores hits one program harder than another.
+
 Both levels share :data:`ALARM`, the chance to call unchanged code worse, each divided by the number of comparisons
 (Bonferroni). A change that is significant and larger than the threshold counts. Bytes have no noise, and no statistics.
 """
@@ -45,6 +48,8 @@ ALIKE = 0.05
 TAILS = 5
 # Two runs of one build differ at least this much: memory is laid out anew.
 FLOOR = 0.01
+# A machine this many times slower in one run had other work, which slows down some code more than other.
+DISTURBED = 2.0
 # With fewer cases than this the factor between the noise of rounds and of runs cannot be estimated;
 FEW = 10
 # it is then what runs of one build on a shared machine have shown.
@@ -108,6 +113,7 @@ class Result:
         compared: records that both runs have.
         drift: geometric mean of the peers' change in time: how much the machine itself changed; None without peers.
         least: for each timed case the smallest change, as a ratio above 1, that would be found four times of five.
+        disturbed: the machine had other work in one of the runs, and what that may do is allowed for.
         alone: timed cases with no peer in both runs, judged by their own times;
         allowed: whether a change of the machine is part of their noise, as far as other cases tell it.
         factor: noise between the runs over that within them; None without times.
@@ -122,6 +128,7 @@ class Result:
     compared: int
     drift: float | None
     least: list[float]
+    disturbed: bool
     alone: int
     allowed: bool
     factor: float | None
@@ -299,9 +306,11 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, 
     rows = [replace(row, variance=factor**2 * row.variance) for row in rows]
     groups = _grouped(rows)
     noise = _shared_noise(rows, drifts)
+    drift = sum(drifts) / len(drifts) if drifts else None
+    beyond = 0.0 if absolute or drift is None else max(0.0, abs(drift) - math.log(DISTURBED)) / 2
     ops, changes, shown = [], [], []
     for name, (mode, *_), alike in zip(_names(list(groups)), groups, groups.values(), strict=True):
-        extra = noise if alike[0].alone else 0.0
+        extra = noise if alike[0].alone else beyond**2
         ops.append(_pool(name, mode, alike, _Judge(len(groups), threshold), extra))
         for i, row in enumerate(alike):
             others = alike[:i] + alike[i + 1 :]
@@ -322,8 +331,9 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, 
         missing=[r for key, r in old.items() if key not in new and _case(r) not in failed],
         new=[r for key, r in new.items() if key not in old],
         compared=len(shared),
-        drift=math.exp(sum(drifts) / len(drifts)) if drifts else None,
+        drift=None if drift is None else math.exp(drift),
         least=sorted(shown),
+        disturbed=beyond > 0,
         alone=sum(row.alone for row in rows),
         allowed=noise > 0,
         factor=factor if rows else None,
@@ -392,6 +402,10 @@ def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str
     lines = _setting(before, after)
     drift = "no peers" if result.drift is None else f"the peers' times changed by {result.drift:.2f}x altogether"
     lines.append(f"{result.compared} figures compared; {drift}")
+    if result.disturbed:
+        lines.append(
+            "other work disturbed one of the runs, and may have slowed down some code more than other: repeat it"
+        )
     if result.factor is not None:
         how = ", times as measured" if result.absolute else ", times over those of the peers of the same run"
         known = "" if len(result.least) >= FEW else " (assumed, for want of cases)"
