@@ -129,16 +129,16 @@ def summary(run: dict[str, Any]) -> str:
         row[c.mine["mode"]] = "{}, {} ({})".format(*cells)
         if c.mine["case"] in memory:
             row["memory"] = f"{memory[c.mine['case']]:.2f}x"
-    lines = ["| | inference | training step | its peak memory |", "|---|---|---|---|"]
+    lines = ["| | inference | training step | memory at its peak |", "|---|---|---|---|"]
     for name, row in sorted(rows.items()):
         lines.append(f"| {name} | {' | '.join(row.get(key, '–') for key in ('inference', 'training', 'memory'))} |")
     machine, versions = run["machine"], run["versions"]
     note = (
-        f"How many times as fast as the model as it is: swapped, swapped and compiled (`torch.compile` alone). "
-        f"{machine['processor']}, {machine['threads']} threads, {_values(run['records'], 'dtype')}, "
-        f"torch {versions['torch']}."
+        f"How many times as fast as the model as it is: swapped, swapped and compiled (`torch.compile` alone), and the "
+        f"memory of a training step, swapped over as it is. {machine['processor']}, {machine['threads']} threads, "
+        f"{_values(run['records'], 'dtype')}, torch {versions['torch']}:"
     )
-    return "\n".join([*lines, "", note])
+    return "\n".join([note, "", *lines])
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:

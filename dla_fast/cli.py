@@ -21,6 +21,13 @@ COMMANDS = {
 }
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults beside each option, but for those that its own text explains."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _module(command: str) -> ModuleType:
     """A command's module, imported only when it is asked for: the others may need extras that are not installed."""
     return importlib.import_module(f"dla_fast.commands.{command}")
@@ -34,9 +41,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dla_fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=_Formatter)
         if name == command:
             _module(name).add_arguments(sub)
     return parser

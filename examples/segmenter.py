@@ -59,7 +59,8 @@ def main() -> None:
     with torch.inference_mode(), autocast():
         results = [model(images).float() for model in (before, after)]
     apart = difference(results[1], results[0])
-    print(f"\nlargest difference of a logit, evaluation, relative: {apart:.1e}")
+    rounding = ", both in bfloat16" if args.amp else ""
+    print(f"\nlargest difference of a logit, evaluation, relative{rounding}: {apart:.1e}")
 
     def step(model: Segmenter, i: int) -> Tensor:
         images, labels = batches[i % len(batches)]

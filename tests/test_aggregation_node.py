@@ -72,6 +72,8 @@ def test_aggregation_node_rejects():
         node(torch.randn(1, 4, 2, 2), 2)
     with pytest.raises(ValueError, match="in_channels: expected an integer, or .* got none"):
         AggregationNode([], 3)
+    with pytest.raises(ValueError, match=r"in_channels: expected channels >= 1 of each input, got \[64, -1\]"):
+        AggregationNode([64, -1], 3)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         node(torch.randn(1, 4, 1, 1), torch.randn(1, 2, 1, 1))
     with pytest.raises(ValueError, match="act: unknown activation 'gelu'"):

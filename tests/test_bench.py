@@ -375,6 +375,17 @@ def test_the_table_shows_the_worst_first(capsys, tmp_path):
     assert speedups == sorted(speedups)
 
 
+def test_an_interruption_before_the_first_case_says_that_there_is_nothing(monkeypatch, capsys, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "time_case", interrupted)
+    file = tmp_path / "run.json"
+    assert run("launch", "--peers", "eager", "--json", file) == 130
+    assert "no case was complete, and nothing was written" in capsys.readouterr().err
+    assert not file.exists()
+
+
 def test_an_interrupted_run_keeps_what_is_done(monkeypatch, capsys, tmp_path):
     done = timing.time_case
     calls = 0

@@ -114,6 +114,22 @@ def test_every_command_names_the_processor_alike():
     assert recorded["cpu"] == facts["name"]
 
 
+def test_doctor_says_once_why_there_is_no_extension(capsys):
+    unloaded = "no compiler was found"
+    entry = {"op": "merge", "device": "cpu", "serves": "reference", "backends": {"cpu": unloaded, "triton": "no GPU"}}
+    lines = doctor._serving(entry, unloaded)
+    assert "the C++ extension is not loaded, see above" in lines[1]
+    assert "no GPU" in lines[2]
+
+
+def test_help_has_no_default_where_the_text_explains_it(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    out = capsys.readouterr().out
+    assert "(default: None)" not in out
+    assert "samples of each peer (default: 15)" in " ".join(out.split())
+
+
 @pytest.mark.parametrize("broken", ["_cuda_devices", "cpu_name", "instruction_set", "_version", "explain"])
 def test_doctor_survives_what_is_broken(capsys, monkeypatch, broken):
     def fail(*_):

@@ -190,6 +190,7 @@ def test_figures_follow_the_run(readme, tmp_path):
     text = "before\n<!-- figures: run.json -->\nold 9.99x\n<!-- end of figures -->\nafter\n"
     new = readme.rewritten(text, tmp_path)
     assert "9.99x" not in new
+    assert "swapped and compiled" in new
     assert "| detector, 28×28 | 1.50x, – (0.75x) | – | 0.75x |" in new
     assert readme.rewritten(new, tmp_path) == new
     page = readme.page(tmp_path)

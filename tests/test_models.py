@@ -222,6 +222,8 @@ def test_an_option_that_does_not_exist_names_those_that_do(dense):
 
 
 def test_other_bad_input():
+    with pytest.raises(ValueError, match="unknown model 'DLA34'; did you mean 'dla34'"):
+        create_model("DLA34")
     with pytest.raises(ValueError, match="unknown model 'dla_34'; did you mean 'dla34'"):
         create_model("dla_34")
     with pytest.raises(ValueError, match="unknown model 'resnet50'; expected one of dla34"):

@@ -267,6 +267,15 @@ def test_aggregation_node_is_fused_already():
     assert [(e.name, e.reason) for e in report.skipped] == [("0", "already fused: dla_fast.nn.AggregationNode")]
 
 
+def test_a_node_that_no_kernel_serves_says_so(monkeypatch):
+    monkeypatch.setattr(dla_fast.backend, "can_run", lambda backend, *rest: None if backend == "reference" else "none")
+    (entry,) = dla_fast.swap_(Root()).swapped
+    assert entry.reason.startswith("no kernel serves it here, so it runs on the PyTorch reference")
+    with dla_fast.use_backend("reference"):
+        (entry,) = dla_fast.swap_(Root()).swapped
+    assert entry.reason == ""
+
+
 def test_what_is_no_node_is_not_listed(timm):
     report = dla_fast.swap_(timm.create_model("resnet18", num_classes=10))
     assert report.to_dict() == {"swapped": [], "skipped": [], "dry_run": False}

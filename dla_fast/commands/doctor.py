@@ -147,8 +147,8 @@ def _section(title: str, rows: dict[str, Any]) -> list[str]:
     return [title, *(f"  {name:<{width}}  {value}" for name, value in shown.items()), ""]
 
 
-def _serving(entry: dict[str, Any]) -> list[str]:
-    """One op of the table as text."""
+def _serving(entry: dict[str, Any], unloaded: str | None) -> list[str]:
+    """One op of the table as text; ``unloaded`` is why the extension is not loaded, which is said once elsewhere."""
     head = f"  {entry['op']} on {entry['device']}:"
     if "error" in entry:
         return [f"{head} {entry['error']}"]
@@ -157,7 +157,8 @@ def _serving(entry: dict[str, Any]) -> list[str]:
     lines = [f"{head} {serves}" if forced is None else f"{head} none, calls raise; {serves} is forced: {forced}"]
     for name, reason in entry["backends"].items():
         if name not in (serves, "reference"):
-            lines.append(f"    not {name:<9}  {reason or 'it could, another is selected'}")
+            short = "the C++ extension is not loaded, see above" if unloaded and reason == unloaded else reason
+            lines.append(f"    not {name:<9}  {short or 'it could, another is selected'}")
     return lines
 
 
@@ -187,7 +188,7 @@ def _report(facts: dict[str, Any]) -> str:
         lines += _section("environment", rows)
     lines.append(f"backends (selected: {facts['backend']['selected']})")
     for entry in facts["backend"]["table"]:
-        lines += _serving(entry)
+        lines += _serving(entry, built["reason"])
     return "\n".join(lines)
 
 

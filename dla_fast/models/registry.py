@@ -80,7 +80,7 @@ def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
         images = {"in_chans": kwargs.pop("in_chans")} if "in_chans" in kwargs else {}
         return DLASeg(_classifier(_DENSE[name], features_only=True, **images, **common), **kwargs)
     if name not in _VARIANTS:
-        close = difflib.get_close_matches(str(name), list_models(), n=1)
+        close = difflib.get_close_matches(str(name).lower(), list_models(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"name: unknown model {name!r}; {hint}expected one of {', '.join(list_models())}")
     _check_options(name, kwargs, _OPTIONS)

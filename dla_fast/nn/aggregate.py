@@ -43,8 +43,8 @@ class AggregationNode(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: an unknown ``act``, an empty ``in_channels``; in ``forward`` inputs whose number or channels are not
-            those of ``in_channels``.
+        ValueError: an unknown ``act``, an ``in_channels`` that is empty or has a value below 1; in ``forward`` inputs
+            whose number or channels are not those of ``in_channels``.
 
     Shape:
         ``forward(*xs)`` or ``forward([xs])``: inputs (N, C_i, H, W), output (N, out_channels, H, W).
@@ -68,6 +68,8 @@ class AggregationNode(nn.Module):
         self.in_channels = in_channels if isinstance(in_channels, int) else tuple(in_channels)
         if self.in_channels == ():
             raise ValueError("in_channels: expected an integer, or the channels of one input or more, got none")
+        if isinstance(self.in_channels, tuple) and min(self.in_channels) < 1:
+            raise ValueError(f"in_channels: expected channels >= 1 of each input, got {list(self.in_channels)}")
         total = self.in_channels if isinstance(self.in_channels, int) else sum(self.in_channels)
         self.conv = nn.Conv2d(total, out_channels, 1, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from dla_fast import backend as backends
@@ -30,12 +31,22 @@ def _plan(module: nn.Module, adapter: Adapter, backend: str, verify: bool) -> tu
         target = fused_class(adapter.node, type(module), spec)
     except Exception as error:  # a metaclass may refuse for reasons of its own
         return f"{type(module).__name__} cannot be extended: {error}"
+    unserved = _unserved(adapter.kind, device, dtype)
     if not verify:
-        return target, "not verified"
+        return target, "; ".join(filter(None, ("not verified", unserved)))
     found = adapter.verify(module, spec)
     if found is not None:
         return f"verification failed: {found}"
-    return target, "verified on the CPU only (meta device)" if device.type == "meta" else ""
+    return target, "verified on the CPU only (meta device)" if device.type == "meta" else unserved
+
+
+def _unserved(kind: str, device: torch.device, dtype: torch.dtype) -> str:
+    """A remark where a module would run on the reference without anybody having asked for that."""
+    if device.type == "meta" or backends.asked_by() is not None:
+        return ""
+    if any(c.chosen and c.backend != "reference" for c in backends.explain(kind, device.type, dtype)):
+        return ""
+    return "no kernel serves it here, so it runs on the PyTorch reference; python -m dla_fast doctor says why"
 
 
 def _apply(changes: list[tuple[nn.Module, type[nn.Module]]]) -> None:

@@ -286,7 +286,8 @@ def _finish(result: Run, args: argparse.Namespace, interrupted: bool) -> int:
     if result.left_out:
         print(f"time was up: {table.counted(len(result.left_out))} left out", file=sys.stderr)
     if interrupted:
-        print("bench: interrupted; the cases above are complete", file=sys.stderr)
+        what = "the cases above are complete" if result.records else "no case was complete, and nothing was written"
+        print(f"bench: interrupted; {what}", file=sys.stderr)
         return 130
     errors = sum(1 for record in result.records if record.get("error"))
     if errors:
