@@ -35,7 +35,7 @@ def test_a_run(tmp_path, capsys):
     assert b'width="600pt"' in picture.read_bytes()[:2000], "800 pixels"
     # What others read of it.
     assert len(records.comparisons(run["records"])) == 2
-    assert "| swapped | model | inference | 1 |" in readme.figures("run.json", run)
+    assert "| dla34, 3 @ 64x64 | 2 | inference |" in readme.figures("run.json", run)
     assert not compare.compare(run, run, 0.05).changes
     assert swapped.main(["--show", str(path)]) == 0
     assert capsys.readouterr().out.strip() in said
