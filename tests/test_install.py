@@ -158,11 +158,15 @@ def test_an_unbuilt_checkout_on_its_own_says_how_to_build_it(tree):
     assert warned == "0"
 
 
-@pytest.mark.parametrize("by", ["module", "script"])
 @pytest.mark.parametrize(
-    ("env", "status"),
-    [({}, 4), ({"DLA_FAST_DISABLE": "1"}, 0), ({"DLA_FAST_TEST_BACKENDS": "triton"}, 0)],
-    ids=["kernels", "disabled", "triton"],
+    ("env", "status", "by"),
+    [
+        ({}, 4, "module"),
+        ({}, 4, "script"),
+        ({"DLA_FAST_DISABLE": "1"}, 0, "module"),
+        ({"DLA_FAST_TEST_BACKENDS": "triton"}, 0, "module"),
+    ],
+    ids=["kernels", "bare pytest", "disabled", "triton"],
 )
 def test_the_tests_do_not_run_without_what_they_test(tree, env, status, by):
     """Else an unbuilt checkout passes: on the reference, and without the tests that find no kernel to run.
