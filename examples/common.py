@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -93,3 +94,36 @@ def median_times(calls: list[Callable[[], object]], rounds: int, label: str, dev
                 torch.cuda.synchronize(device)
             sample.append(1e3 * (time.perf_counter() - start))
     return [statistics.median(sample) for sample in samples]
+
+
+def time_both(
+    infer: list[Callable[[], object]], train: list[Callable[[], object]], args: argparse.Namespace
+) -> tuple[float, float]:
+    """Print the times of inference and of a training step, before and after; gives how many times as fast each is."""
+    device, ratios = torch.device(args.device), []
+    print(f"milliseconds at {args.size}x{args.size}, batch {args.batch}    before     after")
+    for name, calls in (("training step", train), ("inference", infer)):
+        before, after = median_times(calls, args.rounds, f"timing: {name}", device)
+        print(f"  {name:31} {before:9.1f} {after:9.1f}")
+        ratios.append(before / after)
+    return ratios[1], ratios[0]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that the examples share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels, a multiple of 32")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=30, help="training steps of each model")
+    parser.add_argument("--rounds", type=int, default=7, help="samples that each time is the median of")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; ``--quick`` wins over sizes."""
+    args = parser.parse_args()
+    if args.quick:
+        args.size, args.batch, args.steps, args.rounds = 64, 2, 5, 2
+    return args

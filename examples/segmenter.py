@@ -8,13 +8,12 @@ both run under autocast to bfloat16, which asks for no change in the swapped mod
 
 from __future__ import annotations
 
-import argparse
 import copy
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from common import CLASSES, difference, median_times, scenes, side_by_side, train
+from common import CLASSES, arguments, difference, parsed, scenes, side_by_side, time_both, train
 from networks import Segmenter
 from torch import Tensor
 
@@ -30,17 +29,9 @@ def mean_iou(predicted: Tensor, labels: Tensor, classes: int) -> float:
 
 def main() -> None:
     """Build, swap, compare, train, time."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels, a multiple of 32")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=30, help="training steps of each model")
-    parser.add_argument("--rounds", type=int, default=7, help="samples that each time is the median of")
+    parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
-    args = parser.parse_args()
-    if args.quick:
-        args.size, args.batch, args.steps, args.rounds = 64, 2, 5, 2
+    args = parsed(parser)
     device = torch.device(args.device)
     classes = len(CLASSES) + 1  # and the background
 
@@ -81,20 +72,15 @@ def main() -> None:
         ious = [mean_iou(model.train()(images).argmax(1), labels, classes) for model in (before, after)]
     print(f"mIoU on the first batch: {ious[0]:.2f} before, {ious[1]:.2f} after\n")
 
-    training = median_times(steps, args.rounds, "timing training", device)
-
     def infer(model: Segmenter) -> None:
         with torch.inference_mode(), autocast():
-            model(images).argmax(1)
+            model.eval()(images).argmax(1)
 
-    calls = [partial(infer, model.eval()) for model in (before, after)]
-    inference = median_times(calls, args.rounds, "timing inference", device)
-    print(f"milliseconds at {args.size}x{args.size}, batch {args.batch}    before     after")
-    for name, (a, b) in (("inference", inference), ("training step", training)):
-        print(f"  {name:31} {a:9.1f} {b:9.1f}")
+    calls = [partial(infer, model) for model in (before, after)]
+    inference, training = time_both(calls, steps, args)
     print(
         f"segmenter: {len(report.swapped)} units swapped, max difference {apart:.1e}, mIoU {ious[1]:.2f}, "
-        f"inference {inference[0] / inference[1]:.2f}x, training step {training[0] / training[1]:.2f}x"
+        f"inference {inference:.2f}x, training step {training:.2f}x"
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from nn_helpers import relative
 from torch import nn
 
 from dla_fast.models import DLA, create_model, load_state_dict
 from dla_fast.nn import BasicBlock
+
+__all__ = ["NAMES", "PARAMETERS", "network", "randomise", "relative", "tiny", "twins"]
 
 # Parameters as timm counts them, and those of the projects that only the original layout has.
 PARAMETERS = {
@@ -34,10 +37,6 @@ def randomise(model: nn.Module) -> nn.Module:
                 m.running_mean.normal_(0, 0.2)
                 m.running_var.uniform_(0.5, 1.5)
     return model
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
 
 
 def network(name: str, **kwargs) -> DLA:

@@ -7,37 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from bench_helpers import record
 
 from dla_fast.commands.bench import pictures, records, report, table
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("aggregate", "merge", "upsample")
-
-
-def record(**changes):
-    base = {
-        "suite": "nodes",
-        "case": "a",
-        "op": "aggregate",
-        "mode": "inference",
-        "impl": "dla_fast",
-        "device": "cpu",
-        "dtype": "float32",
-        "layout": "channels_last",
-        "batch": 8,
-        "threads": 2,
-        "shape": "8+8 -> 8 @ 28x28",
-        "side": 28,
-        "median_ms": 1.0,
-        "p20_ms": 0.98,
-        "p80_ms": 1.02,
-        "floor_ms": 0.5,
-        "bytes": 1e6,
-        "flops": 1e7,
-        "peak_bytes": None,
-        "saved_bytes": None,
-    }
-    return {**base, **changes}
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import random
 import time
 from pathlib import Path
 
+import bench_helpers
 import pytest
 
 from dla_fast import cli, functional
-from dla_fast.commands.bench import cases, compare
+from dla_fast.commands.bench import cases, compare, noise
 
 OPS = ("aggregate", "merge", "upsample", "upsample_add", "batch_norm_act")
 MODES = ("inference", "training")
@@ -21,25 +22,7 @@ TIMES = ("median_ms", "p20_ms", "p80_ms")
 
 
 def record(**changes):
-    base = {
-        "suite": "nodes",
-        "case": "a",
-        "op": "aggregate",
-        "mode": "inference",
-        "impl": "dla_fast",
-        "device": "cpu",
-        "dtype": "float32",
-        "layout": "channels_last",
-        "batch": 8,
-        "threads": 2,
-        "median_ms": 1.0,
-        "p20_ms": 0.99,
-        "p80_ms": 1.01,
-        "rounds": 9,
-        "peak_bytes": None,
-        "saved_bytes": None,
-    }
-    return {**base, **changes}
+    return bench_helpers.record(**{"p20_ms": 0.99, "p80_ms": 1.01, "rounds": 9, "peak_bytes": None, **changes})
 
 
 def drawn(seed, *, within=0.03, between=0.03, peers=("eager",), each=6, machine=1.0, ops=OPS):
@@ -430,4 +413,4 @@ def test_relative_or_absolute(capsys):
 )
 def test_quantiles_of_students_t(tail, degrees, expected):
     """Against the tables; where it is off, on the safe side."""
-    assert expected * 0.999 <= compare._quantile(tail, degrees) <= expected * 1.06
+    assert expected * 0.999 <= noise.quantile(tail, degrees) <= expected * 1.06

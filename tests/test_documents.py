@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_helpers import record
 
 import dla_fast
 from dla_fast import cli
@@ -157,29 +158,10 @@ def run_of(records: list[dict[str, object]]) -> dict[str, Any]:
     }
 
 
-def record(**changes: object) -> dict[str, object]:
-    base = {
-        "suite": "ops",
-        "case": "a",
-        "op": "aggregate",
-        "mode": "inference",
-        "impl": "dla_fast",
-        "device": "cpu",
-        "dtype": "float32",
-        "layout": "channels_last",
-        "batch": 8,
-        "threads": 2,
-        "shape": "8+8 -> 8 @ 28x28",
-        "side": 28,
-        "median_ms": 1.0,
-    }
-    return {**base, **changes}
-
-
 def test_figures_follow_the_run(readme, tmp_path):
     memory = {"suite": "memory", "case": "detector", "op": "model", "mode": "training", "median_ms": None}
     whole = {"suite": "swapped", "case": "detector", "op": "model", "shape": "3 @ 512x512", "batch": 1}
-    rows = [record(), record(impl="eager", median_ms=2.0)]
+    rows = [record(suite="ops"), record(suite="ops", impl="eager", median_ms=2.0)]
     rows += [record(**whole, median_ms=30.0), record(**whole, impl="eager", median_ms=45.0)]
     rows += [record(**whole, impl="compile", median_ms=60.0)]
     for impl, peak in (("dla_fast", 300), ("eager", 400)):
@@ -194,6 +176,9 @@ def test_figures_follow_the_run(readme, tmp_path):
     assert "| detector, 28×28 | 1.50x, – (0.75x) | – | 0.75x |" in new
     assert readme.rewritten(new, tmp_path) == new
     page = readme.page(tmp_path)
+    assert "No GPU has been measured" in page
+    (tmp_path / "gpu.json").write_text(json.dumps(run_of([record(device="cuda"), record(device="cuda", impl="eager")])))
+    assert "No GPU has been measured" not in readme.page(tmp_path)
     assert "## run\n" in page
     assert "| ops | aggregate | inference | 1 | 2.00x | 2.00x | 2.00x |" in page
     assert "`benchmarks/results/run.json` — a processor, amx, 2 CPU threads; torch" in page

@@ -20,8 +20,9 @@ deviation s has a standard error of 1.25 s / √n, and s comes from the span bet
 Where the machine was :data:`DISTURBED` times slower in one run, half of the drift beyond that is a standard deviation
 that all cases share: what fights for the cores hits one program harder than another.
 
-Both levels share :data:`ALARM`, the chance to call unchanged code worse, each divided by the number of comparisons
-(Bonferroni). A change that is significant and larger than the threshold counts. Bytes have no noise, and no statistics.
+Both levels share :data:`noise.ALARM`, the chance to call unchanged code worse, each divided by the number of
+comparisons (Bonferroni). A change that is significant and larger than the threshold counts. Bytes have no noise, and
+no statistics.
 """
 
 from __future__ import annotations
@@ -30,16 +31,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist, median
+from statistics import median
 from typing import Any
 
 from dla_fast.commands.bench import peers, table
+from dla_fast.commands.bench.noise import POWER, QUARTILE, Judge, moved, quantile
 from dla_fast.commands.bench.records import Record, identity, is_timed, load
 
-# The chance that a comparison of unchanged code calls something worse, both levels together.
-ALARM = 0.025
-# How often a change of the size that is said to show is found.
-POWER = 0.8
 # Cases that the common variance counts for, beside those of an op.
 PRIOR = 4
 # The correlation of the noise of an op's cases. Of unchanged builds on a busy machine it was about this.
@@ -54,11 +52,6 @@ DISTURBED = 2.0
 FEW = 10
 # it is then what runs of one build on a shared machine have shown.
 USUAL_FACTOR = 2.0
-# Rounds of a record that does not say: the least there are.
-_FEWEST_ROUNDS = 3
-# Standard deviations of the normal distribution between the 20th and the 80th percentile, and to the upper quartile.
-_SPAN = NormalDist().inv_cdf(0.8) - NormalDist().inv_cdf(0.2)
-_QUARTILE = NormalDist().inv_cdf(0.75)
 
 
 @dataclass(frozen=True)
@@ -168,26 +161,6 @@ def _is_ours(record: Record) -> bool:
     return bool(record["impl"].startswith(peers.FUSED))
 
 
-def _moved(a: Record, b: Record) -> tuple[float, float]:
-    """The change of a time's logarithm from ``a`` to ``b``, and its variance by the rounds of both."""
-    variance = 0.0
-    for r in (a, b):
-        low, high = r.get("p20_ms") or r["median_ms"], r.get("p80_ms") or r["median_ms"]
-        # The variance of a median is π/2 times that of a mean.
-        variance += math.pi / 2 * (math.log(high / low) / _SPAN) ** 2 / (r.get("rounds") or _FEWEST_ROUNDS)
-    return math.log(b["median_ms"] / a["median_ms"]), variance
-
-
-def _quantile(tail: float, degrees: float) -> float:
-    """The t that Student's distribution exceeds with a probability of ``tail``.
-
-    Wallace's (1959) approximation by the normal distribution, turned round: with few degrees of freedom up to 6 % too
-    large far out.
-    """
-    z = NormalDist().inv_cdf(1 - tail) * (8 * degrees + 3) / (8 * degrees + 1)
-    return math.sqrt(degrees * math.expm1(z * z / degrees))
-
-
 def _between_runs(rows: Sequence[_Row]) -> float:
     """The noise between two runs over that within them: the scaled median absolute deviation, 1 at least.
 
@@ -196,7 +169,7 @@ def _between_runs(rows: Sequence[_Row]) -> float:
     if len(rows) < FEW:
         return USUAL_FACTOR
     middle = median(row.change for row in rows)
-    return max(1.0, median(abs(row.change - middle) / math.sqrt(row.variance) for row in rows) / _QUARTILE)
+    return max(1.0, median(abs(row.change - middle) / math.sqrt(row.variance) for row in rows) / QUARTILE)
 
 
 def _mean(rows: Sequence[_Row]) -> tuple[float, float, float]:
@@ -206,25 +179,12 @@ def _mean(rows: Sequence[_Row]) -> tuple[float, float, float]:
     return mean, 1 / weight if rows else 0.0, sum((row.change - mean) ** 2 / row.variance for row in rows)
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """How large an estimate must be: ``tests`` comparisons share half of :data:`ALARM` at either end."""
-
-    tests: int
-    threshold: float
-
-    def least(self, error: float, degrees: float, power: float = 0.5) -> float:
-        """The logarithm of the smallest change that is found with a probability of ``power``."""
-        bound = max(math.log1p(self.threshold), _quantile(ALARM / 2 / self.tests, degrees) * error)
-        return bound + NormalDist().inv_cdf(power) * error
-
-
-def _pool(op: str, mode: str, rows: Sequence[_Row], judge: _Judge, shared: float) -> Pooled:
+def _pool(op: str, mode: str, rows: Sequence[_Row], judge: Judge, shared: float) -> Pooled:
     """An op in a mode; ``shared`` is the variance that all rows have in common."""
     mean, variance, squares = _mean(rows)
     degrees = PRIOR + len(rows) - 1
     error = math.sqrt(variance * (PRIOR + squares) / degrees * (1 + ALIKE * (len(rows) - 1)) + shared)
-    margin = _quantile(0.025, degrees) * error
+    margin = quantile(0.025, degrees) * error
     return Pooled(
         op=op,
         mode=mode,
@@ -237,7 +197,7 @@ def _pool(op: str, mode: str, rows: Sequence[_Row], judge: _Judge, shared: float
     )
 
 
-def _single(row: _Row, others: Sequence[_Row], judge: _Judge, shared: float) -> tuple[bool, float]:
+def _single(row: _Row, others: Sequence[_Row], judge: Judge, shared: float) -> tuple[bool, float]:
     """Whether a case stands out, and the smallest ratio that would."""
     _, _, squares = _mean(others)
     scatter = max(1.0, (PRIOR + squares) / (PRIOR + max(len(others) - 1, 0)))
@@ -266,7 +226,7 @@ def _shared_noise(rows: Sequence[_Row], drifts: Sequence[float]) -> float:
     common if they are many.
     """
     if len(drifts) >= FEW:
-        return (median(map(abs, drifts)) / _QUARTILE) ** 2
+        return (median(map(abs, drifts)) / QUARTILE) ** 2
     changes = [row.change for row in rows if row.alone]
     return median(changes) ** 2 if len(changes) >= FEW else 0.0
 
@@ -285,16 +245,16 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, 
     new = {identity(r): r for r in after["records"] if not r.get("error")}
     shared = [(old[key], new[key]) for key in old if key in new]
     timed = [(a, b) for a, b in shared if is_timed(a) and is_timed(b)]
-    moved: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    moves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for a, b in timed:
         if not _is_ours(a):
-            moved.setdefault(_case(a), []).append(_moved(a, b))
-    drifts = [change for changes in moved.values() for change, _ in changes]
+            moves.setdefault(_case(a), []).append(moved(a, b))
+    drifts = [change for changes in moves.values() for change, _ in changes]
     rows = []
     for a, b in timed:
         if _is_ours(a):
-            change, variance = _moved(a, b)
-            against = [] if absolute else moved.get(_case(a), [])
+            change, variance = moved(a, b)
+            against = [] if absolute else moves.get(_case(a), [])
             if against:
                 change -= sum(c for c, _ in against) / len(against)
                 variance += sum(v for _, v in against) / len(against) ** 2
@@ -311,10 +271,10 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, 
     ops, changes, shown = [], [], []
     for name, (mode, *_), alike in zip(_names(list(groups)), groups, groups.values(), strict=True):
         extra = noise if alike[0].alone else beyond**2
-        ops.append(_pool(name, mode, alike, _Judge(len(groups), threshold), extra))
+        ops.append(_pool(name, mode, alike, Judge(len(groups), threshold), extra))
         for i, row in enumerate(alike):
             others = alike[:i] + alike[i + 1 :]
-            stands_out, needed = _single(row, others, _Judge(len(rows), threshold), extra)
+            stands_out, needed = _single(row, others, Judge(len(rows), threshold), extra)
             shown.append(needed)
             if stands_out:
                 times = row.before["median_ms"], row.after["median_ms"]
