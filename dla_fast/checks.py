@@ -162,6 +162,11 @@ def upsampled(size: int, factor: int) -> int:
     return (size - 1) * factor - 2 * (factor // 2) + 2 * factor
 
 
+def convolved(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """The side of a map after a convolution whose padding is ``dilation * (kernel // 2)``."""
+    return (size + 2 * dilation * (kernel // 2) - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def check_up_weight(name: str, weight: object, x: Tensor, factor: int) -> None:
     """A depthwise up-convolution weight (C, 1, 2f, 2f) for ``x``."""
     w = check_tensor(name, weight, rank=4)

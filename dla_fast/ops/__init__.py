@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dla_fast._extension import STATUS
-from dla_fast.ops import aggregate, batch_norm_act, cuda, merge, tail, triton, upsample
+from dla_fast.ops import batch_norm_act, conv_norm_act, cuda, tail, triton, upsample
 
 __all__ = ["NAMESPACES", "STATUS", "differentiable", "missing", "namespace"]
 
@@ -22,10 +22,18 @@ __all__ = ["NAMESPACES", "STATUS", "differentiable", "missing", "namespace"]
 NAMESPACES = {"cpu": "CPU", "cuda": "CUDA", "triton": triton.KEY}
 
 # Unit -> the operators a backend needs kernels of to serve it.
+_NODE = (
+    "conv_norm_act_inference",
+    "conv_norm_act_stage",
+    "conv_norm_act_backward",
+    "tail",
+    "tail_backward_reduce",
+)
 UNITS = {
-    "aggregate": ("aggregate_inference", "aggregate_stage", "aggregate_backward", "tail", "tail_backward_reduce"),
-    "aggregate_inference": ("aggregate_inference",),
-    "merge": ("merge_inference", "merge_stage", "merge_backward", "tail", "tail_backward_reduce"),
+    "aggregate": _NODE,
+    "aggregate_inference": ("conv_norm_act_inference",),
+    "merge": _NODE,
+    "conv_norm_act": _NODE,
     "batch_norm_act": ("moments", "tail", "tail_backward_reduce", "tail_backward_apply"),
     "upsample": ("upsample", "upsample_backward"),
     "upsample_add": ("upsample_add", "upsample_backward"),
@@ -38,7 +46,7 @@ _eager: dict[tuple[str, str], Callable[..., Any]] = {}
 def _define(backend: str, key: str) -> None:
     library = torch.library.Library(f"dla_fast_{backend}", "DEF")
     _libraries.append(library)
-    parts = (tail, aggregate, batch_norm_act, upsample, merge)
+    parts = (tail, conv_norm_act, batch_norm_act, upsample)
     for part in parts:
         for schema in part.SCHEMAS:
             library.define(schema)

@@ -23,12 +23,9 @@ DEVICE = KEY.lower()
 
 # Operator -> where in dla_fast.kernels it is.
 KERNELS = {
-    "aggregate_inference": "aggregate",
-    "aggregate_stage": "aggregate",
-    "aggregate_backward": "aggregate_backward",
-    "merge_inference": "merge",
-    "merge_stage": "merge",
-    "merge_backward": "merge_backward",
+    "conv_norm_act_inference": "conv_norm_act",
+    "conv_norm_act_stage": "conv_norm_act",
+    "conv_norm_act_backward": "conv_norm_act_backward",
     "moments": "moments",
     "tail": "tail",
     "tail_backward_reduce": "tail",
