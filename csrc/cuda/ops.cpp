@@ -277,10 +277,23 @@ std::tuple<Tensor, Tensor> upsample_backward_op(const Tensor& dy_in, const Tenso
   return {dx, dweight};
 }
 
-Tensor aggregate_inference_op(at::TensorList xs_in, const Tensor& weight_in, const OptionalTensor& conv_bias,
-                              const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-                              const Tensor& running_mean, const Tensor& running_var, double eps, bool residual,
-                              std::string_view act, double slope) {
+// Of what the schema says, the aggregation node: a 1x1 kernel, stride 1, nothing upsampled, residual input 0 or none.
+Tensor conv_norm_act_inference_op(at::TensorList xs_in, at::TensorList up_weights, const Tensor& weight_in,
+                                  const OptionalTensor& conv_bias, const OptionalTensor& residual,
+                                  const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                                  const Tensor& running_mean, const Tensor& running_var, at::IntArrayRef factors,
+                                  int64_t stride, int64_t dilation, int64_t groups, int64_t residual_input, double eps,
+                                  std::string_view act, double slope) {
+  TORCH_CHECK_VALUE(weight_in.size(2) == 1 && weight_in.size(3) == 1, "weight: expected a 1x1 kernel, got ",
+                    weight_in.size(2), "x", weight_in.size(3));
+  TORCH_CHECK_VALUE(stride == 1, "stride: expected 1, got ", stride);
+  TORCH_CHECK_VALUE(dilation == 1, "dilation: expected 1, got ", dilation);
+  TORCH_CHECK_VALUE(groups == 1, "groups: expected 1, got ", groups);
+  TORCH_CHECK_VALUE(up_weights.empty(), "up_weights: expected none, got ", up_weights.size());
+  for (const int64_t factor : factors) TORCH_CHECK_VALUE(factor == 1, "factors: expected 1 each, got ", factor);
+  TORCH_CHECK_VALUE(!residual.has_value(), "residual: expected none, or the first input");
+  TORCH_CHECK_VALUE(residual_input == 0 || residual_input == -1, "residual_input: expected 0 or -1, got ",
+                    residual_input);
   TORCH_CHECK_VALUE(!xs_in.empty() && xs_in.size() <= kMaxInputs, "xs: expected 1 to ", kMaxInputs, " inputs, got ",
                     xs_in.size());
   const OnDevice device(weight_in);
@@ -301,7 +314,8 @@ Tensor aggregate_inference_op(at::TensorList xs_in, const Tensor& weight_in, con
   Tensor y = like(weight, {x[0], weight.size(0), x[2], x[3]}, channels_last);
   NormVectors vectors(running_mean, running_var, bn_weight, bn_bias, eps, act, slope);
   aggregate_inference(device.stream, map_of(y, channels_last), vectors.norm, xs, weight.const_data_ptr(),
-                      vectors.keep(conv_bias), residual, is_aligned && aligned(weight), y.mutable_data_ptr());
+                      vectors.keep(conv_bias), residual_input == 0, is_aligned && aligned(weight),
+                      y.mutable_data_ptr());
   return y;
 }
 
@@ -315,7 +329,7 @@ TORCH_LIBRARY_IMPL(dla_fast_cuda, DLA_KEY, m) {
   m.impl("upsample", &upsample_op);
   m.impl("upsample_add", &upsample_add_op);
   m.impl("upsample_backward", &upsample_backward_op);
-  m.impl("aggregate_inference", &aggregate_inference_op);
+  m.impl("conv_norm_act_inference", &conv_norm_act_inference_op);
 }
 
 }  // namespace dla_fast::cuda
