@@ -15,12 +15,13 @@ from dla_fast import ops
 from dla_fast.ops import cuda, triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPS = ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
+OPS = ("aggregate", "merge", "conv_norm_act", "batch_norm_act", "upsample", "upsample_add")
 # What ``auto`` tries, best first. By reasoning, until a GPU has measured it: C++ for what only moves memory, since its
 # loads and stores are written out; Triton for products of matrices, since it has the tiles and pipelines for them.
 PREFERENCE = {
     "aggregate": ("triton", "cuda", "cpu"),
     "merge": ("triton", "cuda", "cpu"),
+    "conv_norm_act": ("triton", "cuda", "cpu"),
     "batch_norm_act": ("cuda", "triton", "cpu"),
     "upsample": ("cuda", "triton", "cpu"),
     "upsample_add": ("cuda", "triton", "cpu"),
