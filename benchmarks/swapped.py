@@ -28,11 +28,11 @@ from torch import Tensor, nn
 import dla_fast
 from benchmarks import _swapped_picture
 from dla_fast._timm import import_timm
-from dla_fast.commands import measure
 from dla_fast.commands.bench import networks, peers, records, table, timing
 from dla_fast.commands.bench.cases import LAYOUTS
 from dla_fast.commands.bench.timing import Disagreement, Settings, complete, one_line
-from dla_fast.commands.demo_memory import NO_FRAGMENTATION
+from dla_fast.proof import measure
+from dla_fast.proof.measure import NO_FRAGMENTATION
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COMPILED = "+compile"

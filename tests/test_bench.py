@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dla_fast import backend, cli, functional
-from dla_fast.commands import bench, measure
+from dla_fast.commands import bench
 from dla_fast.commands.bench import Case, Rates, cases, command, networks, peers, records, timing
+from dla_fast.proof import measure
 
 CPU = torch.device("cpu")
 RATES = Rates(1e10, 1e11)

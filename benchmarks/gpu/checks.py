@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.case import Case, Found, Setting, passed
 from dla_fast import backend, functional, swap_
-from dla_fast.commands import parity, verify
+from dla_fast.commands import verify
 from dla_fast.commands.bench import cases, networks, timing
-from dla_fast.commands.parity import Spec
 from dla_fast.nn import AggregationNode
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 _REPEATS = 10
 # Of verify's rows so many are taken where the smallest shapes alone are run.

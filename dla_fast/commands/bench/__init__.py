@@ -15,7 +15,7 @@ from dla_fast.commands.bench.command import add_arguments, run
 from dla_fast.commands.bench.eager import EagerNode
 from dla_fast.commands.bench.peers import PEERS
 from dla_fast.commands.bench.records import geometric_mean
-from dla_fast.commands.measure import interleave
+from dla_fast.proof.measure import interleave
 
 __all__ = [
     "DTYPES",

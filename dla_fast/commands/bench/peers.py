@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dla_fast import backend, functional, reference
-from dla_fast.commands import parity
 from dla_fast.commands.bench import eager
 from dla_fast.commands.bench.cases import Case
+from dla_fast.proof import parity
 
 FUSED = "dla_fast"
 # What may be asked for beside dla_fast and its backends, which are always there.

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from dla_fast._version import __version__
-from dla_fast.commands import CommandError, machine
+from dla_fast.commands import CommandError
 from dla_fast.commands.bench import peers
 from dla_fast.commands.bench.cases import Rates
+from dla_fast.proof import machine
 
 Record = dict[str, Any]
 # What tells two records of a run apart.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_fast.commands import measure, parity
 from dla_fast.commands.bench import peers
 from dla_fast.commands.bench.cases import DTYPES, Case, Rates
+from dla_fast.proof import measure, parity
 
 # The largest difference between two peers, in units of the largest value of the tensor.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
