@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import dla_fast
 from benchmarks import _swapped_picture
 from dla_fast._timm import import_timm
-from dla_fast.commands.bench import networks, peers, records, table, timing
-from dla_fast.commands.bench.cases import LAYOUTS
-from dla_fast.commands.bench.timing import Disagreement, Settings, complete, one_line
+from dla_fast.bench import network_timing, networks, peers, records, table, timing
+from dla_fast.bench.cases import LAYOUTS
+from dla_fast.bench.timing import Disagreement, Settings, complete, one_line
 from dla_fast.proof import measure
 from dla_fast.proof.measure import NO_FRAGMENTATION
 
@@ -140,7 +140,7 @@ def compare(label: str, impl: str, got: list[Tensor], eager: list[Tensor], bound
     if not max(errors) <= bounds[0]:
         raise Disagreement(impl, f"{label}: {impl} and eager differ by {max(errors):.1e} of the largest value")
     if outputs < len(got):
-        error = networks._norm_difference(got[outputs:], eager[outputs:])
+        error = network_timing.norm_difference(got[outputs:], eager[outputs:])
         if not error <= bounds[1]:
             raise Disagreement(impl, f"{label}: {impl} and eager differ in the gradient by {error:.1e} of its norm")
 
@@ -158,7 +158,7 @@ def check_float64(name: str, before: nn.Module, after: nn.Module, layout: str, s
         # The detector's targets stay float32, in both alike.
         value = loss(model(images.double()))
         results.append([value.detach(), *torch.autograd.grad(value, networks.trained(model))])
-    bounds = (networks.FLOAT64_TOLERANCE, networks.FLOAT64_TOLERANCE)
+    bounds = (network_timing.FLOAT64_TOLERANCE, network_timing.FLOAT64_TOLERANCE)
     compare(f"{name} (training) in float64", peers.FUSED, results[1], results[0], bounds)
 
 
@@ -206,7 +206,7 @@ def prove(
         if impl == "eager":
             want = got
             continue
-        compare(f"{model.name} ({mode})", impl, got, want, (bound, networks.GRADIENT_TOLERANCE))
+        compare(f"{model.name} ({mode})", impl, got, want, (bound, network_timing.GRADIENT_TOLERANCE))
     return calls, skipped
 
 

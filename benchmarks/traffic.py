@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks._passes import MODES, Row, Unit, measure, over
 from dla_fast import models, use_backend
-from dla_fast.commands.bench import DTYPES, LAYOUTS, Case, ida_cases, network_cases
+from dla_fast.bench import DTYPES, LAYOUTS, Case, ida_cases, network_cases
 
 LIMIT = 1.05
 NETWORKS = ("dla34", "dla60", "dla102", "dla169")

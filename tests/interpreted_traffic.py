@@ -11,7 +11,7 @@ import triton.language as tl
 from benchmarks import _passes, traffic
 from benchmarks._counting import counting
 from benchmarks._passes import Unit
-from dla_fast.commands.bench import Case
+from dla_fast.bench import Case
 from dla_fast.kernels import tail
 
 

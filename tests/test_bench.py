@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_fast import backend, cli, functional
-from dla_fast.commands import bench
-from dla_fast.commands.bench import Case, Rates, cases, command, networks, peers, records, timing
+from dla_fast import backend, bench, cli, functional
+from dla_fast.bench import Case, Rates, cases, network_timing, networks, peers, records, timing
+from dla_fast.commands import bench as command
 from dla_fast.proof import measure
 
 CPU = torch.device("cpu")
@@ -304,7 +304,7 @@ def test_gpu_pass_that_cannot_be_captured(fake_cuda):
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_a_network(mode):
     network = networks.Network("dla46_c", 64, 2)
-    outcome = networks.time_network(network, mode, quick("eager", "eager_other_layout"), RATES)
+    outcome = network_timing.time_network(network, mode, quick("eager", "eager_other_layout"), RATES)
     assert [r["impl"] for r in outcome.records] == ["dla_fast", "eager", "eager_other_layout"], outcome.records
     assert all(r["floor_ms"] > 0 for r in outcome.records)
 
@@ -312,7 +312,7 @@ def test_a_network(mode):
 def test_a_network_with_a_parameter_that_is_not_trained():
     """dla34up's last upsampling keeps its bilinear weight."""
     network = networks.Network("dla34up", 64, 2)
-    outcome = networks.time_network(network, "training", quick("eager"), RATES)
+    outcome = network_timing.time_network(network, "training", quick("eager"), RATES)
     assert [(r["impl"], r.get("error")) for r in outcome.records] == [("dla_fast", None), ("eager", None)]
 
 
@@ -321,10 +321,10 @@ def test_a_network_that_disagrees(monkeypatch, timm, dtype):
     settings = timing.Settings(CPU, dtype=dtype, rounds=3, seconds=0.02)
     network = networks.Network("dla46_c", 64, 2)
     if dtype == "bfloat16":
-        assert not networks.time_network(network, "inference", settings, RATES).records[0].get("error")
+        assert not network_timing.time_network(network, "inference", settings, RATES).records[0].get("error")
     right = functional.aggregate
     monkeypatch.setattr(functional, "aggregate", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
-    (record,) = networks.time_network(network, "inference", settings, RATES).records
+    (record,) = network_timing.time_network(network, "inference", settings, RATES).records
     assert "differ in output 0" in record["error"]
     assert record["median_ms"] is None
 
@@ -497,5 +497,5 @@ def test_a_forced_backend_that_cannot_run_is_an_error():
     with backend.use_backend("cuda"):
         (record,) = timing.time_case(TINY, "inference", 1, quick(), RATES).records
         assert "'cuda' was asked for and cannot run aggregate" in record["error"]
-        (record,) = networks.time_network(networks.Network("dla46_c", 64, 2), "inference", quick(), RATES).records
+        (record,) = network_timing.time_network(networks.Network("dla46_c", 64, 2), "inference", quick(), RATES).records
         assert "cannot run aggregate" in record["error"]

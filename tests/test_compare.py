@@ -14,7 +14,7 @@ import bench_helpers
 import pytest
 
 from dla_fast import cli, functional
-from dla_fast.commands.bench import cases, compare, noise
+from dla_fast.bench import cases, compare, compare_table, noise
 
 OPS = ("aggregate", "merge", "upsample", "upsample_add", "batch_norm_act")
 MODES = ("inference", "training")
@@ -105,7 +105,7 @@ def test_a_single_case_that_stands_out():
     result = compare.compare(before, after, 0.05)
     assert [c.record["case"] for c in result.changes] == ["merge.0"]
     assert result.changes[0].ratio == pytest.approx(1.6, rel=0.1)
-    text = compare.render(result, before, after)
+    text = compare_table.render(result, before, after)
     assert "single figures that stand out, worse: 1" in text
 
 
@@ -159,7 +159,7 @@ def test_a_run_beside_other_work(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "disturbed one of the runs" in out
     assert "nothing changed beyond noise" in out
-    assert "disturbed" not in compare.render(compare.compare(b, b, 0.05), b, b)
+    assert "disturbed" not in compare_table.render(compare.compare(b, b, 0.05), b, b)
 
 
 def test_without_peers():
@@ -173,14 +173,14 @@ def test_without_peers():
     # A change of the machine cannot be told from one of everything; without one an op's change shows.
     assert min(op.least for op in result.ops) > 1.4
     assert found(compare.compare(before, slowed(drawn(2, **mine), 1.1, op="merge", mode="training"), 0.05))
-    text = compare.render(result, before, after)
+    text = compare_table.render(result, before, after)
     assert "60 cases of these without a peer in both runs" in text
     assert "a slower machine is allowed for" in text
     assert compare.compare(before, slowed(after, 4, op="merge"), 0.05).regressions()
     one = {"records": [record()]}
     result = compare.compare(one, slowed(one, 2), 0.05)
     assert len(result.regressions()) == 2
-    text = compare.render(result, one, one)
+    text = compare_table.render(result, one, one)
     assert "a slower machine counts as a change" in text
     assert "2.0 times that within them (assumed, for want of cases)" in text
 
@@ -311,7 +311,7 @@ def test_memory_errors_and_what_is_missing():
     assert [r["case"] for r in result.new] == ["fresh"]
     assert {r["op"] for r in result.missing} == {"upsample"}
     assert len(result.missing) == len(gone) - 2
-    text = compare.render(result, before, {**after, "machine": {"threads": 4}, "versions": {"torch": "3"}})
+    text = compare_table.render(result, before, {**after, "machine": {"threads": 4}, "versions": {"torch": "3"}})
     assert "not the same machine: threads was 2, is 4" in text
     assert "torch was 2, is 3" in text
     assert "now an error: 1" in text
@@ -322,7 +322,7 @@ def test_memory_errors_and_what_is_missing():
 def test_a_run_that_has_the_kernels_instruction_set_is_of_the_same_machine():
     run = drawn(0)
     after = {**run, "machine": {**run["machine"], "kernel_isa": "avx512_bf16"}}
-    assert "not the same machine" not in compare.render(compare.compare(run, after, 0.05), run, after)
+    assert "not the same machine" not in compare_table.render(compare.compare(run, after, 0.05), run, after)
 
 
 def test_an_error_is_a_regression(tmp_path):

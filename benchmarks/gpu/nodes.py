@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.gpu.case import Case, Found, Setting
 from benchmarks.gpu.checks import dla34_roots, name_of
-from dla_fast.commands.bench import cases, timing
-from dla_fast.commands.bench.cases import Rates
+from dla_fast.bench import cases, timing
+from dla_fast.bench.cases import Rates
 
 MODES = ("inference", "training")
 _rates: dict[torch.dtype, Rates] = {}

@@ -10,10 +10,10 @@ import os
 import torch
 
 from dla_fast import backend
-from dla_fast.commands.bench import networks, peers
-from dla_fast.commands.bench.cases import DTYPES, LAYOUTS
-from dla_fast.commands.bench.networks import Network
-from dla_fast.commands.bench.timing import Outcome, Settings, complete, one_line
+from dla_fast.bench import networks, peers
+from dla_fast.bench.cases import DTYPES, LAYOUTS
+from dla_fast.bench.networks import Network
+from dla_fast.bench.timing import Outcome, Settings, complete, one_line
 from dla_fast.proof import measure
 from dla_fast.proof.measure import NO_FRAGMENTATION
 
