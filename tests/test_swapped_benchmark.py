@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import readme, swapped
+from benchmarks import readme
+from benchmarks.swapped import __main__ as swapped
 from dla_fast.bench import compare, records
 from dla_fast.swap.report import SwapEntry, SwapReport
 

@@ -88,7 +88,7 @@ def kernels_of(call: Callable[[], object], setting: Setting, repeats: int = 5) -
 
 def _node_table(case: cases.Case, batch: int, label: str, setting: Setting) -> Found:
     """The kernels of a training node, with the bytes that each has to move and its share of the floor."""
-    from benchmarks._passes import Unit
+    from benchmarks.gates.passes import Unit
 
     settings = _settings(setting, setting.dtype, (), 0.1)
     runner = timing.runner_of(case, "training", batch, settings, "dla_fast")
