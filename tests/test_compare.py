@@ -1,70 +1,15 @@
-"""``bench compare``: no alarm between runs of one build, and what is slower found, on real runs and on drawn ones."""
+"""``bench compare``: no alarm between runs of one build, and what is slower found, on runs that are drawn."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import json
-import math
-import random
 import time
-from pathlib import Path
 
-import bench_helpers
 import pytest
+from compare_helpers import MODES, OPS, TIMES, drawn, found, record, slowed, written
 
 from dla_fast import cli, functional
 from dla_fast.bench import cases, compare, compare_table, noise
-
-OPS = ("aggregate", "merge", "upsample", "upsample_add", "batch_norm_act")
-MODES = ("inference", "training")
-TIMES = ("median_ms", "p20_ms", "p80_ms")
-
-
-def record(**changes):
-    return bench_helpers.record(**{"p20_ms": 0.99, "p80_ms": 1.01, "rounds": 9, "peak_bytes": None, **changes})
-
-
-def drawn(seed, *, within=0.03, between=0.03, peers=("eager",), each=6, machine=1.0, ops=OPS):
-    """A run of ``each`` cases of every op and mode; noise within it and from run to run, as standard deviations."""
-    rng = random.Random(seed)
-    rows = []
-    for op in ops:
-        for mode in MODES:
-            for i in range(each):
-                # Some cases are three times as noisy as others.
-                noisy = 3 ** (i / max(each - 1, 1)) / 2
-                for impl in ("dla_fast", *peers):
-                    level = machine * (1 + i) * math.exp(rng.gauss(0, noisy * between))
-                    samples = sorted(level * math.exp(rng.gauss(0, noisy * within)) for _ in range(9))
-                    times = {"median_ms": samples[4], "p20_ms": samples[2], "p80_ms": samples[6]}
-                    rows.append(record(case=f"{op}.{i}", op=op, mode=mode, impl=impl, **times))
-    return {"machine": {"threads": 2}, "versions": {"torch": "2"}, "records": rows}
-
-
-def slowed(run, factor, **which):
-    """A run in which the times of dla_fast are ``factor`` times as long wherever the fields are ``which``."""
-    run = copy.deepcopy(run)
-    for r in run["records"]:
-        if all(r[name] == value for name, value in {"impl": "dla_fast", **which}.items()):
-            r.update({name: factor * r[name] for name in TIMES if r.get(name)})
-    return run
-
-
-def alarms(result):
-    """What makes the exit status 1, by op and mode."""
-    ops = [(op.op, op.mode) for op in result.ops if op.changed and op.ratio > 1]
-    return ops, [(c.record["op"], c.record["mode"]) for c in result.changes if c.ratio > 1]
-
-
-def found(result):
-    return {f"{op} {mode}" for op, mode in alarms(result)[0]}
-
-
-def written(path: Path, run: dict) -> str:
-    path.write_text(json.dumps(run))
-    return str(path)
-
 
 # --- drawn runs -------------------------------------------------------------------------------------------------------
 
@@ -204,78 +149,6 @@ def test_only_our_own_figures_are_changes():
             r.update({name: 2 * r[name] for name in TIMES}, peak_bytes=2**20)
     result = compare.compare(drawn(1, peers=("eager", "compile")), after, 0.05)
     assert result.changes == []
-
-
-# --- real runs --------------------------------------------------------------------------------------------------------
-
-DATA = Path(__file__).parent / "data" / "compare_runs.json"
-REAL = json.loads(DATA.read_text(encoding="utf-8"))
-QUIET = json.loads((Path(__file__).parent / "data" / "compare_runs_quiet.json").read_text())
-# Which of the slower runs are found. The machine was as busy as it gets: memory-bound ops changed by more from run to
-# run, in wall time all of them did.
-FOUND = {
-    "wall time": set(),
-    "processor time": {"merge inference", "aggregate training", "merge training"},
-    "processor time, memory kept": {"aggregate", "merge", "aggregate training", "merge training"},
-}
-
-
-def real(rows):
-    """A run of the file, with the records that bench writes."""
-    records = []
-    for (suite, case, op, mode), (rounds, *times) in zip(REAL["cases"], rows, strict=True):
-        same = {"suite": suite, "case": case, "op": op, "mode": mode, "batch": 1, "threads": 1, "rounds": rounds}
-        for impl, figures in (("dla_fast", times[:3]), ("eager", times[3:])):
-            records.append(record(impl=impl, **same, **dict(zip(TIMES, figures, strict=True))))
-    return {"records": records}
-
-
-@pytest.mark.parametrize("name", REAL["series"])
-def test_runs_of_one_build(name):
-    runs = [real(rows) for rows in REAL["series"][name]["plain"]]
-    assert len(runs) >= 7
-    for i, (before, after) in enumerate(itertools.pairwise(runs)):
-        result = compare.compare(before, after, 0.05)
-        assert not result.regressions(), (i, alarms(result))
-
-
-@pytest.mark.parametrize("name", REAL["series"])
-def test_runs_with_a_slower_op(name):
-    """What is named is what was slowed, and it is where it says that a tenth would show; elsewhere it says so."""
-    plain, slow = (REAL["series"][name][kind] for kind in ("plain", "slowed"))
-    hits = set()
-    for before, (what, after) in zip(plain, slow, strict=False):
-        result = compare.compare(real(before), real(after), 0.05)
-        ours = [op for op in result.ops if f"{op.op} {op.mode}".startswith(f"{what} ") or f"{op.op} {op.mode}" == what]
-        names = found(result)
-        assert names <= {f"{op.op} {op.mode}" for op in ours}, what
-        for op in ours:
-            assert op.changed or op.least > 1.1, op
-        if names:
-            hits.add(what)
-    assert hits == FOUND[name]
-
-
-def quiet(rows):
-    """A run of the second file."""
-    records = []
-    for (case, mode, batch), (rounds, *times) in zip(QUIET["cases"], rows, strict=True):
-        same = {"case": case, "mode": mode, "batch": batch, "rounds": rounds}
-        for impl, figures in (("dla_fast", times[:3]), ("eager", times[3:])):
-            records.append(record(impl=impl, **same, **dict(zip(TIMES, figures, strict=True))))
-    return {"records": records}
-
-
-def test_six_pairs_of_runs_on_idle_cores():
-    """No alarm between runs of one build; a tenth more in aggregate is found each time."""
-    plain, slow = ([quiet(rows) for rows in QUIET[kind]] for kind in ("plain", "slowed"))
-    assert len(plain) == 7
-    for before, after in itertools.pairwise(plain):
-        assert not compare.compare(before, after, 0.05).regressions()
-    for before, after in zip(plain, slow, strict=False):
-        result = compare.compare(before, after, 0.05)
-        assert found(result)
-        assert all(0.9 < op.ratio / 1.1 < 1.1 for op in result.ops)
 
 
 # --- what is no time --------------------------------------------------------------------------------------------------
