@@ -9,9 +9,9 @@ import torch
 from serving import DTYPES
 
 from dla_fast import backend, functional, ops, reference, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
 from dla_fast.kernels import config, host, launch
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dla_fast import functional, models, nn, ops, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
 from dla_fast.kernels import launch, merge, upsample
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 DTYPES = (torch.float64, torch.float32, torch.float16)
 

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from dla_fast import use_backend
-from dla_fast.commands import parity, tf32, verify
-from dla_fast.commands.parity import Spec
+from dla_fast.commands import verify
 from dla_fast.kernels import aggregate, aggregate_backward, config, launch, merge, tile
+from dla_fast.proof import parity, tf32
+from dla_fast.proof.parity import Spec
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The counting of bytes behind benchmarks.traffic, run in the interpreter: test_triton.py starts this file."""
+"""The counting of bytes behind benchmarks.gates.traffic, run in the interpreter: test_triton.py starts this file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import _passes, traffic
-from benchmarks._counting import counting
-from benchmarks._passes import Unit
-from dla_fast.commands.bench import Case
+from benchmarks.gates import passes as _passes
+from benchmarks.gates import traffic
+from benchmarks.gates.counting import counting
+from benchmarks.gates.passes import Unit
+from dla_fast.bench import Case
 from dla_fast.kernels import tail
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dla_fast import cli, functional, use_backend
+from dla_fast.bench import Case
 from dla_fast.commands import tune
-from dla_fast.commands.bench import Case
 from dla_fast.kernels import config, launch
 from dla_fast.kernels.config import DEFAULT_ARCH, TileConfig
 

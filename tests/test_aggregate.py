@@ -13,8 +13,8 @@ from serving import DTYPES, HALF, INTERPRETED, NAMES, backends, thinned
 from torch import Tensor
 
 from dla_fast import backend, functional, reference, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 BACKENDS = backends("aggregate")
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")

@@ -9,8 +9,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from dla_fast import functional, ops, use_backend
-from dla_fast.commands import parity
 from dla_fast.ops.layout import is_channels_last
+from dla_fast.proof import parity
 
 BACKENDS = backends("aggregate")
 

@@ -17,9 +17,9 @@ from benchmarks.gpu.case import Case, Found, Setting, measured, passed
 from benchmarks.gpu.checks import name_of, served
 from benchmarks.gpu.nodes import rates
 from dla_fast import backend, functional, nn, ops, reference
-from dla_fast.commands import measure, parity
-from dla_fast.commands.bench import timing
-from dla_fast.commands.parity import Spec
+from dla_fast.bench import timing
+from dla_fast.proof import measure, parity
+from dla_fast.proof.parity import Spec
 
 # What memory-bound kernels are measured on: far past any cache.
 WORKING_SET = 256 * 2**20

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from dla_fast import backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.aot``: every specialisation that ships, compiled ahead of time for GPUs that are not here.
+"""``python -m benchmarks.gates.aot``: every specialisation that ships, compiled ahead for GPUs that are not here.
 
 Prints registers, shared memory, spills and occupancy, and exits 1 on a kernel that does not compile, on a spill, on
 shared memory over the target's limit, on a half-precision product without a matrix instruction, and on sm_90 on one
@@ -30,10 +30,10 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from benchmarks import _compiled
-from benchmarks._compiled import TARGETS, Result, compile_one, source
+from benchmarks.gates import compiled
+from benchmarks.gates.compiled import TARGETS, Result, compile_one, source
 
-CACHE = Path(__file__).resolve().parent / "out" / "aot"
+CACHE = Path(__file__).resolve().parents[1] / "out" / "aot"
 
 
 def shipping_modules() -> list[str]:
@@ -59,7 +59,7 @@ def key(s: Any, target: str) -> str:
         s.name,
         triton.__version__,
         target,
-        Path(_compiled.__file__).read_text(encoding="utf-8"),
+        Path(compiled.__file__).read_text(encoding="utf-8"),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -116,7 +116,7 @@ def table(results: Sequence[Result], every: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, and judge: 0 when everything may ship."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates.aot", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="default: all of dla_fast.kernels")
     parser.add_argument("--only", default="", metavar="TEXT", help="specialisations whose name holds this")
@@ -143,11 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not results and not missing:
         print("aot: nothing was chosen", file=sys.stderr)
         return 2
-    compiled = len(missing)
+    fresh = len(missing)
     with tempfile.TemporaryDirectory() as triton_cache:
         os.environ["TRITON_CACHE_DIR"] = triton_cache
         pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), _start, (modules, args.targets))
-        with pool, tqdm(total=compiled, unit="kernel", disable=not sys.stderr.isatty(), leave=False) as progress:
+        with pool, tqdm(total=fresh, unit="kernel", disable=not sys.stderr.isatty(), leave=False) as progress:
             jobs = {pool.submit(_compile, *one): one[:2] for one in missing}
             for done in as_completed(jobs):
                 results[jobs[done]] = done.result()
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.json.write_text(json.dumps([r.to_dict() for r in ordered], indent=1) + "\n", encoding="utf-8")
     print(
         f"aot: {len(ordered) - len(faulty)} of {len(ordered)} kernels may ship (Triton {triton.__version__}; "
-        f"{compiled} compiled now, {len(ordered) - compiled} kept from before; {time.perf_counter() - start:.0f} s)"
+        f"{fresh} compiled now, {len(ordered) - fresh} kept from before; {time.perf_counter() - start:.0f} s)"
     )
     return 1 if faulty else 0
 

@@ -10,12 +10,12 @@ import os
 import torch
 
 from dla_fast import backend
-from dla_fast.commands import measure
-from dla_fast.commands.bench import networks, peers
-from dla_fast.commands.bench.cases import DTYPES, LAYOUTS
-from dla_fast.commands.bench.networks import Network
-from dla_fast.commands.bench.timing import Outcome, Settings, complete, one_line
-from dla_fast.commands.demo_memory import NO_FRAGMENTATION
+from dla_fast.bench import networks, peers
+from dla_fast.bench.cases import DTYPES, LAYOUTS
+from dla_fast.bench.networks import Network
+from dla_fast.bench.timing import Outcome, Settings, complete, one_line
+from dla_fast.proof import measure
+from dla_fast.proof.measure import NO_FRAGMENTATION
 
 # Compiled networks are left out: their compilation runs in the process and would be its peak.
 IMPLEMENTATIONS = ("dla_fast", "eager")

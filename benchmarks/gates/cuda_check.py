@@ -1,6 +1,6 @@
 """Compile the CUDA kernels for every architecture with no GPU, and look at what came out.
 
-``python -m benchmarks.cuda_check``
+``python -m benchmarks.gates.cuda_check``
 
 Prints the registers, shared memory, stack and spills of every kernel. Exits 1 where a kernel spills or has a stack
 frame, where one that is vectorised has no 128-bit load or store in its machine code, where the matrix kernel has no
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 # Kernels, by name, whose template arguments say that they take 16 bytes at once, with what their code must hold.
@@ -61,7 +61,7 @@ def toolkit() -> Path | None:
     # The one on the path may be a script that calls another.
     run = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     found = re.search(r"^#\$ TOP=(.+)$", run.stderr, re.MULTILINE)
-    return Path(found[1]).resolve() if found else Path(nvcc).resolve().parent.parent
+    return Path(found[1]).resolve() if found else Path(nvcc).resolve().parents[2]
 
 
 def disassembler(cuda: Path) -> str | None:
@@ -216,7 +216,7 @@ def check_bindings(cuda: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, print the table and what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_check", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates.cuda_check", description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), metavar="NN", help="as in sm_NN")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "cuda", help="where results are kept")
     parser.add_argument("--all", action="store_true", help="a line for every kernel, not one for each name")

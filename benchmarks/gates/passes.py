@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._counting import Pass, counting, tensors_of
-from dla_fast.commands.bench import Case
+from benchmarks.gates.counting import Pass, counting, tensors_of
+from dla_fast.bench import Case
 from dla_fast.kernels import aggregate, aggregate_backward, config, launch, merge, merge_backward, moments, tail
 from dla_fast.kernels import upsample as upsampling
 

@@ -1,7 +1,7 @@
 """What is timed: the ops with the shapes they have inside real networks, and the least time each could take.
 
 A :class:`Case` is one definition for time, memory and correctness: it becomes a problem of
-:mod:`dla_fast.commands.parity`, which every peer then runs.
+:mod:`dla_fast.proof.parity`, which every peer then runs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dla_fast import functional, models
-from dla_fast.commands import measure, parity
 from dla_fast.nn import AggregationNode
+from dla_fast.proof import measure, parity
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from dla_fast.commands.bench.records import Record
+from dla_fast.bench.records import Record
 
 # The chance that a comparison of unchanged code calls something worse, both levels together.
 ALARM = 0.025

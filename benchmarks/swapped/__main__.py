@@ -11,115 +11,30 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import importlib
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dla_fast
-from benchmarks import _swapped_picture
-from dla_fast._timm import import_timm
-from dla_fast.commands import measure
-from dla_fast.commands.bench import networks, peers, records, table, timing
-from dla_fast.commands.bench.cases import LAYOUTS
-from dla_fast.commands.bench.timing import Disagreement, Settings, complete, one_line
-from dla_fast.commands.demo_memory import NO_FRAGMENTATION
+from benchmarks.swapped import picture
+from benchmarks.swapped.models import MODELS, Model, batch_of, build, inference, training_step
+from dla_fast.bench import network_timing, networks, peers, records, table, timing
+from dla_fast.bench.cases import LAYOUTS
+from dla_fast.bench.timing import Disagreement, Settings, complete, one_line
+from dla_fast.proof import measure
+from dla_fast.proof.measure import NO_FRAGMENTATION
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COMPILED = "+compile"
 # Not the name of a backend ("dla_fast:cpu"): this package's all the same, and so no peer of itself.
 IMPLS = ("eager", "compile", peers.FUSED, peers.FUSED + COMPILED)
 MODES = ("inference", "training")
-CLASSES = 19  # of the segmenter, as in Cityscapes
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network, its images' side, and the batches that it is run with: one image to infer, more to train."""
-
-    name: str
-    size: int
-    inference: int
-    training: int
-
-    def batches(self, mode: str, wanted: list[int] | None) -> list[int]:
-        """The batch of a mode, or those that were asked for."""
-        return wanted or [self.inference if mode == "inference" else self.training]
-
-
-MODELS = {m.name: m for m in (Model("dla34", 224, 1, 8), Model("detector", 512, 1, 2), Model("segmenter", 512, 1, 2))}
-
-
-def _example(name: str) -> Any:
-    """A module of examples/, found as ``python examples/<name>.py`` finds it."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module(name)
-
-
-def build(name: str) -> nn.Module:
-    """A network as its authors have it, with the same weights every time."""
-    torch.manual_seed(0)
-    model: nn.Module
-    if name == "dla34":
-        model = import_timm().create_model("dla34")
-    elif name == "detector":
-        model = _example("networks").Detector()
-    else:
-        model = _example("networks").Segmenter(CLASSES)
-    return model
-
-
-def batch_of(name: str, count: int, size: int, layout: str) -> tuple[Tensor, Callable[[Any], Tensor]]:
-    """Images, and the loss of what the network gives for them."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, 3, size, size, generator=generator)
-    if name == "dla34":
-        labels = torch.randint(1000, (count,), generator=generator)
-    elif name == "segmenter":
-        labels = torch.randint(CLASSES, (count, size, size), generator=generator)
-    else:
-        images, _, objects = _example("common").scenes(count, size, generator)
-        wanted = _example("detector").targets(objects, size // 4)
-    images = images.to(memory_format=LAYOUTS[layout])
-    if name == "detector":
-        return images, lambda outputs: _example("detector").loss(outputs, wanted)
-    return images, lambda outputs: F.cross_entropy(outputs, labels)
-
-
-def training_step(
-    model: Callable[..., Any], parameters: list[nn.Parameter], images: Tensor, loss: Callable[[Any], Tensor]
-) -> Callable[[], Tensor]:
-    """A function that trains one step and gives the loss; the gradients stay until the next."""
-    optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9)
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(model(images))
-        value.backward()
-        optimizer.step()
-        return value.detach()
-
-    return step
-
-
-def inference(model: Callable[..., Any], images: Tensor) -> Callable[[], list[Tensor]]:
-    """A function that infers, and gives the outputs."""
-
-    def infer() -> list[Tensor]:
-        with torch.inference_mode():
-            return networks.tensors_of(model(images))
-
-    return infer
 
 
 def compare(label: str, impl: str, got: list[Tensor], eager: list[Tensor], bounds: tuple[float, float]) -> None:
@@ -140,7 +55,7 @@ def compare(label: str, impl: str, got: list[Tensor], eager: list[Tensor], bound
     if not max(errors) <= bounds[0]:
         raise Disagreement(impl, f"{label}: {impl} and eager differ by {max(errors):.1e} of the largest value")
     if outputs < len(got):
-        error = networks._norm_difference(got[outputs:], eager[outputs:])
+        error = network_timing.norm_difference(got[outputs:], eager[outputs:])
         if not error <= bounds[1]:
             raise Disagreement(impl, f"{label}: {impl} and eager differ in the gradient by {error:.1e} of its norm")
 
@@ -158,7 +73,7 @@ def check_float64(name: str, before: nn.Module, after: nn.Module, layout: str, s
         # The detector's targets stay float32, in both alike.
         value = loss(model(images.double()))
         results.append([value.detach(), *torch.autograd.grad(value, networks.trained(model))])
-    bounds = (networks.FLOAT64_TOLERANCE, networks.FLOAT64_TOLERANCE)
+    bounds = (network_timing.FLOAT64_TOLERANCE, network_timing.FLOAT64_TOLERANCE)
     compare(f"{name} (training) in float64", peers.FUSED, results[1], results[0], bounds)
 
 
@@ -206,7 +121,7 @@ def prove(
         if impl == "eager":
             want = got
             continue
-        compare(f"{model.name} ({mode})", impl, got, want, (bound, networks.GRADIENT_TOLERANCE))
+        compare(f"{model.name} ({mode})", impl, got, want, (bound, network_timing.GRADIENT_TOLERANCE))
     return calls, skipped
 
 
@@ -322,7 +237,7 @@ def run_all(run: records.Run, args: argparse.Namespace) -> None:
 def render(run: dict[str, Any]) -> str:
     """A run as text: times and ratios, memory, what could not run and what disagreed."""
     rows = [["model", "mode", "batch", *IMPLS, "eager/swapped", "compile/swapped", "compile/both"]]
-    for case in _swapped_picture.cases(run["records"]):
+    for case in picture.cases(run["records"]):
         ms = {impl: record["median_ms"] for impl, record in case.items()}
         mine = case.get(peers.FUSED, next(iter(case.values())))
 
@@ -399,9 +314,9 @@ def main(argv: list[str] | None = None) -> int:
             print("swapped: interrupted; what was measured is kept", file=sys.stderr)
         kept = run.to_dict()
     print(render(kept))
-    if args.picture is not None and _swapped_picture.cases(kept["records"]):
+    if args.picture is not None and picture.cases(kept["records"]):
         args.picture.parent.mkdir(parents=True, exist_ok=True)
-        args.picture.write_bytes(_swapped_picture.draw(kept))
+        args.picture.write_bytes(picture.draw(kept))
         print(f"wrote {args.picture}")
     if any(record.get("error") for record in kept["records"]):
         return 1

@@ -15,15 +15,19 @@ from typing import Any
 import torch
 
 from dla_fast._version import __version__
-from dla_fast.commands import CommandError, machine
-from dla_fast.commands.bench import peers
-from dla_fast.commands.bench.cases import Rates
+from dla_fast.bench import peers
+from dla_fast.bench.cases import Rates
+from dla_fast.proof import machine
 
 Record = dict[str, Any]
 # What tells two records of a run apart.
 IDENTITY = ("suite", "case", "op", "mode", "impl", "device", "dtype", "layout", "batch", "threads")
 # The same without who computed it: one comparison.
 _GROUP = ("suite", "case", "op", "mode", "device", "dtype", "batch", "threads")
+
+
+class NotARun(Exception):
+    """A file that holds no run; the message is one line, for whoever named the file."""
 
 
 def machine_facts(device: torch.device, rates: dict[str, Rates]) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def instruction_set(facts: dict[str, Any]) -> str | None:
 
 def commit() -> str | None:
     """The commit this package is at, with ``+changes`` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -139,16 +143,16 @@ def load(path: Path) -> dict[str, Any]:
     """Read a run.
 
     Raises:
-        CommandError: no such file, or not a run.
+        NotARun: no such file, or not a run.
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}") from error
+        raise NotARun(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise CommandError(f"{path}: not JSON: {error}") from error
+        raise NotARun(f"{path}: not JSON: {error}") from error
     if not isinstance(run, dict) or not isinstance(run.get("records"), list):
-        raise CommandError(f'{path}: expected an object with a list under "records"')
+        raise NotARun(f'{path}: expected an object with a list under "records"')
     return run
 
 

@@ -1,4 +1,4 @@
-"""``python -m dla_fast bench``: arguments, the order of the work, and what remains when it is stopped."""
+"""``python -m dla_fast bench``: its arguments, the order of the work, and what remains when it is stopped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dla_fast import models
+from dla_fast.bench import cases, compare, compare_table, memory, network_timing, networks, peers, table, timing
+from dla_fast.bench.cases import DTYPES, LAYOUTS, MODES, Case, Rates
+from dla_fast.bench.records import NotARun, Run, load
 from dla_fast.commands import CommandError, require
-from dla_fast.commands.bench import cases, compare, memory, networks, peers, table, timing
-from dla_fast.commands.bench.cases import DTYPES, LAYOUTS, MODES, Case, Rates
-from dla_fast.commands.bench.records import Run
 
 SUITES = {
     "ops": "each op at a high and a low resolution",
@@ -215,7 +215,10 @@ def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings,
 
 
 def _network_job(network: networks.Network, mode: str, settings: timing.Settings, rates: _Rates) -> Job:
-    return Job("models", f"{network.name} {mode}", lambda: networks.time_network(network, mode, settings, rates.get()))
+    def run() -> timing.Outcome:
+        return network_timing.time_network(network, mode, settings, rates.get())
+
+    return Job("models", f"{network.name} {mode}", run)
 
 
 def _memory_job(network: networks.Network, settings: timing.Settings) -> Job:
@@ -246,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
     if args.what[:1] == ["compare"]:
         if len(args.what) != 3:
             args.parser.error("compare: expected two files, A.json B.json")
-        return compare.main(Path(args.what[1]), Path(args.what[2]), args.threshold, absolute=args.absolute)
+        return _compare(Path(args.what[1]), Path(args.what[2]), args.threshold, absolute=args.absolute)
     suites = _suites(args)
     if args.html is not None:
         require({"matplotlib": "matplotlib"}, "demo")
@@ -279,7 +282,7 @@ def _finish(result: Run, args: argparse.Namespace, interrupted: bool) -> int:
         if args.json is not None:
             print(f"records: {args.json}")
         if args.html is not None:
-            from dla_fast.commands.bench import report
+            from dla_fast.bench import report
 
             report.write(data, args.html)
             print(f"report: {args.html}")
@@ -293,3 +296,18 @@ def _finish(result: Run, args: argparse.Namespace, interrupted: bool) -> int:
     if errors:
         print(f"bench: errors in {table.counted(errors)}, see above", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _compare(a: Path, b: Path, threshold: float, *, absolute: bool = False) -> int:
+    """Compare two files and print; 1 where dla_fast got worse past the threshold, or gives no figure any more.
+
+    Raises:
+        CommandError: a file that is no run.
+    """
+    try:
+        before, after = load(a), load(b)
+    except NotARun as error:
+        raise CommandError(str(error)) from error
+    result = compare.compare(before, after, threshold, absolute=absolute)
+    print(compare_table.render(result, before, after))
+    return 1 if result.regressions() or result.broken else 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dla_fast.commands.bench import peers, pictures, table
-from dla_fast.commands.bench.records import Record, is_timed
+from dla_fast.bench import peers, pictures, table
+from dla_fast.bench.records import Record, is_timed
 
 BOTH = f"{peers.FUSED}+compile"
 NAMES = {

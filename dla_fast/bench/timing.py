@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_fast.commands import measure, parity
-from dla_fast.commands.bench import peers
-from dla_fast.commands.bench.cases import DTYPES, Case, Rates
+from dla_fast.bench import peers
+from dla_fast.bench.cases import DTYPES, Case, Rates
+from dla_fast.proof import measure, parity
 
 # The largest difference between two peers, in units of the largest value of the tensor.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -42,7 +42,7 @@ class Settings:
         dtype: name of the tensors' dtype.
         layout: channels_last or contiguous.
         rounds: samples of each peer.
-        peers: whom to compare with, of :data:`dla_fast.commands.bench.peers.PEERS`.
+        peers: whom to compare with, of :data:`dla_fast.bench.peers.PEERS`.
         seconds: time that one case may take; a long one gets fewer rounds, 3 at least.
         rotate: copies of the inputs to go through; by default as many as pass a GPU's cache, and one on a CPU.
     """
@@ -237,7 +237,7 @@ def time_case(
 
     Args:
         case: what to compute.
-        mode: one of :data:`dla_fast.commands.bench.cases.MODES`.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
         batch: images.
         settings: how to time.
         rates: the machine's, for the floor.

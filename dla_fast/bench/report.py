@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dla_fast.commands.bench import pictures, table
-from dla_fast.commands.bench.records import Comparison, Record, geometric_mean, instruction_set, is_timed
+from dla_fast.bench import pictures, table
+from dla_fast.bench.records import Comparison, Record, geometric_mean, instruction_set, is_timed
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2430; background: #fff;

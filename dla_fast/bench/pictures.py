@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from dla_fast.commands.bench import peers, table
-from dla_fast.commands.bench.records import Comparison, Record
+from dla_fast.bench import peers, table
+from dla_fast.bench.records import Comparison, Record
 
 COLORS = {
     peers.FUSED: "#1f6fb4",

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dla_fast import backend, functional, reference
-from dla_fast.commands import parity
-from dla_fast.commands.bench import eager
-from dla_fast.commands.bench.cases import Case
+from dla_fast.bench import eager
+from dla_fast.bench.cases import Case
+from dla_fast.proof import parity
 
 FUSED = "dla_fast"
 # What may be asked for beside dla_fast and its backends, which are always there.
@@ -109,7 +109,7 @@ def make_runner(
 
     Args:
         case: what to compute.
-        mode: one of :data:`dla_fast.commands.bench.cases.MODES`.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
         impl: one of :func:`implementations`.
         problem: the case's tensors, as float64.
         dy: gradient of the output, for ``training``.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.traffic``: the bytes that the kernels move, counted in Triton's interpreter, beside the floor.
+"""``python -m benchmarks.gates.traffic``: the kernels' bytes, counted in Triton's interpreter, beside the floor.
 
 For every root of the networks, every step of the dense-prediction ladders at 512x512 and every other batch norm of
 dla34, in inference, training forward and backward: per kernel the bytes moved (each distinct byte of an operand once
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._passes import MODES, Row, Unit, measure, over
+from benchmarks.gates.passes import MODES, Row, Unit, measure, over
 from dla_fast import models, use_backend
-from dla_fast.commands.bench import DTYPES, LAYOUTS, Case, ida_cases, network_cases
+from dla_fast.bench import DTYPES, LAYOUTS, Case, ida_cases, network_cases
 
 LIMIT = 1.05
 NETWORKS = ("dla34", "dla60", "dla102", "dla169")
@@ -107,7 +107,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and judge: 0 when every pass is within the limit."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates.traffic", description=__doc__)
     parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=SUITES)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), metavar="NAME", help="default: %(default)s")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))

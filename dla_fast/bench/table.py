@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dla_fast.commands.bench import peers
-from dla_fast.commands.bench.records import Comparison, Record, comparisons, geometric_mean, side_of
+from dla_fast.bench import peers
+from dla_fast.bench.records import Comparison, Record, comparisons, geometric_mean, side_of
 
 TITLES = {
     "ops": "ops",

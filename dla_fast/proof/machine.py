@@ -1,4 +1,4 @@
-"""What the commands say of the processor: one name for it, and one for the instruction set that the kernels use."""
+"""What reports say of the processor: one name for it, and one for the instruction set that the kernels use."""
 
 from __future__ import annotations
 
