@@ -120,9 +120,9 @@ def _node(
     differentiable = norm.training or _needs_grad(*xs, weight, conv_bias, added, *norm[:2], *up_weights)
     serving = None
     if not differentiable and x.device.type == cuda.DEVICE and not _needs_reference():
-        # Those kernels are for the inference of small aggregation nodes alone.
+        # Those kernels are for the inference of aggregation nodes alone.
         plain = kernel == stride == groups == 1 and not up_weights and added is None and residual_input <= 0
-        serving = backend.serves_inference("aggregate", cuda.DEVICE, x.dtype, pixels) if plain else None
+        serving = backend.serves_inference("aggregate", cuda.DEVICE, x.dtype) if plain else None
     serving = serving or _serving(op, x)
     if serving == "reference":
         return node(

@@ -24,6 +24,7 @@ from dla_fast.bench.networks import (
     work,
 )
 from dla_fast.bench.timing import Disagreement, Outcome, Settings, complete, one_line
+from dla_fast.ops.precision import fp32_precision, tf32_products
 
 # Gradients of a network in working precision: where a ReLU's input lies within rounding of zero, two right networks
 # send them different ways, so they are compared as a whole, and once more in float64 on small images.
@@ -74,19 +75,21 @@ def _bounds(
 
     In half precision no fixed bound says anything: rounding grows through the layers, and kinks send gradients
     elsewhere. There an implementation may err against float32 twice as much as eager does, and so two of them may lie
-    three times that error apart.
+    three times that error apart. TF32 is half precision too: its products round to as many bits as float16 has.
     """
     dtype = settings.torch_dtype
-    if dtype not in (torch.float16, torch.bfloat16):
+    in_tf32 = dtype == torch.float32 and settings.device.type == "cuda" and tf32_products()
+    if dtype not in (torch.float16, torch.bfloat16) and not in_tf32:
         return 10 * timing.tolerance(dtype, settings.device), GRADIENT_TOLERANCE
     # The same values in float32: those that half precision has rounded already.
     rounded = {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in state.items()}
-    exact = implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0]()
+    with fp32_precision("ieee"):
+        exact = implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0]()
     eager = implementation(network, mode, "eager", state, settings)[0]()
     count = len(exact) - gradients
     outputs = max(timing.difference(a, b) for a, b in zip(eager[:count], exact[:count], strict=True))
     gradient = norm_difference(eager[count:], exact[count:]) if gradients else 0.0
-    return 3 * outputs + timing.TOLERANCES[dtype] / 10, 3 * gradient
+    return 3 * outputs + timing.tolerance(dtype, settings.device) / 10, 3 * gradient
 
 
 def prove(

@@ -50,6 +50,13 @@ def _specs(op: str, dtype: torch.dtype) -> Iterator[Spec]:
         elif op == "merge":
             for kernel in (1, 3):
                 yield Spec(**common, channels=(8, 8), out_channels=8, height=5, width=6, kernel=kernel)
+        elif op == "conv_norm_act":
+            common |= {"channels": (8, 8), "out_channels": 8, "height": 5, "width": 6}
+            yield Spec(**common, kernel=3, stride=2, residual=True, act="silu")
+            yield Spec(**common, kernel=3, dilation=2, residual_input=1)
+            yield Spec(**common, kernel=1, stride=2)
+            yield Spec(**common, kernel=1, residual=True)
+            yield Spec(**common, kernel=5, groups=2)
         elif training:
             for factor in (2, 3, 4):
                 yield Spec(**common, out_channels=24, factor=factor)
@@ -120,6 +127,7 @@ def gradient_problems(op: str, device: str) -> Iterator[tuple[Callable[..., Tens
             act="silu",
             training=training,
             residual=op != "merge",
+            **({"kernel": 3, "stride": 2} if op == "conv_norm_act" else {}),
         )
         yield *parity.gradient_function(parity.PROBLEMS[op](spec), device), spec
 

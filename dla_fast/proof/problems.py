@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_fast import reference
+from dla_fast import checks, reference
 from dla_fast.backend import selected
 from dla_fast.ops import triton
 from dla_fast.ops.precision import tf32_products
@@ -18,7 +18,7 @@ from dla_fast.proof import tf32
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # The ops that multiply matrices, for which float32's switch means something.
-PRODUCTS = ("aggregate", "merge")
+PRODUCTS = ("aggregate", "merge", "conv_norm_act")
 KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
 
 
@@ -41,6 +41,10 @@ class Spec:
     half_norm: bool = False
     kernel: int = 1
     factor: int = 2
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    residual_input: int | None = None
     seed: int = 0
 
     @property
@@ -52,6 +56,9 @@ class Spec:
     def __str__(self) -> str:
         flags = [name for name in ("residual", "conv_bias", "half_norm") if getattr(self, name)]
         flags += [] if self.affine else ["no affine"]
+        geometry = {"kernel": self.kernel, "stride": self.stride, "dilation": self.dilation, "groups": self.groups}
+        flags += [f"{name} {value}" for name, value in geometry.items() if value > 1]
+        flags += [] if self.residual_input is None else [f"residual xs[{self.residual_input}]"]
         mode = "training" if self.training else "frozen"
         shape = f"{'+'.join(map(str, self.channels))}->{self.out_channels} {self.batch}x{self.height}x{self.width}"
         return " ".join([str(self.dtype).removeprefix("torch."), self.layout, shape, self.act, mode, *flags])
@@ -129,29 +136,69 @@ def _norm_arguments(t: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
     return t.get("bn_weight"), t.get("bn_bias"), t["running_mean"], t["running_var"]
 
 
-def aggregate(spec: Spec, device: torch.device | str | None = None) -> Problem:
-    """An aggregation node."""
-    draw = Draw(spec.seed, device)
-    for i, c in enumerate(spec.channels):
-        draw.add(f"x{i}", (spec.batch, c, spec.height, spec.width), spec.dtype)
-    depth = sum(spec.channels)
-    draw.add("weight", (spec.out_channels, depth, 1, 1), spec.dtype, scale=1 / math.sqrt(max(depth, 1)))
+def _drawn(op: str, spec: Spec, device: torch.device | str | None, factors: Sequence[int]) -> tuple[Draw, list[Any]]:
+    """The tensors of a convolution with a norm, and per input None or its up-weight's name and factor."""
+    draw, k, depth = Draw(spec.seed, device), spec.kernel, sum(spec.channels)
+    factor = max(factors)
+    full = tuple(checks.upsampled(s, factor) if factor > 1 else s for s in (spec.height, spec.width))
+    ups: list[Any] = []
+    for i, (c, f) in enumerate(zip(spec.channels, factors, strict=True)):
+        low = factor > 1 and f > 1
+        draw.add(f"x{i}", (spec.batch, c, *((spec.height, spec.width) if low else full)), spec.dtype)
+        ups.append(("up_weight", f) if low else None)
+        if low:
+            draw.add("up_weight", (c, 1, 2 * f, 2 * f), spec.dtype)
+    fan_in = max(depth // spec.groups * k * k, 1)
+    shape = (spec.out_channels, depth // spec.groups, k, k)
+    draw.add("weight", shape, spec.dtype, scale=1 / math.sqrt(fan_in))
     if spec.conv_bias:
         draw.add("conv_bias", (spec.out_channels,), spec.dtype)
+    if op == "conv_norm_act" and spec.residual:
+        sides = (checks.convolved(side, k, spec.stride, spec.dilation) for side in full)
+        draw.add("residual", (spec.batch, spec.out_channels, *sides), spec.dtype)
     draw.norm(spec, spec.out_channels)
+    return draw, ups
+
+
+def _node_problem(op: str, spec: Spec, device: torch.device | str | None, factors: Sequence[int]) -> Problem:
+    draw, ups = _drawn(op, spec, device, factors)
 
     def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
-        return module.aggregate(
+        options: dict[str, Any] = {}
+        if op == "aggregate":
+            options["residual"] = spec.residual
+        if op == "merge":
+            options["upsample"] = [None if up is None else (t[up[0]], up[1]) for up in ups]
+        if op == "conv_norm_act":
+            options |= {"stride": spec.stride, "dilation": spec.dilation, "groups": spec.groups}
+            options["residual"] = t.get("residual", spec.residual_input)
+        y: Tensor = getattr(module, op)(
             [t[f"x{i}"] for i in range(len(spec.channels))],
             t["weight"],
             *_norm_arguments(t),
             training=spec.training,
             conv_bias=t.get("conv_bias"),
-            residual=spec.residual,
             act=act or spec.act,
+            **options,
         )
+        return y
 
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, "aggregate")
+    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, op)
+
+
+def aggregate(spec: Spec, device: torch.device | str | None = None) -> Problem:
+    """An aggregation node."""
+    return _node_problem("aggregate", spec, device, [1] * len(spec.channels))
+
+
+def merge(spec: Spec, device: torch.device | str | None = None) -> Problem:
+    """An IDA node whose last input is upsampled."""
+    return _node_problem("merge", spec, device, [1] * (len(spec.channels) - 1) + [spec.factor])
+
+
+def conv_norm_act(spec: Spec, device: torch.device | str | None = None) -> Problem:
+    """The general node, without upsampling; its residual is a tensor, or the input that the spec names."""
+    return _node_problem("conv_norm_act", spec, device, [1] * len(spec.channels))
 
 
 def batch_norm_act(spec: Spec, device: torch.device | str | None = None) -> Problem:
@@ -175,35 +222,6 @@ def batch_norm_act(spec: Spec, device: torch.device | str | None = None) -> Prob
     return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, "batch_norm_act")
 
 
-def merge(spec: Spec, device: torch.device | str | None = None) -> Problem:
-    """An IDA node whose last input is upsampled."""
-    draw = Draw(spec.seed, device)
-    f = spec.factor
-    large = tuple((side - 1) * f - 2 * (f // 2) + 2 * f for side in (spec.height, spec.width))
-    for i, c in enumerate(spec.channels):
-        small = i == len(spec.channels) - 1
-        draw.add(f"x{i}", (spec.batch, c, *((spec.height, spec.width) if small else large)), spec.dtype)
-    k, depth = spec.kernel, sum(spec.channels)
-    draw.add("up_weight", (spec.channels[-1], 1, 2 * f, 2 * f), spec.dtype)
-    draw.add("weight", (spec.out_channels, depth, k, k), spec.dtype, scale=1 / math.sqrt(depth * k * k))
-    if spec.conv_bias:
-        draw.add("conv_bias", (spec.out_channels,), spec.dtype)
-    draw.norm(spec, spec.out_channels)
-
-    def call(module: Any, t: Mapping[str, Tensor], act: str | None) -> Tensor:
-        return module.merge(
-            [t[f"x{i}"] for i in range(len(spec.channels))],
-            t["weight"],
-            *_norm_arguments(t),
-            training=spec.training,
-            conv_bias=t.get("conv_bias"),
-            upsample=[None] * (len(spec.channels) - 1) + [(t["up_weight"], f)],
-            act=act or spec.act,
-        )
-
-    return Problem(draw.tensors, draw.dtypes, call, _BUFFERS, spec, draw.device, "merge")
-
-
 def upsample(spec: Spec, device: torch.device | str | None = None) -> Problem:
     """The learned upsampling."""
     draw, c, f = Draw(spec.seed, device), spec.out_channels, spec.factor
@@ -219,7 +237,7 @@ def upsample(spec: Spec, device: torch.device | str | None = None) -> Problem:
 def upsample_add(spec: Spec, device: torch.device | str | None = None) -> Problem:
     """The add-merging step of IDA."""
     draw, c, f = Draw(spec.seed, device), spec.out_channels, spec.factor
-    sides = tuple((side - 1) * f - 2 * (f // 2) + 2 * f for side in (spec.height, spec.width))
+    sides = tuple(checks.upsampled(side, f) for side in (spec.height, spec.width))
     draw.add("x", (spec.batch, c, spec.height, spec.width), spec.dtype)
     draw.add("skip", (spec.batch, c, *sides), spec.dtype)
     draw.add("weight", (c, 1, 2 * f, 2 * f), spec.dtype)
@@ -233,6 +251,7 @@ def upsample_add(spec: Spec, device: torch.device | str | None = None) -> Proble
 PROBLEMS = {
     "aggregate": aggregate,
     "merge": merge,
+    "conv_norm_act": conv_norm_act,
     "batch_norm_act": batch_norm_act,
     "upsample": upsample,
     "upsample_add": upsample_add,
