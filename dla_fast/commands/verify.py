@@ -117,6 +117,7 @@ def _parity_row(job: Job, dtype: torch.dtype) -> Row:
 def gradient_problems(op: str, device: str) -> Iterator[tuple[Callable[..., Tensor], list[Tensor], Spec]]:
     """An op as gradcheck wants it, in both layouts and with both kinds of statistics: function, inputs, description."""
     for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
+        geometry: dict[str, Any] = {"kernel": 3, "stride": 2} if op == "conv_norm_act" else {}
         spec = Spec(
             dtype=torch.float64,
             layout=layout,
@@ -127,7 +128,7 @@ def gradient_problems(op: str, device: str) -> Iterator[tuple[Callable[..., Tens
             act="silu",
             training=training,
             residual=op != "merge",
-            **({"kernel": 3, "stride": 2} if op == "conv_norm_act" else {}),
+            **geometry,
         )
         yield *parity.gradient_function(parity.PROBLEMS[op](spec), device), spec
 
