@@ -89,11 +89,11 @@ def _node(
     checks.check_weight(weight, xs, kernels, groups)
     up_weights: list[Tensor] = []
     factors = [1] * len(xs)
-    if upsample is None:
+    if upsample is None and op == "aggregate":
         checks.check_same_size(xs)
         height, width = xs[0].shape[2:]
     else:
-        upsample = checks.check_upsampling(upsample, xs, _autocast)
+        upsample = checks.check_upsampling(upsample or [None] * len(xs), xs, _autocast)
         height, width = checks.check_same_size_upsampled(xs, upsample)
         for i, up in enumerate(upsample):
             if up is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stride_helpers import check, problems
 
 from dla_fast import backend
-from stride_helpers import check, problems
 
 
 @pytest.mark.parametrize("op", backend.OPS)

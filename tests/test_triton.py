@@ -40,6 +40,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         "interpreted_tune",
         "test_aggregate",
         "test_batch_norm_act",
+        "test_compiled",
+        "test_conv_norm_act",
         "test_ops",
     ],
 )
