@@ -45,7 +45,7 @@ class Node:
     affine: bool = True
     bias: bool = True
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    buffers: dict[str, Tensor | None] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(sum(self.channels) + self.kernel)
@@ -73,13 +73,13 @@ class Node:
             self.leaves |= {"bn_weight": draw(n), "bn_bias": draw(n)}
         self.buffers = {"running_mean": draw(n), "running_var": draw(n).square() + 0.5}
 
-    def call(self, leaves: dict[str, Tensor], buffers: dict[str, Tensor | None]) -> Tensor:
+    def call(self, leaves: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         """y of the operator."""
         return OPS.conv_norm_act(
             *self._tensors(leaves), *buffers.values(), *self._geometry(), self.training, MOMENTUM, EPS, self.act, 0.0
         )[0]
 
-    def infer(self, leaves: dict[str, Tensor], buffers: dict[str, Tensor | None]) -> Tensor:
+    def infer(self, leaves: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         """y of the operator for inference."""
         tensors = self._tensors(leaves)
         return OPS.conv_norm_act_inference(*tensors, *buffers.values(), *self._geometry(), EPS, self.act, 0.0)
@@ -126,13 +126,14 @@ def outcome(node: Node, call: Any, leaves: dict[str, Tensor], buffers: dict[str,
     return {"y": y.detach(), **{f"d {n}": g for n, g in zip(wanted, grads, strict=True)}, **buffers}
 
 
-def check(node: Node, leaves: dict[str, Tensor] | None = None, buffers: dict[str, Tensor] | None = None, **more) -> dict:
+def check(
+    node: Node, leaves: dict[str, Tensor] | None = None, buffers: dict[str, Tensor] | None = None, **more
+) -> dict:
     """Outputs, gradients and running statistics of the operator, held to PyTorch's in float64."""
     leaves = node.leaves if leaves is None else leaves
     buffers = {name: t.clone() for name, t in node.buffers.items()} if buffers is None else buffers
-    exact = outcome(
-        node, node.exact, {k: v.double() for k, v in leaves.items()}, {k: v.double() for k, v in buffers.items()}, **more
-    )
+    doubles = [{name: t.double().clone() for name, t in given.items()} for given in (leaves, buffers)]
+    exact = outcome(node, node.exact, *doubles, **more)
     if not node.training:
         with torch.no_grad():
             close("inference", node.infer(leaves, buffers), exact["y"], node.dtype)
@@ -148,7 +149,6 @@ def check(node: Node, leaves: dict[str, Tensor] | None = None, buffers: dict[str
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("stride, dilation", [(2, 1), (1, 2), (2, 2)])
 def test_stride_and_dilation(kernel, stride, dilation, dtype, layout):
-    # The gradients of a whole network are float64's; here the library makes them.
     for training in (True, False) if dtype == torch.float32 else (True,):
         node = Node(
             kernel=kernel, stride=stride, dilation=dilation, dtype=dtype, layout=layout, training=training, act="relu"
@@ -159,7 +159,8 @@ def test_stride_and_dilation(kernel, stride, dilation, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (1, 2), (3, 2)])
 def test_a_residual_of_its_own(kernel, stride, layout):
-    for (training, act), dtype in zip(itertools.product((True, False), ("silu", "identity")), [*DTYPES, DTYPES[1]]):
+    modes = itertools.product((True, False), ("silu", "identity"))
+    for (training, act), dtype in zip(modes, (*DTYPES, torch.float32), strict=True):
         check(Node(kernel=kernel, stride=stride, residual=True, dtype=dtype, layout=layout, training=training, act=act))
 
 

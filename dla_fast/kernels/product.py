@@ -53,8 +53,8 @@ def load_plain(
     x, pixel, k, there, kin, pixels, channels, CL: tl.constexpr, EVEN: tl.constexpr, I64: tl.constexpr
 ):  # fmt: skip
     """Channels k of x at a pixel for each row of the tile; zero where ``there`` says no."""
-    offset = at(pixel, pixels, channels, CL)[:, None] + along(k, pixels, CL, I64)[None, :]
-    return tl.load(x + offset, mask=inside(there, kin, EVEN), other=0.0)
+    x = x + at(pixel, pixels, channels, CL)[:, None]
+    return tl.load(x + along(k, pixels, CL, I64)[None, :], mask=inside(there, kin, EVEN), other=0.0)
 
 
 @triton.jit
