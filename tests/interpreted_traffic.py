@@ -109,7 +109,7 @@ def test_the_other_ops_move_their_floor(case, mode, values):
 
 
 def test_a_node_that_upsamples_first_is_held_to_two_passes(monkeypatch):
-    monkeypatch.setattr(_passes.merge, "ON_LOAD_PIXELS", 0)
+    monkeypatch.setattr(_passes.conv_norm_act, "ON_LOAD_PIXELS", 0)
     case = Case("ida", (8, 8), 8, 16, 16, op="merge", kernel=3)
     rows = _passes.measure(Unit(case, 2, torch.float32, "channels_last"), "inference")
     assert [r.what for r in rows] == ["inference: upsample_kernel", "inference: inference_kernel", "inference"]

@@ -18,9 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD:benchmarks/gates/passes.py
 from benchmarks.gates.counting import Pass, counting, tensors_of
 from dla_fast.bench import Case
 from dla_fast.kernels import aggregate, aggregate_backward, config, launch, merge, merge_backward, moments, tail
+=======
+from benchmarks._counting import Pass, counting, tensors_of
+from dla_fast.commands.bench import Case
+from dla_fast.kernels import config, conv_norm_act, conv_norm_act_backward, launch, moments, tail
+>>>>>>> triton:benchmarks/_passes.py
 from dla_fast.kernels import upsample as upsampling
 
 MODES = ("inference", "forward", "backward")
@@ -182,38 +188,30 @@ def work_of(unit: Unit, mode: str, sizes: tuple[int, int, int], device: str) -> 
             tail.tail(y, *norm, skip, *act)
 
         return normalise
-    xs = [some(images, c, height, width) for c in case.in_channels]
+    xs, ups = [some(images, c, height, width) for c in case.in_channels], []
     weight = some(n, sum(case.in_channels), case.kernel, case.kernel)
-    wanted = [True] * len(xs)
+    factors = [1] * len(xs)
     if case.op == "merge":
+        factors[-1], ups = factor, [some(case.in_channels[-1], 1, 2 * factor, 2 * factor)]
         xs[-1] = some(images, case.in_channels[-1], height // factor, width // factor)
-        ups, factors = [some(case.in_channels[-1], 1, 2 * factor, 2 * factor)], [1] * (len(xs) - 1) + [factor]
-
-        def join() -> None:
-            if mode == "inference":
-                merge.merge_inference(xs, ups, weight, None, *norm, factors, *act)
-            elif mode == "forward":
-                made, *statistics = merge.merge_stage(xs, ups, weight, None, vector, vector, factors, _MOMENTUM, True)
-                tail.tail(made, *statistics, vector, vector, None, *act)
-            else:
-                tail.tail_backward_reduce(y, z, *norm, None, *act)
-                merge_backward.merge_backward(
-                    y, xs, ups, weight, z, *norm, *sums, factors, count, *act, wanted, [True], True
-                )
-
-        return join
+    # A residual is the first input.
+    geometry, index = (factors, 1, 1, 1), 0 if case.residual else -1
 
     def gather() -> None:
+        added = xs[0] if case.residual else None
         if mode == "inference":
-            aggregate.aggregate_inference(xs, weight, None, *norm, _EPS, case.residual, _ACT, _SLOPE)
+            conv_norm_act.conv_norm_act_inference(xs, ups, weight, None, None, *norm, *geometry, index, *act)
         elif mode == "forward":
-            made, *statistics = aggregate.aggregate_stage(xs, weight, None, vector, vector, _MOMENTUM, True)
-            tail.tail(made, *statistics, vector, vector, xs[0] if case.residual else None, *act)
-        else:
-            tail.tail_backward_reduce(y, z, *norm, xs[0] if case.residual else None, *act)
-            aggregate_backward.aggregate_backward(
-                y, xs, weight, z, *norm, *sums, count, _EPS, case.residual, _ACT, _SLOPE, wanted, True
+            made, *statistics = conv_norm_act.conv_norm_act_stage(
+                xs, ups, weight, None, vector, vector, *geometry, _MOMENTUM, True
             )
+            tail.tail(made, *statistics, vector, vector, added, *act)
+        else:
+            tail.tail_backward_reduce(y, z, *norm, added, *act)
+            conv_norm_act_backward.conv_norm_act_backward(
+                y, xs, ups, weight, None, z, *norm, *sums, *geometry, index, count, *act,
+                [True] * len(xs), [True] * len(ups), True, False,
+            )  # fmt: skip
 
     return gather
 
@@ -236,7 +234,7 @@ def small_sizes(unit: Unit, tile: int) -> tuple[int, int, int]:
 @contextlib.contextmanager
 def _as_real(unit: Unit, small: int, names: set[str]) -> Iterator[None]:
     """Choose tiles and strategies as for the real size; launch these kernels alone."""
-    choose, launched, on_load = config.choose, launch.launch, merge.ON_LOAD_PIXELS
+    choose, launched, on_load = config.choose, launch.launch, conv_norm_act.ON_LOAD_PIXELS
 
     def choose_real(kernel: str, m: int, k: int, n: int, dtype: torch.dtype, *rest: Any, **named: Any) -> Any:
         return choose(kernel, unit.pixels if m == small else m, k, n, unit.dtype, *rest, **named)
@@ -248,11 +246,11 @@ def _as_real(unit: Unit, small: int, names: set[str]) -> Iterator[None]:
     choose_real.cache_clear = choose.cache_clear  # type: ignore[attr-defined]
     try:
         config.choose, launch.launch = choose_real, launch_some  # type: ignore[assignment]
-        merge.ON_LOAD_PIXELS = small if unit.pixels <= on_load else 0
+        conv_norm_act.ON_LOAD_PIXELS = small if unit.pixels <= on_load else 0
         config.install({})
         yield
     finally:
-        config.choose, launch.launch, merge.ON_LOAD_PIXELS = choose, launched, on_load
+        config.choose, launch.launch, conv_norm_act.ON_LOAD_PIXELS = choose, launched, on_load
         config.install({})
 
 

@@ -101,7 +101,8 @@ def _latency(channels: int, outputs: int, side: int, label: str, setting: Settin
         return (timing.graph_of([call] * 20, device) if setting.on_gpu else None) or call
 
     def infer(name: str) -> Tensor:
-        y: Tensor = ops.namespace(name).aggregate_inference(xs, weight, None, v, v, v, v, 1e-5, False, "relu", 0.0)
+        node = (xs, [], weight, None, None, v, v, v, v)
+        y: Tensor = ops.namespace(name).conv_norm_act_inference(*node, [1, 1], 1, 1, 1, -1, 1e-5, "relu", 0.0)
         return y
 
     runners = {"empty": replayed(lambda: empty.add_(1))}
