@@ -224,7 +224,7 @@ def make_plan() -> Plan:
         plan.reason = "nothing was built"
         return plan
     import_torch()
-    cpu = sorted(glob.glob("csrc/*.cpp", root_dir=ROOT) + glob.glob("csrc/cpu/*.cpp", root_dir=ROOT))
+    cpu = sorted(glob.glob("csrc/*.cpp", root_dir=ROOT) + glob.glob("csrc/cpu/**/*.cpp", root_dir=ROOT, recursive=True))
     cuda = sorted(glob.glob("csrc/cuda/*.cu", root_dir=ROOT))
     plan.compiler, why = find_compiler()
     if not cpu:

@@ -3,10 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include "cpu/aggregate.h"
-#include "cpu/merge.h"
-#include "cpu/tail.h"
-#include "cpu/upsample.h"
+#include "cpu/operators/conv_norm_act.h"
+#include "cpu/operators/tail.h"
+#include "cpu/operators/upsample.h"
+#include "cpu/shared/isa.h"
 
 namespace dla_fast {
 
@@ -15,12 +15,9 @@ TORCH_LIBRARY_IMPL(dla_fast_cpu, CPU, m) {
   m.impl("tail", &cpu::tail);
   m.impl("tail_backward_reduce", &cpu::tail_backward_reduce);
   m.impl("tail_backward_apply", &cpu::tail_backward_apply);
-  m.impl("aggregate_inference", &cpu::aggregate_inference);
-  m.impl("aggregate_stage", &cpu::aggregate_stage);
-  m.impl("aggregate_backward", &cpu::aggregate_backward);
-  m.impl("merge_inference", &cpu::merge_inference);
-  m.impl("merge_stage", &cpu::merge_stage);
-  m.impl("merge_backward", &cpu::merge_backward);
+  m.impl("conv_norm_act_inference", &cpu::conv_norm_act_inference);
+  m.impl("conv_norm_act_stage", &cpu::conv_norm_act_stage);
+  m.impl("conv_norm_act_backward", &cpu::conv_norm_act_backward);
   m.impl("upsample", &cpu::upsample);
   m.impl("upsample_add", &cpu::upsample_add);
   m.impl("upsample_backward", &cpu::upsample_backward);

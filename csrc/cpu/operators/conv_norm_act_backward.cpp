@@ -1,0 +1,151 @@
+// Backward of the node, CPU. K = sum of the inputs' channels, N = output channels.
+//
+// Per output pixel: 3N + 2K values with a 1x1 kernel, whose dz is formed in cache; 6N + 2K with a 3x3 kernel, where it
+// is formed once. An upsampled input is upsampled again rather than kept, and no gradient of a concatenation exists.
+
+#include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include "conv_norm_act.h"
+#include "library.h"
+#include "upsample.h"
+
+namespace dla_fast::cpu {
+namespace {
+
+// A weight's gradient with the strides that the weight asks for.
+Tensor like(const Tensor& t, const Tensor& weight) {
+  const Tensor out = at::empty_like(weight);
+  return out.strides() == t.strides() ? t : out.copy_(t);
+}
+
+// What is needed, and where it goes.
+struct Needs {
+  std::vector<bool> full;  // of each input at the size of the convolution's: for dx, or for that of an up-weight
+  bool weight, residual;
+  int64_t residual_input;
+};
+
+struct Results {
+  std::vector<Tensor> dxs;  // of the inputs, upsampled; undefined where not needed
+  Tensor dw, dresidual;
+};
+
+// The gradient that is added to that of the residual's input, or asked for by itself.
+template <class T>
+Tensor form(const Node& node, const TailGradient<T>& tail, const Needs& needs, Results& out) {
+  const Tensor dz = node.map(node.out_channels);
+  const int64_t r = needs.residual_input;
+  Tensor du = out.dresidual;
+  if (r >= 0 && needs.full[r]) du = node.map(node.out_channels);
+  apply_pass(node.size(), tail, dz.mutable_data_ptr<T>(), du.defined() ? du.mutable_data_ptr<T>() : nullptr);
+  if (!needs.residual) out.dresidual = du;
+  return dz;
+}
+
+template <class T>
+void by_library(const Node& node, const TailGradient<T>& tail, const Needs& needs, Results& out) {
+  const Tensor dz = form(node, tail, needs, out);
+  const LibraryGradients found = library_gradients(node, dz, needs.full, needs.weight);
+  for (int64_t i = 0; i < node.count(); ++i) {
+    if (!needs.full[i]) continue;
+    out.dxs[i] = empty_map(dz, found.full[i].sizes(), node.channels_last).copy_(found.full[i]);
+    if (i == needs.residual_input) out.dxs[i].add_(out.dresidual);
+  }
+  if (needs.weight) out.dw = like(found.weight, node.weight);
+}
+
+// Where the pixels lie that a stride takes.
+Tensor scattered(const Tensor& dx, const Node& node) {
+  if (node.stride == 1) return dx;
+  const Tensor out =
+      empty_map(dx, {node.images, dx.size(1), node.in_height, node.in_width}, node.channels_last).zero_();
+  out.slice(2, 0, std::nullopt, node.stride).slice(3, 0, std::nullopt, node.stride).copy_(dx);
+  return out;
+}
+
+template <class T>
+void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs, Results& out) {
+  const NativeNode<T> product(node);
+  Gradient<T> g = {tail, needs.residual_input, {}, nullptr, nullptr};
+  for (int64_t i = 0; i < node.count(); ++i) {
+    if (needs.full[i]) out.dxs[i] = node.map(node.xs[i].size(1));
+    g.dx.push_back(needs.full[i] ? out.dxs[i].template mutable_data_ptr<T>() : nullptr);
+  }
+  Tensor dw, dz;
+  if (needs.weight) dw = product.weight_gradient();
+  g.dw = needs.weight ? dw.mutable_data_ptr<T>() : nullptr;
+  std::vector<Tensor> full;
+  if (product->forms_dz()) {
+    g.dresidual = needs.residual ? out.dresidual.mutable_data_ptr<T>() : nullptr;
+  } else {
+    dz = form(node, tail, needs, out);
+    g.dz = dz.const_data_ptr<T>();
+    if (out.dresidual.defined()) g.du = out.dresidual.const_data_ptr<T>();
+    if (needs.weight) full = node.all_full();
+    for (const Tensor& x : full) g.full.push_back(x.const_data_ptr<T>());
+  }
+  product->backward(g);
+  if (needs.weight) out.dw = like(dw, node.weight);
+  for (Tensor& dx : out.dxs) {
+    if (dx.defined()) dx = scattered(dx, node);
+  }
+}
+
+}  // namespace
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> conv_norm_act_backward(
+    const Tensor& dy_in, at::TensorList xs, at::TensorList up_weights, const Tensor& weight,
+    const OptionalTensor& residual_given, const Tensor& z_in, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& sum_dy,
+    const OptionalTensor& sum_dy_xhat, at::IntArrayRef factors, int64_t stride, int64_t dilation, int64_t groups,
+    int64_t residual_input, double count, double eps, std::string_view act, double slope,
+    const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw, bool need_dresidual) {
+  const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
+  const NormArgs norm = {mean, var, bn_weight, bn_bias, eps, act, slope};
+  const BatchSums sums = {sum_dy, sum_dy_xhat, count};
+  const OptionalTensor residual = node.residual(residual_given, residual_input);
+  const Tensor dy = arranged(dy_in, node.channels_last), z = arranged(z_in, node.channels_last);
+  Needs needs = {{}, need_dw, need_dresidual, residual_input};
+  std::vector<bool> need_up;
+  for (int64_t i = 0, up = 0; i < node.count(); ++i) {
+    need_up.push_back(node.factors[i] > 1 && need_dup.get(up++));
+    needs.full.push_back(need_dx.get(i) || need_up[i]);
+  }
+  Results out;
+  out.dxs.resize(node.count());
+  if (need_dresidual) out.dresidual = node.map(node.out_channels);
+  if (node.empty()) {
+    for (int64_t i = 0; i < node.count(); ++i) {
+      if (needs.full[i]) {
+        out.dxs[i] = empty_map(weight, {node.images, xs[i].size(1), node.in_height, node.in_width}, node.channels_last);
+        out.dxs[i].zero_();
+      }
+    }
+    if (need_dw) out.dw = at::empty_like(weight).zero_();
+  } else {
+    dispatch(weight.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      const TailGradient<T> tail = tail_gradient<T>(norm, sums, dy, z, residual);
+      node.way() == Way::library ? by_library(node, tail, needs, out) : natively(node, tail, needs, out);
+    });
+  }
+  std::vector<Tensor> dups;
+  for (int64_t i = 0; i < node.count(); ++i) {
+    Tensor dup = nothing(weight);
+    if (node.factors[i] > 1) {
+      if (needs.full[i]) {
+        std::tie(out.dxs[i], dup) = upsample_backward_in(node.channels_last, out.dxs[i], node.xs[i], node.ups[i],
+                                                         node.factors[i], need_dx.get(i), need_up[i]);
+      }
+      dups.push_back(dup);
+    }
+    if (!need_dx.get(i)) out.dxs[i] = nothing(weight);
+  }
+  return {std::move(out.dxs), std::move(dups), need_dw ? out.dw : nothing(weight),
+          need_dresidual ? out.dresidual : nothing(weight)};
+}
+
+}  // namespace dla_fast::cpu

@@ -1,0 +1,144 @@
+#include "node.h"
+
+#include <ATen/ops/empty_like.h>
+
+#include "../shared/scratch.h"
+#include "../shared/upsampling.h"
+#include "upsample.h"
+
+namespace dla_fast::cpu {
+
+Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weight, at::IntArrayRef factors,
+           int64_t stride, int64_t dilation, int64_t groups)
+    : channels_last(true),
+      in_channels(0),
+      out_channels(weight.size(0)),
+      kernel(weight.size(2)),
+      stride(stride),
+      dilation(dilation),
+      groups(groups),
+      factors(factors.vec()),
+      weight(weight) {
+  TORCH_CHECK_VALUE(!inputs.empty() && inputs.size() == factors.size(), "xs: expected one factor per input");
+  for (const Tensor& x : inputs) channels_last = channels_last && is_channels_last(x);
+  channels_last = channels_last || is_channels_last(weight);
+  size_t up = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const int64_t f = factors[i];
+    TORCH_CHECK_VALUE(f == 1 || up < up_weights.size(), "up_weights: expected one per upsampled input");
+    ups.push_back(f > 1 ? up_weights[up++].contiguous() : Tensor());
+    xs.push_back(arranged(inputs[i], channels_last));
+    offsets.push_back(in_channels);
+    in_channels += inputs[i].size(1);
+    const int64_t h = f > 1 ? upsampled(inputs[i].size(2), f) : inputs[i].size(2),
+                  w = f > 1 ? upsampled(inputs[i].size(3), f) : inputs[i].size(3);
+    if (i == 0) {
+      images = inputs[0].size(0);
+      in_height = h;
+      in_width = w;
+    }
+    TORCH_CHECK_VALUE(inputs[i].size(0) == images && h == in_height && w == in_width, "xs[", i,
+                      "]: expected (N, H, W) = (", images, ", ", in_height, ", ", in_width, "), got (",
+                      inputs[i].size(0), ", ", h, ", ", w, ")");
+    TORCH_CHECK_VALUE(inputs[i].scalar_type() == weight.scalar_type(), "xs[", i, "]: expected the dtype of weight");
+  }
+  TORCH_CHECK_VALUE(in_channels == weight.size(1) * groups, "weight: expected ", in_channels / groups,
+                    " input channels, got ", weight.size(1));
+  // With padding dilation * (kernel / 2), of an odd kernel.
+  height = in_height == 0 ? 0 : (in_height - 1) / stride + 1;
+  width = in_width == 0 ? 0 : (in_width - 1) / stride + 1;
+}
+
+// A stride costs a 1x1 kernel one copy of the pixels that it takes; a dilation means nothing to it. The 3x3 products
+// read a block with a pixel around it, so they know neither. Groups and larger kernels are rare in these networks: what
+// the library lacks there is the fusion, which is worth less the more flops a pixel has. None of these choices depends
+// on sizes: the library's 1x1 and 3x3 convolutions followed by a pass for the tail were the slower on every root and
+// every ladder step of the networks that were measured (docs/benchmarks.md).
+Way Node::way() const {
+  if (groups == 1 && kernel == 1) return Way::pointwise;
+  if (groups == 1 && kernel == 3 && stride == 1 && dilation == 1) return Way::convolution;
+  return Way::library;
+}
+
+Tensor Node::map(int64_t channels) const {
+  return empty_map(weight, {images, channels, height, width}, channels_last);
+}
+
+Tensor Node::full(int64_t i) const {
+  return factors[i] > 1 ? upsample_in(channels_last, xs[i], std::nullopt, ups[i], factors[i]) : xs[i];
+}
+
+std::vector<Tensor> Node::all_full() const {
+  std::vector<Tensor> out;
+  for (int64_t i = 0; i < count(); ++i) out.push_back(full(i));
+  return out;
+}
+
+OptionalTensor Node::residual(const OptionalTensor& given, int64_t input) const {
+  TORCH_CHECK_VALUE(input < count(), "residual_input: there is no input ", input);
+  TORCH_CHECK_VALUE(input < 0 || !given.has_value(), "residual: expected a tensor or an input, got both");
+  TORCH_CHECK_VALUE(input < 0 || factors[input] == 1, "residual_input: input ", input, " is upsampled");
+  const OptionalTensor added = input < 0 ? arranged(given, channels_last) : OptionalTensor(xs[input]);
+  if (added.has_value()) {
+    TORCH_CHECK_VALUE(added->sizes() == at::IntArrayRef({images, out_channels, height, width}),
+                      "residual: expected the output's shape, got ", added->sizes());
+    TORCH_CHECK_VALUE(added->scalar_type() == weight.scalar_type(), "residual: expected the dtype of weight");
+  }
+  return added;
+}
+
+namespace {
+
+// The inputs as the products take them: a 1x1 product those pixels that the stride takes of upsampled maps.
+std::vector<Tensor> taken(const Node& node) {
+  if (node.way() == Way::convolution) return node.xs;
+  std::vector<Tensor> xs = node.all_full();
+  if (node.stride > 1) {
+    for (Tensor& x : xs) {
+      x = arranged(x.slice(2, 0, std::nullopt, node.stride).slice(3, 0, std::nullopt, node.stride), node.channels_last);
+    }
+  }
+  return xs;
+}
+
+}  // namespace
+
+template <class T>
+NativeNode<T>::NativeNode(const Node& node)
+    : kept_(taken(node)), weight_(arranged(node.weight, node.kernel > 1 && is_channels_last(node.weight))) {
+  in_ = {node.channels_last,
+         node.images,
+         node.height,
+         node.width,
+         node.in_channels,
+         node.out_channels,
+         node.kernel,
+         {},
+         weight_.template const_data_ptr<T>(),
+         node.kernel > 1 && is_channels_last(node.weight)};
+  const bool upsampling = node.way() == Way::convolution;
+  for (int64_t i = 0; i < node.count(); ++i) {
+    const Tensor& x = kept_[i];
+    Input<T> input = {x.const_data_ptr<T>(), x.size(1), node.offsets[i], x.size(2), x.size(3)};
+    if (upsampling && node.factors[i] > 1) {
+      input.factor = node.factors[i];
+      input.up_weight = node.ups[i].template const_data_ptr<T>();
+    }
+    in_.xs.push_back(input);
+  }
+  product_ = product_of(in_);
+}
+
+template <class T>
+Tensor NativeNode<T>::weight_gradient() const {
+  Tensor out = at::empty_like(weight_);
+  want_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  return out;
+}
+
+template class NativeNode<float>;
+template class NativeNode<double>;
+template class NativeNode<c10::BFloat16>;
+template class NativeNode<c10::Half>;
+
+}  // namespace dla_fast::cpu

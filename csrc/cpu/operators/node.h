@@ -1,0 +1,64 @@
+// A node's tensors: its inputs in the layout it computes in, how each is upsampled, the convolution's geometry, and as
+// what they are multiplied.
+
+#pragma once
+
+#include <vector>
+
+#include "../passes/map_passes.h"
+#include "../products/product.h"
+#include "tensors.h"
+
+namespace dla_fast::cpu {
+
+// How a node's convolution is computed.
+enum class Way {
+  pointwise,    // by our 1x1 products, of the pixels that the stride takes
+  convolution,  // by our 3x3 products, inputs upsampled on the way
+  library,      // by the library's convolution of the concatenation
+};
+
+struct Node {
+  bool channels_last;
+  int64_t images, height, width;  // of the output
+  int64_t in_height, in_width;    // of the inputs, upsampled
+  int64_t in_channels, out_channels, kernel, stride, dilation, groups;
+  std::vector<Tensor> xs, ups;  // an undefined up-weight where the input is taken as it is
+  std::vector<int64_t> factors, offsets;
+  Tensor weight;  // as it was given
+
+  // up_weights: of those inputs whose factor is not 1, in order.
+  Node(at::TensorList xs, at::TensorList up_weights, const Tensor& weight, at::IntArrayRef factors, int64_t stride,
+       int64_t dilation, int64_t groups);
+
+  Way way() const;
+  bool empty() const { return images * height * width * out_channels == 0; }
+  MapSize size() const { return {channels_last, images, out_channels, height * width}; }
+  int64_t count() const { return static_cast<int64_t>(xs.size()); }
+  Tensor map(int64_t channels) const;  // a new one of the output's size
+  Tensor full(int64_t i) const;        // input i, upsampled
+  std::vector<Tensor> all_full() const;
+
+  // What is added before the activation: input `input`, or `given`, or nothing.
+  OptionalTensor residual(const OptionalTensor& given, int64_t input) const;
+};
+
+// A node as our products take it.
+template <class T>
+class NativeNode {
+ public:
+  explicit NativeNode(const Node& node);
+  NativeNode(const NativeNode&) = delete;
+
+  const Product<T>* operator->() const { return product_.get(); }
+  // A new tensor for the gradient of the weight, laid out as the products write it.
+  Tensor weight_gradient() const;
+
+ private:
+  std::vector<Tensor> kept_;  // inputs and up-weights
+  Tensor weight_;
+  Inputs<T> in_;
+  ProductOf<T> product_;
+};
+
+}  // namespace dla_fast::cpu

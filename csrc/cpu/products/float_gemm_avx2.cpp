@@ -1,0 +1,24 @@
+// Products of float and double matrices for x86-64 processors with AVX2, FMA and F16C.
+
+#include "float_gemm.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define DLA_ISA avx2
+#define DLA_VECTOR_BYTES 32
+#include "float_gemm_isa_inl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,126 @@
+// Forward of the 1x1 product in vector instructions. K = sum of the inputs' channels, N = output channels.
+//
+// Per pixel: reads K and writes N values where the epilogue does; 2KN flops. A task takes one tile of pixels: every
+// input is accumulated in registers into a tile of z that stays in cache, where the tail is applied (inference) or the
+// moments are taken (training).
+
+#include "float_pointwise.h"
+
+namespace dla_fast::cpu {
+namespace {
+
+// The weight transposed into panels of kPanel output channels: panel j holds [K][kPanel].
+template <class T, class A>
+Scratch<A> pack_weight(const T* weight, int64_t out_channels, int64_t in_channels) {
+  const int64_t panels = divide_up(out_channels, kPanel);
+  Scratch<A> packed(panels * in_channels * kPanel, out_channels % kPanel != 0);
+  const int64_t blocks = divide_up(in_channels, kPanel);
+  parallel(panels * blocks, kPanel * kPanel, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / blocks * kPanel, k = i % blocks * kPanel;
+      kernels<T>().load_transposed({weight + n * in_channels + k, in_channels},
+                                   {packed.get() + (i / blocks * in_channels + k) * kPanel, kPanel},
+                                   std::min(kPanel, out_channels - n), std::min(kPanel, in_channels - k));
+    }
+  });
+  return packed;
+}
+
+}  // namespace
+
+template <class T>
+void FloatPointwise<T>::forward_channels_last(A* out, Epilogue<A> epilogue) const {
+  const auto& k = kernels<T>();
+  const int64_t total = in_.total(), rows_max = tile_rows(total, weights()), depth = in_.in_channels,
+                n = in_.out_channels;
+  const Tasks tasks(divide_up(total, rows_max), divide_up(n, kPanel));
+  const Scratch<A> packed = pack_weight<T, A>(in_.weight, n, depth);
+  parallel_queue(tasks.count, rows_max * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
+    const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
+    std::vector<Segment<A>> segments(in_.xs.size());
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const int64_t tile = task / tasks.groups;
+      const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
+      for (size_t i = 0; i < in_.xs.size(); ++i) {
+        const int64_t channels = in_.xs[i].channels;
+        const T* x = in_.xs[i].data + first * channels;
+        if constexpr (std::is_same_v<T, A>) {
+          segments[i] = {x, channels, channels};
+        } else {
+          A* to = wide.get() + in_.xs[i].offset;
+          k.load({x, channels}, {to, depth}, rows, channels);
+          segments[i] = {to, depth, channels};
+        }
+      }
+      const int64_t panel_begin = tasks.begin(task), panel_end = tasks.end(task);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        const int64_t channel = panel * kPanel, cols = std::min(kPanel, n - channel), at = first * n + channel;
+        const Strided<A> to = out == nullptr ? Strided<A>{z.get(), kPanel} : Strided<A>{out + at, n};
+        const int64_t next = panel + 1 < panel_end ? panel + 1 : panel_begin;
+        Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, kPanel);
+        float_kernels<A>().gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
+                                 packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false, &ahead});
+        epilogue({{rows, cols, false}, tile, channel, at}, Strided<const A>{to.data, to.ld});
+      }
+    }
+  });
+}
+
+// The same for contiguous tensors: a tile is kPanel pixels of one image, whose inputs are packed side by side.
+template <class T>
+void FloatPointwise<T>::forward_contiguous(A* out, Epilogue<A> epilogue) const {
+  constexpr int64_t block = 96;
+  const auto& k = kernels<T>();
+  const int64_t depth = in_.in_channels, n = in_.out_channels, pixels = in_.pixels(),
+                tiles_per_image = divide_up(pixels, kPanel);
+  const Tasks tasks(in_.images * tiles_per_image, divide_up(n, block));
+  const Scratch<A> wide(std::is_same_v<T, A> ? 0 : n * depth);
+  const A* w;
+  if constexpr (std::is_same_v<T, A>) {
+    w = in_.weight;
+  } else {
+    k.load({in_.weight, depth}, {wide.get(), depth}, n, depth);
+    w = wide.get();
+  }
+  parallel_queue(tasks.count, kPanel * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
+    const Scratch<A> z(block * kPanel), x_panel(depth * kPanel, pixels % kPanel != 0);
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const int64_t tile = task / tasks.groups;
+      const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
+      const int64_t cols = std::min(kPanel, pixels - pixel);
+      for (const Input<T>& x : in_.xs) {
+        k.load({x.data + image * x.channels * pixels + pixel, pixels}, {x_panel.get() + x.offset * kPanel, kPanel},
+               x.channels, cols);
+      }
+      for (int64_t b = tasks.begin(task); b < tasks.end(task); ++b) {
+        const int64_t channel = b * block, rows = std::min(block, n - channel);
+        const Segment<A> segment = {w + channel * depth, depth, depth};
+        const int64_t at = (image * n + channel) * pixels + pixel;
+        const Strided<A> to = out == nullptr ? Strided<A>{z.get(), kPanel} : Strided<A>{out + at, pixels};
+        float_kernels<A>().gemm({rows, cols, &segment, 1, false, x_panel.get(), kPanel, to.data, to.ld, false});
+        epilogue({{rows, cols, true}, tile, channel, at}, Strided<const A>{to.data, to.ld});
+      }
+    }
+  });
+}
+
+template <class T>
+void FloatPointwise<T>::forward(A* out, Epilogue<A> epilogue) const {
+  in_.channels_last ? forward_channels_last(out, epilogue) : forward_contiguous(out, epilogue);
+}
+
+template <class T>
+ProductOf<T> float_pointwise(const Inputs<T>& in) {
+  return std::make_unique<FloatPointwise<T>>(in);
+}
+
+#define DLA_INSTANTIATE(T)                                                       \
+  template void FloatPointwise<T>::forward(acc_t<T>*, Epilogue<acc_t<T>>) const; \
+  template ProductOf<T> float_pointwise(const Inputs<T>&);
+
+DLA_INSTANTIATE(float)
+DLA_INSTANTIATE(double)
+DLA_INSTANTIATE(c10::BFloat16)
+DLA_INSTANTIATE(c10::Half)
+
+}  // namespace dla_fast::cpu

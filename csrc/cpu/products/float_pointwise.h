@@ -1,0 +1,34 @@
+// The 1x1 product of a node in vector instructions of float or double; half precision is widened.
+
+#pragma once
+
+#include "float_gemm.h"
+#include "product.h"
+#include "tasks.h"
+
+namespace dla_fast::cpu {
+
+template <class T>
+class FloatPointwise : public Product<T> {
+  using A = acc_t<T>;
+
+ public:
+  explicit FloatPointwise(const Inputs<T>& in) : in_(in) {}
+
+  int64_t groups() const override {
+    return in_.channels_last ? divide_up(in_.total(), tile_rows(in_.total(), weights()))
+                             : in_.images * divide_up(in_.pixels(), kPanel);
+  }
+  void forward(A* out, Epilogue<A> epilogue) const override;
+  bool forms_dz() const override { return true; }
+  void backward(const Gradient<T>& gradient) const override;
+
+ private:
+  int64_t weights() const { return in_.in_channels * in_.out_channels; }
+  void forward_channels_last(A* out, Epilogue<A> epilogue) const;
+  void forward_contiguous(A* out, Epilogue<A> epilogue) const;
+
+  const Inputs<T>& in_;
+};
+
+}  // namespace dla_fast::cpu

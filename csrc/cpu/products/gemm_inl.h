@@ -1,0 +1,162 @@
+// The inner product kernel: MR x NV vectors of c stay in registers while every input is accumulated.
+// Included by float_gemm_isa_inl.h, inside a namespace and under one instruction set.
+
+#if DLA_VECTOR_BYTES == 64
+constexpr int kRows = 6, kVectors = 4;
+#else
+constexpr int kRows = 6, kVectors = 2;
+#endif
+
+// So many products are added up in registers before they go on to c: a sum of sums rounds far less than one long chain,
+// and these rows of b stay in the first-level cache for all rows of a.
+constexpr int64_t kDepth = 128;
+
+template <class A, int MR, int NV, bool TRANSPOSED>
+inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
+                                                      int64_t lda, const A* b, int64_t ldb, int64_t count,
+                                                      Ahead* ahead) {
+  using V = VectorOf<A>;
+  constexpr int64_t line = 64 / sizeof(A);
+  for (int64_t p0 = 0; p0 < count; p0 += line) {
+    if constexpr (!TRANSPOSED) {
+      // The next rows of a: memory is too far for the processor to begin on them by itself.
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(a + (MR + i) * lda + p0, 0, 2);
+    }
+    if (ahead != nullptr) fetch(*ahead, MR);
+    const int64_t end = count - p0 < line ? count : p0 + line;
+    for (int64_t p = p0; p < end; ++p) {
+      typename V::type bv[NV];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + p * ldb + j * V::lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
+      }
+    }
+  }
+}
+
+template <class A, int MR, int NV>
+inline __attribute__((always_inline)) void flush(typename VectorOf<A>::type (&acc)[MR][NV], A* c, int64_t ldc,
+                                                 int64_t n, bool add) {
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      A* to = c + i * ldc + j * lanes;
+      store_lanes(to, add ? acc[i][j] + load_lanes(to, n - j * lanes) : acc[i][j], n - j * lanes);
+      acc[i][j] = typename VectorOf<A>::type{};
+    }
+  }
+}
+
+// Where in the segments a block of the depth begins, and how deep it is.
+template <class A>
+struct Depth {
+  int64_t segment, offset;
+  const A* b;
+  int64_t count;
+};
+
+// Goes on from there: calls f(segment, offset in it, b, count) for its parts and moves past them.
+template <class A, class F>
+inline __attribute__((always_inline)) void parts(const Gemm<A>& g, Depth<A>& at, const F& f) {
+  for (int64_t left = at.count; left > 0;) {
+    const Segment<A>& segment = g.segments[at.segment];
+    if (at.offset == 0 && segment.b != nullptr) at.b = segment.b;
+    const int64_t count = segment.k - at.offset < left ? segment.k - at.offset : left;
+    if (count > 0) f(segment, at.offset, at.b, count);
+    at.b += count * g.ldb;
+    at.offset += count;
+    left -= count;
+    if (at.offset == segment.k) {
+      ++at.segment;
+      at.offset = 0;
+    }
+  }
+}
+
+template <class A, int MR, int NV, bool TRANSPOSED>
+inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool add) {
+  typename VectorOf<A>::type acc[MR][NV] = {};
+  A* c = g.c + i0 * g.ldc + j0;
+  // c may lie far away: fetched now, it is there when the products are done.
+  for (int i = 0; i < MR; ++i) {
+    for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
+  }
+  parts(g, at, [&](const Segment<A>& segment, int64_t p, const A* b, int64_t count) {
+    accumulate<A, MR, NV, TRANSPOSED>(acc, segment.a + (TRANSPOSED ? p * segment.lda + i0 : i0 * segment.lda + p),
+                                      segment.lda, b + j0, g.ldb, count, g.ahead);
+  });
+  flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
+}
+
+template <class A, int NV, bool TRANSPOSED>
+inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add) {
+  int64_t i = 0;
+  for (; i + kRows <= g.m; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, add);
+  switch (g.m - i) {
+    case 5:
+      return micro<A, 5, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 4:
+      return micro<A, 4, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 3:
+      return micro<A, 3, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 2:
+      return micro<A, 2, NV, TRANSPOSED>(g, at, i, j0, add);
+    case 1:
+      return micro<A, 1, NV, TRANSPOSED>(g, at, i, j0, add);
+    default:
+      return;
+  }
+}
+
+template <class A, int NV, bool TRANSPOSED>
+inline void column(const Gemm<A>& g, int64_t j0) {
+  int64_t total = 0;
+  for (int64_t s = 0; s < g.segment_count; ++s) total += g.segments[s].k;
+  if (total == 0) {
+    if (!g.add) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, false);
+    return;
+  }
+  const int64_t blocks = (total + kDepth - 1) / kDepth, even = ((total + blocks - 1) / blocks + 15) / 16 * 16;
+  bool add = g.add;
+  Depth<A> at = {0, 0, g.b, 0};
+  for (int64_t done = 0; done < total; done += even, add = true) {
+    at.count = total - done < even ? total - done : even;
+    rows<A, NV, TRANSPOSED>(g, at, j0, add);
+    parts(g, at, [](const Segment<A>&, int64_t, const A*, int64_t) {});
+  }
+}
+
+template <class A, bool TRANSPOSED>
+inline void columns(const Gemm<A>& g) {
+  constexpr int64_t lanes = VectorOf<A>::lanes;
+  for (int64_t j = 0; j < g.n; j += kVectors * lanes) {
+    const int64_t vectors = (g.n - j + lanes - 1) / lanes;
+    if (vectors >= kVectors) {
+      column<A, kVectors, TRANSPOSED>(g, j);
+#if DLA_VECTOR_BYTES == 64
+    } else if (vectors == 3) {
+      column<A, 3, TRANSPOSED>(g, j);
+    } else if (vectors == 2) {
+      column<A, 2, TRANSPOSED>(g, j);
+#endif
+    } else {
+      column<A, 1, TRANSPOSED>(g, j);
+    }
+  }
+}
+
+template <class A>
+void gemm(const Gemm<A>& g) {
+  if (g.transposed) {
+    columns<A, true>(g);
+  } else {
+    columns<A, false>(g);
+  }
+}

@@ -1,0 +1,115 @@
+// A product of a node: z = sum_i W_i x_i with a 1x1 or 3x3 kernel, and its gradients, in one arithmetic. Without torch.
+//
+// A new product is a file beside those that are here, and a line in product.cpp, which picks one.
+
+#pragma once
+
+#include <c10/util/FunctionRef.h>
+
+#include <memory>
+#include <vector>
+
+#include "../shared/norm.h"
+
+namespace dla_fast::cpu {
+
+// One input: a dense map, in the layout of all of them.
+template <class T>
+struct Input {
+  const T* data;
+  int64_t channels, offset;  // offset: of its channels in the weight
+  int64_t height, width;
+  int64_t factor = 1;            // what it is upsampled by on the way
+  const T* up_weight = nullptr;  // [channels][2f][2f], where that is not 1
+};
+
+// The inputs and the weight of a node with stride and dilation 1.
+template <class T>
+struct Inputs {
+  bool channels_last;
+  int64_t images, height, width;  // of the output
+  int64_t in_channels, out_channels, kernel;
+  std::vector<Input<T>> xs;
+  const T* weight;  // [out][in] and of a 3x3 kernel [3][3] behind that, or between the two where taps_first
+  bool taps_first;
+
+  int64_t pixels() const { return height * width; }
+  int64_t total() const { return images * height * width; }
+  int64_t count() const { return static_cast<int64_t>(xs.size()); }
+  // Where a pixel's channel lies in a map of so many channels, and how far apart its rows are.
+  int64_t at(int64_t channels, int64_t image, int64_t pixel, int64_t channel) const {
+    return channels_last ? (image * pixels() + pixel) * channels + channel
+                         : (image * channels + channel) * pixels() + pixel;
+  }
+  int64_t ld(int64_t channels) const { return channels_last ? channels : pixels(); }
+};
+
+// A piece of z, in cache: where its first value lies in the output, and its group. Those of a group hold the same
+// pixels, and moments are taken group by group.
+struct Piece {
+  Shape shape;
+  int64_t group, channel, at;
+};
+
+// Called with every piece of z and its values.
+template <class A>
+using Epilogue = c10::function_ref<void(const Piece&, Strided<const A>)>;
+
+// What a backward is given, and where its results go: null for what is not needed.
+template <class T>
+struct Gradient {
+  const TailGradient<T>& tail;
+  int64_t residual_input;  // whose gradient is that of what is activated besides, or -1
+  std::vector<T*> dx;      // at the size of the output
+  T* dw;                   // laid out like the weight
+  T* dresidual;
+  // For products that do not form dz themselves: dz and, where there is a residual input, du; the inputs at the size of
+  // the output, where dw is needed.
+  const T *dz = nullptr, *du = nullptr;
+  std::vector<const T*> full = {};
+
+  bool any_dx() const {
+    for (const T* d : dx) {
+      if (d != nullptr) return true;
+    }
+    return false;
+  }
+  // Whether input i takes du.
+  bool adds(int64_t i) const { return i == residual_input; }
+  // Whether du is wanted at all.
+  bool wants_du() const { return dresidual != nullptr || (residual_input >= 0 && dx[residual_input] != nullptr); }
+};
+
+template <class T>
+class Product {
+ public:
+  using A = acc_t<T>;
+
+  virtual ~Product() = default;
+  // Groups that pieces fall into.
+  virtual int64_t groups() const = 0;
+  // Where `out` is not null a product may write z there, and calls epilogue with that memory.
+  virtual void forward(A* out, Epilogue<A> epilogue) const = 0;
+  // Whether backward forms dz itself, in cache.
+  virtual bool forms_dz() const = 0;
+  virtual void backward(const Gradient<T>& gradient) const = 0;
+};
+
+template <class T>
+using ProductOf = std::unique_ptr<Product<T>>;
+
+// The product that serves a node on this processor. `in` has to outlive it, and neither pixels nor output channels may
+// be zero.
+template <class T>
+ProductOf<T> product_of(const Inputs<T>& in);
+
+// Those there are; null where one does not serve the node.
+template <class T>
+ProductOf<T> float_pointwise(const Inputs<T>& in);
+template <class T>
+ProductOf<T> winograd(const Inputs<T>& in);
+ProductOf<c10::BFloat16> bf16_pointwise(const Inputs<c10::BFloat16>& in);
+ProductOf<c10::BFloat16> bf16_convolution(const Inputs<c10::BFloat16>& in);
+ProductOf<float> bf16x3_pointwise(const Inputs<float>& in);
+
+}  // namespace dla_fast::cpu
