@@ -18,15 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD:benchmarks/gates/passes.py
 from benchmarks.gates.counting import Pass, counting, tensors_of
 from dla_fast.bench import Case
-from dla_fast.kernels import aggregate, aggregate_backward, config, launch, merge, merge_backward, moments, tail
-=======
-from benchmarks._counting import Pass, counting, tensors_of
-from dla_fast.commands.bench import Case
 from dla_fast.kernels import config, conv_norm_act, conv_norm_act_backward, launch, moments, tail
->>>>>>> triton:benchmarks/_passes.py
 from dla_fast.kernels import upsample as upsampling
 
 MODES = ("inference", "forward", "backward")

@@ -239,7 +239,9 @@ def conv_norm_act_inference(
     plan = _plan(xs, up_weights, weight, factors, geometry, kinds, (eps, act, slope))
     if plan is None:
         z = _convolved(xs, up_weights, weight, factors, geometry)
-        mean, var = frozen_statistics(running_mean, running_var, conv_bias, z)
+        mean, var = running_mean, running_var
+        if conv_bias is not None:
+            mean, var = frozen_statistics(running_mean, running_var, conv_bias, z)
         return tail(z, mean, var, bn_weight, bn_bias, added, eps, act, slope)
     y = plan.node.output(weight)
     norm = host.Norm.of(running_mean, running_var, bn_weight, bn_bias)

@@ -1,9 +1,9 @@
 """The node's backward on the host: which kernels serve it, and in which order the inputs are given to them.
 
 A 1 x 1, stride 1 node is bound by memory and goes through :mod:`dla_fast.kernels.product_backward`, which forms dz on
-the way. Any other forms dz once (2N or 3N values read, N written a pixel), and the library's products follow; so does a
-node whose residual is no input and needs its gradient, since that is a by-product of dz. An upsampled input is
-upsampled again rather than kept.
+the way, where :mod:`dla_fast.kernels.library` does not serve it. Any other forms dz once (2N or 3N values read, N
+written a pixel), and the library's products follow; so does a node whose residual is no input and needs its gradient,
+since that is a by-product of dz. An upsampled input is upsampled again rather than kept.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _weight(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_d
 
 
 def _products(
-    operands: _Operands, xs: Sequence[Tensor], weight: Tensor, need_dx: Sequence[bool], need_dw: bool
+    operands: _Operands, xs: Sequence[Tensor], weight: Tensor, need_dx: Sequence[bool], need_dw: bool, fused: bool
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of a 1 x 1 node's inputs and weight: one launch for small nodes or for dx alone, at most three."""
     node = operands.node
@@ -117,7 +117,6 @@ def _products(
     dw = torch.empty_like(weight) if need_dw else weight.new_empty(0)
     if node.total == 0:
         return dxs, dw.zero_()
-    fused = need_dw and any(need_dx) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
     if any(need_dx) and not fused:
         _dx(operands, dxs, need_dx)
     if need_dw:
@@ -200,10 +199,12 @@ def conv_norm_act_backward(
     adds = residual_input >= 0 and need_dx[residual_input]
     norm = host.Norm.of(mean, var, bn_weight, bn_bias)
     dresidual = z.new_empty(0)
-    if weight.shape[2] == 1 and stride == 1 and groups == 1 and not need_dresidual:
+    node = host.Node.of(full, weight, None, *geometry)
+    fused = need_dw and any(need) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
+    if not need_dresidual and not library.serves_backward(node, weight, geometry, fused):
         first = max(residual_input, 0)
         operands = _Operands(
-            node=host.Node.of(full, weight),
+            node=node,
             order=[first, *(i for i in range(len(xs)) if i != first)],
             # Without a kink or curve in the activation the gradient does not depend on the residual.
             maps=(dy, z, None if act == "identity" else added, weight.contiguous()),
@@ -211,7 +212,7 @@ def conv_norm_act_backward(
             sums=(host.dense(sum_dy), host.dense(sum_dy_xhat), host.inverse(count)),
             constexprs={"ADD": adds} | host.epilogue(eps, act, slope),
         )
-        dxs, dw = _products(operands, full, weight, need, need_dw)
+        dxs, dw = _products(operands, full, weight, need, need_dw, fused)
     else:
         dz, grad = tail_backward_apply(
             dy, z, *norm, added, sum_dy, sum_dy_xhat, count, eps, act, slope, adds or need_dresidual

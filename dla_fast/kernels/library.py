@@ -1,12 +1,18 @@
-"""Convolutions that the library does: those that no kernel here takes, and the products of a k x k node's backward.
+"""What the library does where it does it better: convolutions that no kernel here takes, and products of whole maps.
 
 A grouped kernel, or one larger than 3 x 3, does few or many products a value that is moved; neither is what the kernels
 of :mod:`dla_fast.kernels.product` are made for. An input that is to be upsampled is a map of its own then.
 
-Per output pixel, with K input and N output channels and a 3 x 3 kernel, a backward moves 6N + 2K values and does 36KN
-flops. At K = 2N = 128 in half precision that is 230 flops a byte, above the 180 or so at which an H200 is bound by
-arithmetic, and twice that at N = 128. There the library's convolution stands at its best, so it serves each input on
-its own; no gradient of a concatenation exists, except of a grouped one. By reasoning, until a GPU is measured.
+Where it was measured (:data:`MEASURED`; the first run on an H200, in benchmarks/results/gpu, bfloat16, channels_last)
+the library also takes
+
+- every 3 x 3 convolution: on the nodes of an IDA ladder at 512 x 512 the kernels ran at 0.09 to 0.21 of a bare
+  convolution's speed;
+- the products of a 1 x 1 node's backward, behind a dz that is formed once, from :data:`LARGE` values on: the kernels
+  that form dz on the way ran at 5 to 30 % of what memory allows, and slower than eager below 56 x 56.
+
+Per output pixel, with K input and N output channels, that backward moves 4N + 2K values, 2N more than one pass would.
+Each input has products of its own; no gradient of a concatenation exists, except of a grouped one.
 """
 
 from __future__ import annotations
@@ -17,8 +23,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dla_fast.kernels import host
+from dla_fast.kernels import config, host
 from dla_fast.kernels.upsample import upsample
+from dla_fast.ops.layout import empty_like_layout
+
+DEVICE = "cuda"
+# Architectures on which the library was measured beside the kernels.
+MEASURED = (90,)
+# Values that a node reads and writes from which on its backward is the library's even where one launch would do: the
+# library takes two launches an input, and dz a pass of its own.
+LARGE = 2**24
 
 
 class Geometry(NamedTuple):
@@ -29,9 +43,31 @@ class Geometry(NamedTuple):
     groups: int
 
 
+def _measured(weight: Tensor) -> bool:
+    return weight.device.type == DEVICE and config.arch_of(weight.device) in MEASURED
+
+
 def serves(weight: Tensor, geometry: Geometry) -> bool:
-    """Whether the library convolves, and not a kernel: the one place where that is chosen."""
-    return geometry.groups > 1 or weight.shape[2] not in (1, 3)
+    """Whether the library convolves in the forward, and not a kernel: the one place where that is chosen."""
+    kernel = weight.shape[2]
+    return geometry.groups > 1 or kernel not in (1, 3) or (kernel == 3 and _measured(weight))
+
+
+def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: bool) -> bool:
+    """Whether the library multiplies in the backward, and not a kernel: the one place where that is chosen.
+
+    Args:
+        node: sizes and layout.
+        weight: the node's.
+        geometry: of its convolution.
+        fused: whether one kernel would make all gradients.
+    """
+    if weight.shape[2] > 1 or geometry.stride > 1 or geometry.groups > 1:
+        return True
+    # Exact products of float32, and float64's, were not measured.
+    if not _measured(weight) or node.exact or node.dtype == torch.float64:
+        return False
+    return not fused or node.total * (node.depth + node.out_channels) >= LARGE
 
 
 def upsampled(
@@ -62,6 +98,39 @@ def convolve(maps: Sequence[Tensor], weight: Tensor, geometry: Geometry, channel
     return host.in_layout(z, channels_last)
 
 
+def _matrix_gradients(
+    dz: Tensor, maps: Sequence[Tensor], weight: Tensor, need_dx: Sequence[bool], need_dw: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Those of a channels_last 1 x 1 node in half precision, whose maps are matrices as they lie.
+
+    Products of float32 are a convolution's, since a matrix product does not follow its switch.
+    """
+    dw = torch.empty_like(weight) if need_dw else weight.new_empty(0)
+    rows, columns = _matrix(dz), weight.flatten(1)
+    dxs, start = [], 0
+    for x, needed in zip(maps, need_dx, strict=True):
+        part = slice(start, start + x.shape[1])
+        dx = empty_like_layout(x, x.shape, True) if needed else x.new_empty(0)
+        if needed:
+            torch.mm(rows, columns[:, part], out=_matrix(dx))
+        if need_dw:
+            # In float32, since parts of so long a sum would otherwise be added in half precision.
+            dw[:, part, 0, 0] = _wide_product(rows.t(), _matrix(x))
+        dxs.append(dx)
+        start += x.shape[1]
+    return dxs, dw
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """A channels_last map as pixels x channels."""
+    return t.permute(0, 2, 3, 1).view(-1, t.shape[1])
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """A product of half-precision matrices in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a.float(), b.float())
+
+
 def gradients(
     dz: Tensor,
     maps: Sequence[Tensor],
@@ -73,6 +142,8 @@ def gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """dx of each input at full resolution in a layout, and dW; an empty tensor for what is not wanted."""
     dz = host.arranged(dz, channels_last)
+    if weight.shape[2] == geometry.stride == geometry.groups == 1 and channels_last and dz.dtype.itemsize == 2:
+        return _matrix_gradients(dz, maps, weight, need_dx, need_dw)
     dw = torch.empty_like(weight) if need_dw else weight.new_empty(0)
     dxs = [x.new_empty(0) for x in maps]
     # The groups of a grouped kernel do not end where the inputs do.
