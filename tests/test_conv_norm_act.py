@@ -87,13 +87,10 @@ def _tensors(kernel: int = 3, side: int = 4, dtype: torch.dtype = torch.float64)
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("residual", [0, "tensor"])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "residual"), [(1, 0), (1, "tensor"), (2, "tensor")])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_everything_at_once(served, kernel, stride, residual, training):
     """An upsampled input, a stride, a dilation and a residual in one node."""
-    if residual == 0 and stride == 2:
-        pytest.skip("no input has the output's shape")
     t = _tensors(kernel)
     side = 4 // stride
     added = torch.randn(2, 4, side, side, dtype=torch.float64) if residual == "tensor" else 0
