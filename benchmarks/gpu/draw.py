@@ -154,7 +154,7 @@ def standing_in(arch: int, *, with_cuda: bool = True) -> Iterator[list[Any]]:
         for name, op in backend.ops._missing:
             if name == "cuda":
                 backend.ops._missing[name, op] = None if with_cuda else "left out"
-        for op in ("aggregate", "merge"):
+        for op in ("aggregate", "conv_norm_act", "merge"):
             # Of these the C++ kernels have inference at most.
             backend.ops._missing["cuda", op] = "no kernel for training"
         with config.assume(arch), launch.record() as launches, _Standing():
