@@ -232,10 +232,8 @@ def conv_norm_act_inference(
     """
     geometry = (stride, dilation, groups)
     added = residual if residual_input < 0 else xs[residual_input]
-    kinds = (
-        *(running_mean.dtype, running_var.dtype, added is None),
-        *[None if t is None else t.dtype for t in (bn_weight, bn_bias, conv_bias)],
-    )
+    vectors = (running_mean, running_var, bn_weight, bn_bias, conv_bias)
+    kinds = tuple([None if t is None else t.dtype for t in (added, *vectors)])
     plan = _plan(xs, up_weights, weight, factors, geometry, kinds, (eps, act, slope))
     if plan is None:
         z = _convolved(xs, up_weights, weight, factors, geometry)

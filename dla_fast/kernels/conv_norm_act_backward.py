@@ -151,7 +151,7 @@ def conv_norm_act_backward(
     need_dw: bool,
     need_dresidual: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Gradients of the inputs, the up-weights, the weight and the residual; what is not wanted costs nothing.
+    """Gradients of the inputs, the up-weights, the weight and the residual.
 
     Args:
         dy: gradient of y, (N, C_out, H', W').
