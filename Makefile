@@ -93,10 +93,10 @@ docs: install ## write the API reference to build/docs, from the docstrings
 	@echo "build/docs/index.html"
 
 aot: install ## compile the Triton kernels that ship ahead of time, with no GPU
-	$(PY) -m benchmarks.aot
+	$(PY) -m benchmarks.gates.aot
 
 traffic: install ## count the bytes that the Triton kernels move, with no GPU
-	$(PY) -m benchmarks.traffic --passes
+	$(PY) -m benchmarks.gates.traffic --passes
 
 gates: traffic aot cuda-check ## what the GPU kernels are held to where there is no GPU
 
@@ -107,7 +107,7 @@ cuda-host: install ## run the CUDA kernels on the host, thread by thread, agains
 	$(PY) -m pytest -n 2 tests/test_cuda_host*.py $(PYTEST_ARGS)
 
 cuda-check: install ## compile the CUDA kernels for every architecture and look at the machine code (needs nvcc)
-	$(PY) -m benchmarks.cuda_check
+	$(PY) -m benchmarks.gates.cuda_check
 
 # A second environment: kernels must compile with the newest Triton too. Not in .ci/run, which it would make too long.
 NEWEST_TRITON ?= 3.9.0
@@ -117,8 +117,8 @@ gates-newest: ## the same with the newest Triton, in an environment of its own
 	grep -E '^(--|torch==|numpy==|tqdm==|setuptools==)' requirements.txt > $(NEWEST)/requirements.txt
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -r $(NEWEST)/requirements.txt triton==$(NEWEST_TRITON)
-	$(NEWEST)/bin/python -m benchmarks.traffic --passes
-	$(NEWEST)/bin/python -m benchmarks.aot
+	$(NEWEST)/bin/python -m benchmarks.gates.traffic --passes
+	$(NEWEST)/bin/python -m benchmarks.gates.aot
 
 install: $(VENV)/.built ## make .venv from requirements.txt and build the package in place
 

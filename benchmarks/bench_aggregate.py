@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from dla_fast.commands.bench import network_cases
+from dla_fast.bench import network_cases
 
 
 @pytest.mark.parametrize("case", network_cases("dla34"), ids=lambda case: case.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from dla_fast.commands.bench import ida_cases, op_cases
+from dla_fast.bench import ida_cases, op_cases
 
 CASES = {case.name: case for case in [*ida_cases(), *op_cases()] if case.op == "batch_norm_act"}
 

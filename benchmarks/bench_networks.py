@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dla_fast.commands.bench import networks, timing
+from dla_fast.bench import network_timing, networks, timing
 from dla_fast.models import list_models
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,7 +20,7 @@ def test_network(benchmark, name, mode, impl):
     benchmark.group = f"{name} {mode}"
     benchmark.extra_info["shape"] = f"{network.batch} images of {network.size}x{network.size}"
     settings = timing.Settings(DEVICE, peers=("eager",))
-    call = networks.prove(network, mode, settings, [])[0][impl]
+    call = network_timing.prove(network, mode, settings, [])[0][impl]
 
     def run() -> None:
         call()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dla_fast.commands import parity
-from dla_fast.commands.bench import MODES, Case, peers, timing
+from dla_fast.bench import MODES, Case, peers, timing
+from dla_fast.proof import parity
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLEMENTATIONS = ("dla_fast", "eager")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.plain import PlainSeg
 from dla_fast import models
 from dla_fast._timm import import_timm
-from dla_fast.commands import measure
+from dla_fast.proof import measure
 
 IMPLS = ("dla_fast", "eager")
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dla_fast import models
-from dla_fast.commands import measure
 from dla_fast.nn import DLAUp, FCNMerge, FPNMerge, UNetMerge
+from dla_fast.proof import measure
 
 MERGES: dict[str, Callable[[list[int]], nn.Module]] = {
     "IDA (DLAUp)": DLAUp,

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dla_fast.commands.bench import peers
-from dla_fast.commands.bench.records import Comparison, comparisons, geometric_mean, load, side_of
-from dla_fast.commands.bench.table import LARGE, memory_pairs, milliseconds
+from dla_fast.bench import peers
+from dla_fast.bench.records import Comparison, comparisons, geometric_mean, load, side_of
+from dla_fast.bench.table import LARGE, memory_pairs, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -145,7 +145,7 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
     """The README with its figures as the runs have them.
 
     Raises:
-        CommandError: a run that is not there.
+        NotARun: a run that is not there.
     """
     return BLOCK.sub(lambda m: f"{m[1]}{summary(load(results / m[2]))}\n{m[3]}", text)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dla_fast.reference.norm import Norm
 
 _NORM = ("bn_weight", "bn_bias", "running_mean", "running_var")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -69,19 +72,49 @@ def check_channels(name: str, xs: Sequence[object], channels: Sequence[int], sou
             raise ValueError(f"{name}[{i}]: expected {c} channels ({source}[{i}]), got shape {_shape(x)}")
 
 
-def check_weight(weight: object, xs: Sequence[Tensor], kernels: tuple[int, ...]) -> Tensor:
-    """A convolution weight (N, K, k, k) whose K is the sum of the inputs' channels."""
+def check_weight(weight: object, xs: Sequence[Tensor], kernels: tuple[int, ...] | None, groups: int = 1) -> Tensor:
+    """A weight (N, K / groups, k, k), K the sum of the inputs' channels, k one of ``kernels`` or any odd."""
     w = check_tensor("weight", weight, rank=4)
     k = w.shape[2]
-    if w.shape[2] != w.shape[3] or k not in kernels:
-        allowed = " or ".join(f"{i}x{i}" for i in kernels)
+    if w.shape[2] != w.shape[3] or (k % 2 == 0 if kernels is None else k not in kernels):
+        allowed = "square, odd" if kernels is None else " or ".join(f"{i}x{i}" for i in kernels)
         raise ValueError(f"weight: expected a {allowed} kernel, got shape {_shape(w)}")
     channels = [x.shape[1] for x in xs]
-    if w.shape[1] != sum(channels):
+    if w.shape[1] * groups != sum(channels):
         total = " + ".join(map(str, channels))
-        raise ValueError(f"weight: expected {total} = {sum(channels)} input channels, got {w.shape[1]}")
+        per_group = "" if groups == 1 else f" in {groups} groups"
+        raise ValueError(f"weight: expected {total} = {sum(channels)} input channels{per_group}, got {w.shape[1]}")
+    if groups > 1 and w.shape[0] % groups:
+        raise ValueError(f"weight: expected a multiple of {groups} groups of output channels, got {w.shape[0]}")
     check_same("weight", w, "xs[0]", xs[0])
     return w
+
+
+def check_geometry(stride: object, dilation: object, groups: object) -> None:
+    """A convolution's stride, dilation and groups: integers of at least 1."""
+    for name, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+
+
+def check_residual_input(residual: object, xs: Sequence[Tensor], shape: Sequence[int]) -> int:
+    """The index of the input that is a residual: it has exactly the output's shape, as it comes."""
+    if isinstance(residual, bool) or not isinstance(residual, int):
+        raise TypeError(f"residual: expected None, the index of an input or a tensor, got {residual!r}")
+    if not 0 <= residual < len(xs):
+        raise ValueError(f"residual: expected the index of one of {len(xs)} inputs or a tensor, got {residual}")
+    x = xs[residual]
+    if x.shape[1] != shape[1]:
+        raise ValueError(
+            f"residual: expected xs[{residual}] to have the output's {shape[1]} channels, got {x.shape[1]}"
+        )
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"residual: expected xs[{residual}] to have the output's shape {tuple(shape)}, got {_shape(x)}"
+        )
+    return residual
 
 
 def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm: bool) -> None:
@@ -100,44 +133,31 @@ def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm:
         raise ValueError(f"{name}: expected device {like.device} as the activations have, got {v.device}")
 
 
-def check_batch_norm(
-    bn_weight: object,
-    bn_bias: object,
-    running_mean: object,
-    running_var: object,
-    *,
-    training: bool,
-    eps: float,
-    channels: int,
-    like: Tensor,
-    values_per_channel: int,
-) -> None:
-    """The batch-norm arguments for ``channels`` channels of activations like ``like``."""
-    check_vector("bn_weight", bn_weight, channels, like, norm=True)
-    check_vector("bn_bias", bn_bias, channels, like, norm=True)
-    check_vector("running_mean", running_mean, channels, like, norm=True)
-    check_vector("running_var", running_var, channels, like, norm=True)
+def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: int) -> None:
+    """A norm for ``channels`` channels of activations like ``like``."""
+    for name, t in zip(_NORM, norm, strict=False):
+        check_vector(name, t, channels, like, norm=True)
     # aten takes a norm's tensors in one dtype only.
     first: tuple[str, Tensor] | None = None
-    for name, t in zip(_NORM, (bn_weight, bn_bias, running_mean, running_var), strict=True):
+    for name, t in zip(_NORM, norm, strict=False):
         if not isinstance(t, Tensor):
             continue
         if first is None:
             first = (name, t)
         elif t.dtype != first[1].dtype:
             raise TypeError(f"{name}: expected {first[1].dtype} as {first[0]} has, got {t.dtype}")
-    if (running_mean is None) != (running_var is None):
-        given, absent = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
+    if (norm.running_mean is None) != (norm.running_var is None):
+        given, absent = ("running_mean", "running_var") if norm.running_var is None else ("running_var", "running_mean")
         raise ValueError(f"{absent}: expected a tensor because {given} is given, got None")
-    if not training and running_mean is None:
+    if not norm.training and norm.running_mean is None:
         raise ValueError("running_mean: expected a tensor when training is false, got None")
-    if training and values_per_channel == 1:
+    if norm.training and values_per_channel == 1:
         raise ValueError(
             "xs: expected more than 1 value per channel when training, "
             f"got {values_per_channel} (N * H * W); use a larger batch or evaluation mode"
         )
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+    if not norm.eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {norm.eps!r}")
 
 
 def check_residual(residual: Tensor, shape: Sequence[int], like: Tensor, name: str = "residual") -> None:
@@ -174,3 +194,39 @@ def check_up_weight(name: str, weight: object, x: Tensor, factor: int) -> None:
     if tuple(w.shape) != want:
         raise ValueError(f"{name}: expected shape {want} for factor {factor}, got {_shape(w)}")
     check_same(name, w, "x", x)
+
+
+Upsampling = Sequence[tuple[Tensor, int] | None]
+
+
+def check_upsampling(upsample: Upsampling, xs: Sequence[Tensor], cast: Callable[[list[Any]], list[Any]]) -> Upsampling:
+    """Per input None or a pair of an up-weight, cast as the inputs were, and a factor."""
+    if len(upsample) != len(xs):
+        raise ValueError(f"upsample: expected one entry per input ({len(xs)}), got {len(upsample)}")
+    found: list[tuple[Tensor, int] | None] = []
+    for i, (x, up) in enumerate(zip(xs, upsample, strict=True)):
+        if up is not None:
+            if not isinstance(up, tuple) or len(up) != 2:
+                raise TypeError(f"upsample[{i}]: expected None or (up_weight, factor), got {up!r}")
+            factor = check_factor(up[1], f"upsample[{i}] factor")
+            (up_weight,) = cast([up[0]])
+            check_up_weight(f"upsample[{i}] weight", up_weight, x, factor)
+            up = (up_weight, factor)
+        found.append(up)
+    return found
+
+
+def check_same_size_upsampled(xs: Sequence[Tensor], upsample: Upsampling) -> tuple[int, int]:
+    """Height and width of every input after upsampling, which are the first's, as N is."""
+    first: tuple[int, int, int] | None = None
+    for i, (x, up) in enumerate(zip(xs, upsample, strict=True)):
+        images, _, height, width = x.shape
+        if up is not None:
+            height, width = upsampled(height, up[1]), upsampled(width, up[1])
+        first = first or (images, height, width)
+        if (images, height, width) != first:
+            raise ValueError(
+                f"xs[{i}]: expected (N, H, W) = {first} after upsampling as xs[0] has, got {(images, height, width)}"
+            )
+    assert first is not None
+    return first[1:]

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from dla_fast import backend, checks, ops, reference
+from dla_fast.checks import Upsampling
 from dla_fast.ops import cuda
 from dla_fast.reference.activation import ActSpec, parse_act
+from dla_fast.reference.batch_norm_act import normalise
+from dla_fast.reference.conv_norm_act import added_to_aggregate, node
+from dla_fast.reference.norm import Norm
 
-__all__ = ["aggregate", "batch_norm_act", "merge", "upsample", "upsample_add"]
+__all__ = ["aggregate", "batch_norm_act", "conv_norm_act", "merge", "upsample", "upsample_add"]
 
 
 # Whether autocast exists for a device type, asked once per type.
@@ -55,20 +59,86 @@ def _needs_reference() -> bool:
     )
 
 
-def _serving(op: str, like: Tensor, inference: bool = False) -> str:
-    if _needs_reference():
-        return "reference"
-    device = like.device.type
-    if inference and device == cuda.DEVICE:
-        pixels = like.shape[0] * like.shape[2] * like.shape[3]
-        found = backend.serves_inference(op, device, like.dtype, pixels)
-        if found is not None:
-            return found
-    return backend.resolve(op, device, like.dtype)
+def _serving(op: str, like: Tensor) -> str:
+    return "reference" if _needs_reference() else backend.resolve(op, like.device.type, like.dtype)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _node(
+    op: str,
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    norm: Norm,
+    kernels: tuple[int, ...] | None,
+    conv_bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    groups: int,
+    residual: int | Tensor | None,
+    upsample: Upsampling | None,
+    act: ActSpec,
+) -> Tensor:
+    """:func:`conv_norm_act` of a norm, under the name ``op``, with a weight of one of some kernels, or of any."""
+    xs = checks.check_inputs(xs)
+    *cast, weight, conv_bias = _autocast([*xs, weight, conv_bias])
+    xs = cast
+    checks.check_one_kind(xs)
+    checks.check_weight(weight, xs, kernels, groups)
+    up_weights: list[Tensor] = []
+    factors = [1] * len(xs)
+    if upsample is None and op == "aggregate":
+        checks.check_same_size(xs)
+        height, width = xs[0].shape[2:]
+    else:
+        upsample = checks.check_upsampling(upsample or [None] * len(xs), xs, _autocast)
+        height, width = checks.check_same_size_upsampled(xs, upsample)
+        for i, up in enumerate(upsample):
+            if up is not None:
+                up_weights.append(up[0])
+                factors[i] = up[1]
+    if stride != 1 or dilation != 1 or groups != 1:
+        checks.check_geometry(stride, dilation, groups)
+    x, (channels, _, kernel, _) = xs[0], weight.shape
+    if kernel > 1 or stride > 1:
+        height, width = (checks.convolved(side, kernel, stride, dilation) for side in (height, width))
+    checks.check_vector("conv_bias", conv_bias, channels, x, norm=False)
+    added, residual_input = None, -1
+    if isinstance(residual, Tensor):
+        (added,) = _autocast([residual])
+        checks.check_residual(added, (x.shape[0], channels, height, width), x)
+    elif residual is not None:
+        residual_input = checks.check_residual_input(residual, xs, (x.shape[0], channels, height, width))
+        if stride > 1 or factors[residual_input] > 1:
+            # What is added is then not what a kernel has loaded.
+            added, residual_input = xs[residual_input], -1
+    name, slope = parse_act(act)
+    pixels = x.shape[0] * height * width
+    checks.check_norm(norm, channels=channels, like=x, values_per_channel=pixels)
+    differentiable = norm.training or _needs_grad(*xs, weight, conv_bias, added, *norm[:2], *up_weights)
+    serving = None
+    if not differentiable and x.device.type == cuda.DEVICE and not _needs_reference():
+        # Those kernels are for the inference of aggregation nodes alone.
+        plain = kernel == stride == groups == 1 and not up_weights and added is None and residual_input <= 0
+        serving = backend.serves_inference("aggregate", cuda.DEVICE, x.dtype) if plain else None
+    serving = serving or _serving(op, x)
+    if serving == "reference":
+        return node(
+            xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,
+            residual=added if added is not None else residual, upsample=upsample, act=act,
+        )  # fmt: skip
+    if differentiable:
+        return ops.differentiable(serving, "conv_norm_act")(
+            xs, up_weights, weight, conv_bias, added, *norm.tensors, factors, stride, dilation, groups, residual_input,
+            *norm[4:], name, slope,
+        )[0]  # fmt: skip
+    y: Tensor = ops.namespace(serving).conv_norm_act_inference(
+        xs, up_weights, weight, conv_bias, added, *norm.tensors, factors, stride, dilation, groups, residual_input,
+        norm.eps, name, slope,
+    )  # fmt: skip
+    return y
 
 
 def aggregate(
@@ -83,7 +153,7 @@ def aggregate(
     momentum: float = 0.1,
     eps: float = 1e-5,
     conv_bias: Tensor | None = None,
-    residual: bool = False,
+    residual: bool | Tensor = False,
     act: ActSpec = "relu",
 ) -> Tensor:
     """Aggregation node: ``act(batch_norm(conv1x1(cat(xs))) + (xs[0] if residual else 0))`` without the concat.
@@ -91,7 +161,8 @@ def aggregate(
     Deep Layer Aggregation (Yu, Wang, Shelhamer, Darrell, CVPR 2018), equation 2.
 
     Args:
-        xs: inputs of shapes (N, C_i, H, W), one dtype and device, channels_last or contiguous.
+        xs: inputs of shapes (N, C_i, H, W), one dtype and device; the faster where they are channels_last or
+            contiguous.
         weight: (C_out, sum of C_i, 1, 1), dtype of the inputs.
         bn_weight: (C_out,) or None for a norm without affine parameters; so is ``bn_bias``. Beside half-precision
             inputs the norm's tensors may be float32.
@@ -102,7 +173,8 @@ def aggregate(
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
         conv_bias: (C_out,), the convolution's bias, or None.
-        residual: add ``xs[0]`` between norm and activation; needs C_0 == C_out.
+        residual: True adds ``xs[0]`` between norm and activation, which needs C_0 == C_out; a tensor
+            (N, C_out, H, W) of the inputs' dtype adds that.
         act: "relu", "identity", "silu", "leaky_relu", "hardswish", or ("leaky_relu", slope).
 
     Returns:
@@ -113,65 +185,10 @@ def aggregate(
         TypeError: dtypes that are not floating or not equal, wrong argument types.
         RuntimeError: a forced backend cannot run the call.
     """
-    xs = checks.check_inputs(xs)
-    *cast, weight, conv_bias = _autocast([*xs, weight, conv_bias])
-    xs = cast
-    checks.check_one_kind(xs)
-    checks.check_same_size(xs)
-    checks.check_weight(weight, xs, kernels=(1,))
-    x, channels = xs[0], weight.shape[0]
-    checks.check_vector("conv_bias", conv_bias, channels, x, norm=False)
-    if residual and x.shape[1] != channels:
-        raise ValueError(f"residual: expected xs[0] to have the output's {channels} channels, got {x.shape[1]}")
-    name, slope = parse_act(act)
-    checks.check_batch_norm(
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        training=training,
-        eps=eps,
-        channels=channels,
-        like=x,
-        values_per_channel=x.shape[0] * x.shape[2] * x.shape[3],
-    )
-    differentiable = training or _needs_grad(*xs, weight, conv_bias, bn_weight, bn_bias)
-    serving = _serving("aggregate", x, inference=not differentiable)
-    if serving == "reference":
-        return reference.aggregate(
-            xs,
-            weight,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            conv_bias=conv_bias,
-            residual=residual,
-            act=act,
-        )
-    if differentiable:
-        return ops.differentiable(serving, "aggregate")(
-            xs,
-            weight,
-            conv_bias,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            training,
-            momentum,
-            eps,
-            residual,
-            name,
-            slope,
-        )[0]
-    y: Tensor = ops.namespace(serving).aggregate_inference(
-        xs, weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, eps, residual, name, slope
-    )
-    return y
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    return _node(
+        "aggregate", xs, weight, norm, (1,), conv_bias, 1, 1, 1, added_to_aggregate(residual), None, act
+    )  # fmt: skip
 
 
 def merge(
@@ -186,14 +203,51 @@ def merge(
     momentum: float = 0.1,
     eps: float = 1e-5,
     conv_bias: Tensor | None = None,
-    upsample: Sequence[tuple[Tensor, int] | None] | None = None,
+    upsample: Upsampling | None = None,
     act: ActSpec = "relu",
+    stride: int = 1,
+    dilation: int = 1,
+    residual: int | Tensor | None = None,
 ) -> Tensor:
     """IDA node: ``act(batch_norm(conv_kxk(cat(xs))))``, k = 1 or 3, any input upsampled first.
 
+    Deep Layer Aggregation (Yu, Wang, Shelhamer, Darrell, CVPR 2018), equation 1. Arguments, result and errors are
+    those of :func:`conv_norm_act`, without its groups and larger kernels.
+    """
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    return _node(
+        "merge", xs, weight, norm, (1, 3), conv_bias, stride, dilation, 1, residual, upsample, act
+    )  # fmt: skip
+
+
+def conv_norm_act(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    conv_bias: Tensor | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    residual: int | Tensor | None = None,
+    upsample: Upsampling | None = None,
+    act: ActSpec = "relu",
+    groups: int = 1,
+) -> Tensor:
+    """``act(batch_norm(conv(cat(xs))) + residual)``, any input upsampled first: what every unit of a DLA network is.
+
+    Kernels of 1 and 3 without groups are this package's, where they pay; other convolutions are the library's, with
+    this package's norm behind them.
+
     Args:
-        xs: inputs (N, C_i, H_i, W_i); those to be upsampled are still low-resolution.
-        weight: (C_out, sum of C_i, k, k), padding ``k // 2``.
+        xs: inputs (N, C_i, H_i, W_i), one dtype and device; those to be upsampled are still low-resolution.
+        weight: (C_out, sum of C_i / groups, k, k), k odd, dtype of the inputs; the padding is
+            ``dilation * (k // 2)``.
         bn_weight: as in :func:`aggregate`, like the rest of the norm's arguments.
         bn_bias: see :func:`aggregate`.
         running_mean: see :func:`aggregate`.
@@ -202,92 +256,26 @@ def merge(
         momentum: see :func:`aggregate`.
         eps: see :func:`aggregate`.
         conv_bias: (C_out,) or None.
+        stride: of the convolution, in pixels, the same in both directions.
+        dilation: of the convolution, likewise.
+        residual: what is added between norm and activation: None, the index of an input that has the output's shape
+            and is not upsampled, or a tensor of the output's shape and the inputs' dtype.
         upsample: per input None or ``(up_weight, factor)`` as :func:`upsample` takes them.
         act: see :func:`aggregate`.
+        groups: of the convolution over the inputs' concatenation.
 
     Returns:
-        (N, C_out, H, W).
+        (N, C_out, H', W') in the inputs' dtype; channels_last if every input or the weight is, else contiguous.
 
     Raises:
         ValueError: shapes, factors or options that do not fit.
         TypeError: dtypes that are not floating or not equal, wrong argument types.
         RuntimeError: a forced backend cannot run the call.
     """
-    xs = checks.check_inputs(xs)
-    ups: list[tuple[Tensor, int] | None] = list(upsample) if upsample is not None else [None] * len(xs)
-    if len(ups) != len(xs):
-        raise ValueError(f"upsample: expected one entry per input ({len(xs)}), got {len(ups)}")
-    *cast, weight, conv_bias = _autocast([*xs, weight, conv_bias])
-    xs = cast
-    checks.check_one_kind(xs)
-    checks.check_weight(weight, xs, kernels=(1, 3))
-    sizes = []
-    for i, (x, up) in enumerate(zip(xs, ups, strict=True)):
-        height, width = x.shape[2:]
-        if up is not None:
-            if not isinstance(up, tuple) or len(up) != 2:
-                raise TypeError(f"upsample[{i}]: expected None or (up_weight, factor), got {up!r}")
-            factor = checks.check_factor(up[1], f"upsample[{i}] factor")
-            (up_weight,) = _autocast([up[0]])
-            checks.check_up_weight(f"upsample[{i}] weight", up_weight, x, factor)
-            ups[i] = (up_weight, factor)
-            height, width = checks.upsampled(height, factor), checks.upsampled(width, factor)
-        sizes.append((x.shape[0], height, width))
-        if sizes[i] != sizes[0]:
-            raise ValueError(f"xs[{i}]: expected (N, H, W) = {sizes[0]} after upsampling as xs[0] has, got {sizes[i]}")
-    x, channels = xs[0], weight.shape[0]
-    checks.check_vector("conv_bias", conv_bias, channels, x, norm=False)
-    name, slope = parse_act(act)
-    checks.check_batch_norm(
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        training=training,
-        eps=eps,
-        channels=channels,
-        like=x,
-        values_per_channel=sizes[0][0] * sizes[0][1] * sizes[0][2],
-    )
-    serving = _serving("merge", x)
-    if serving == "reference":
-        return reference.merge(
-            xs,
-            weight,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            conv_bias=conv_bias,
-            upsample=ups,
-            act=act,
-        )
-    up_weights = [up[0] for up in ups if up is not None]
-    factors = [1 if up is None else up[1] for up in ups]
-    if training or _needs_grad(*xs, *up_weights, weight, conv_bias, bn_weight, bn_bias):
-        return ops.differentiable(serving, "merge")(
-            xs,
-            up_weights,
-            weight,
-            conv_bias,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            factors,
-            training,
-            momentum,
-            eps,
-            name,
-            slope,
-        )[0]
-    y: Tensor = ops.namespace(serving).merge_inference(
-        xs, up_weights, weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, factors, eps, name, slope
-    )
-    return y
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    return _node(
+        "conv_norm_act", xs, weight, norm, None, conv_bias, stride, dilation, groups, residual, upsample, act
+    )  # fmt: skip
 
 
 def batch_norm_act(
@@ -306,7 +294,7 @@ def batch_norm_act(
     """``act(batch_norm(x) + residual)`` in one pass after the statistics.
 
     Args:
-        x: (N, C, H, W), channels_last or contiguous.
+        x: (N, C, H, W); the faster where it is channels_last or contiguous.
         bn_weight: (C,) or None, like the rest of the norm's arguments in :func:`aggregate`.
         bn_bias: see :func:`aggregate`.
         running_mean: see :func:`aggregate`.
@@ -325,35 +313,16 @@ def batch_norm_act(
         TypeError: dtypes that are not floating or not equal, wrong argument types.
         RuntimeError: a forced backend cannot run the call.
     """
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
     checks.check_tensor("x", x, rank=4)
     name, slope = parse_act(act)
     if residual is not None:
         checks.check_residual(residual, x.shape, x)
-    checks.check_batch_norm(
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        training=training,
-        eps=eps,
-        channels=x.shape[1],
-        like=x,
-        values_per_channel=x.shape[0] * x.shape[2] * x.shape[3],
-    )
+    values = x.shape[0] * x.shape[2] * x.shape[3]
+    checks.check_norm(norm, channels=x.shape[1], like=x, values_per_channel=values)
     serving = _serving("batch_norm_act", x)
     if serving == "reference":
-        return reference.batch_norm_act(
-            x,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            residual=residual,
-            act=act,
-        )
+        return normalise(x, norm, residual, act)
     if training or _needs_grad(x, residual, bn_weight, bn_bias):
         return ops.differentiable(serving, "batch_norm_act")(
             x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope

@@ -1,8 +1,41 @@
-"""What the tests of runs share: a record as bench writes it."""
+"""What the tests of bench and of its runs share: cases and settings that take no time, a record as bench writes it."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+
+from dla_fast import cli
+from dla_fast.bench import Case, Rates, timing
+
+OPS = ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
+CPU = torch.device("cpu")
+RATES = Rates(1e10, 1e11)
+TINY = Case("tiny", (8, 4), 8, 4, 4)
+FIELDS = {
+    "case",
+    "op",
+    "mode",
+    "impl",
+    "device",
+    "dtype",
+    "layout",
+    "batch",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "floor_ms",
+}
+QUICK = ["--rounds", "3", "--seconds", "0.02"]
+
+
+def quick(*wanted: str, rotate: int | None = None) -> timing.Settings:
+    return timing.Settings(CPU, rounds=3, peers=wanted or ("eager",), seconds=0.02, rotate=rotate)
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["bench", *map(str, arguments), *QUICK])
 
 
 def record(**changes: Any) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import torch
 from serving import DTYPES
 
 from dla_fast import backend, functional, ops, reference, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
 from dla_fast.kernels import config, host, launch
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +190,8 @@ def test_moments_of_the_z_that_is_written():
     """In half precision the rounding of z is of the size of its deviation: the moments must be those after it."""
     x = (torch.randn(3, 16, 12, 12) / 16 + 8).half()
     weight = torch.eye(16, dtype=torch.float16).reshape(16, 16, 1, 1) * 1.37
-    z, mean, var = ops.namespace("triton").aggregate_stage([x], weight, None, None, None, 0.1, True)
+    stage = ops.namespace("triton").conv_norm_act_stage
+    z, mean, var = stage([x], [], weight, None, None, None, [1], 1, 1, 1, 0.1, True)
     exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
     assert ((var - exact_var).abs() / exact_var).max() < 1e-6
     assert ((mean - exact_mean).abs() / exact_mean).max() < 1e-7

@@ -13,7 +13,7 @@ from benchmarks.gpu import draw
 from benchmarks.gpu.blocks import BLOCKS
 from benchmarks.gpu.case import Setting
 from dla_fast import use_backend
-from dla_fast.kernels import launch
+from dla_fast.kernels import launch, library
 from dla_fast.kernels.config import DEFAULT_ARCH
 
 # Cases whose launches the interpreter can follow in seconds: a few of every kind.
@@ -36,6 +36,8 @@ def _one_dtype(monkeypatch):
     monkeypatch.setattr(Setting, "dtype", torch.float32)
     # Which of many cases are taken depends on how many backends there are.
     monkeypatch.setattr("benchmarks.gpu.checks.EVERY", 1)
+    # Kernels and library serve what they serve on a GPU.
+    monkeypatch.setattr(library, "DEVICE", "cpu")
 
 
 def cases(block, device):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dla_fast import functional, models, nn, ops, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
-from dla_fast.kernels import launch, merge, upsample
+from dla_fast.kernels import config, conv_norm_act, host, launch, upsample
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 DTYPES = (torch.float64, torch.float32, torch.float16)
 
@@ -51,7 +51,8 @@ def test_parity_of_upsampling(op, dtype, layout):
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_parity_of_the_node(monkeypatch, kernel, on_load, layout):
     if not on_load:
-        monkeypatch.setattr(merge, "ON_LOAD_PIXELS", 0)
+        monkeypatch.setattr(conv_norm_act, "ON_LOAD_PIXELS", 0)
+    config.install({})  # forgets plans
     # Gradients by differences cover float64.
     for dtype in (torch.float32, torch.float16) if on_load and kernel == 1 else (torch.float32,):
         check(
@@ -126,7 +127,8 @@ def test_launches_of_the_node(monkeypatch, kernel):
         y.sum().backward()
     assert names[:2] == ["reduce_kernel", "reduce_sum_kernel"]
     assert names[-2:] == ["backward_kernel", "weight_gradient_kernel"]
-    monkeypatch.setattr(merge, "ON_LOAD_PIXELS", 0)
+    monkeypatch.setattr(conv_norm_act, "ON_LOAD_PIXELS", 0)
+    config.install({})  # forgets plans
     with torch.no_grad(), launch.count() as names:
         functional.merge(xs, *rest, training=False, upsample=ups)
     assert names == (["inference_kernel"] if kernel == 1 else ["upsample_kernel", "inference_kernel"])
@@ -143,8 +145,9 @@ def test_offsets_of_64_bits(monkeypatch):
         return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 
     expected = run()
-    monkeypatch.setattr(merge, "_LARGE", 0)
+    monkeypatch.setattr(host, "_LARGE", 0)
     monkeypatch.setattr(upsample, "_LARGE", 0)
+    config.install({})  # forgets plans
     assert all(torch.equal(a, b) for a, b in zip(expected, run(), strict=True))
 
 

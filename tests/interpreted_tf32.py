@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from dla_fast import use_backend
-from dla_fast.commands import parity, tf32, verify
-from dla_fast.commands.parity import Spec
-from dla_fast.kernels import aggregate, aggregate_backward, config, launch, merge, tile
+from dla_fast.commands import verify
+from dla_fast.kernels import config, conv_norm_act, launch, product, product_backward, tile
+from dla_fast.proof import parity, tf32
+from dla_fast.proof.parity import Spec
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,8 @@ def pooled(op: str, cases: list[Spec]) -> parity.Pool:
 def test_no_worse_than_rounded_operands(monkeypatch, op, kernel, split):
     if split:
         monkeypatch.setattr(config, "fits_fused", lambda *args: False)
-        monkeypatch.setattr(merge, "ON_LOAD_PIXELS", 0)
+        monkeypatch.setattr(conv_norm_act, "ON_LOAD_PIXELS", 0)
+    config.install({})  # forgets plans
     pool = pooled(op, specs(op, kernel=kernel))
     assert pool.worst() < 0.75, pool.failures() or pool.errors
     # It is TF32 that was measured.
@@ -121,7 +123,7 @@ def test_no_worse_than_rounded_operands(monkeypatch, op, kernel, split):
 def test_operands_that_are_cut_off_miss_the_bound(monkeypatch, op):
     cases = specs(op)
     right = pooled(op, cases)
-    for part in (aggregate, aggregate_backward, merge):
+    for part in (product, product_backward):
         monkeypatch.setattr(part, "tf32", cut)
     wrong = pooled(op, cases)
     ratios = {

@@ -1,4 +1,4 @@
-"""The counting of bytes behind benchmarks.traffic, run in the interpreter: test_triton.py starts this file."""
+"""The counting of bytes behind benchmarks.gates.traffic, run in the interpreter: test_triton.py starts this file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import _passes, traffic
-from benchmarks._counting import counting
-from benchmarks._passes import Unit
-from dla_fast.commands.bench import Case
+from benchmarks.gates import passes as _passes
+from benchmarks.gates import traffic
+from benchmarks.gates.counting import counting
+from benchmarks.gates.passes import Unit
+from dla_fast.bench import Case
 from dla_fast.kernels import tail
 
 
@@ -108,7 +109,7 @@ def test_the_other_ops_move_their_floor(case, mode, values):
 
 
 def test_a_node_that_upsamples_first_is_held_to_two_passes(monkeypatch):
-    monkeypatch.setattr(_passes.merge, "ON_LOAD_PIXELS", 0)
+    monkeypatch.setattr(_passes.conv_norm_act, "ON_LOAD_PIXELS", 0)
     case = Case("ida", (8, 8), 8, 16, 16, op="merge", kernel=3)
     rows = _passes.measure(Unit(case, 2, torch.float32, "channels_last"), "inference")
     assert [r.what for r in rows] == ["inference: upsample_kernel", "inference: inference_kernel", "inference"]

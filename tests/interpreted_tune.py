@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dla_fast import cli, functional, use_backend
+from dla_fast.bench import Case
 from dla_fast.commands import tune
-from dla_fast.commands.bench import Case
 from dla_fast.kernels import config, launch
 from dla_fast.kernels.config import DEFAULT_ARCH, TileConfig
 
@@ -79,7 +79,7 @@ def test_what_is_wrong_or_does_not_run_is_refused(monkeypatch):
             raise RuntimeError("out of resource: shared memory")
         right(kernel, grid, args, constexprs, cfg, *rest)
         if cfg == wrong:
-            args[4].add_(1)
+            args[kernel.arg_names.index("y")].add_(1)
 
     monkeypatch.setattr(launch, "launch", sabotaged)
     (entry,) = tune.tune(problem(), [], clocks([4.0, 1.0, 1.0]))

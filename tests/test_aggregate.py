@@ -13,8 +13,8 @@ from serving import DTYPES, HALF, INTERPRETED, NAMES, backends, thinned
 from torch import Tensor
 
 from dla_fast import backend, functional, reference, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 BACKENDS = backends("aggregate")
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
@@ -187,7 +187,8 @@ def test_kernels_serve_the_gradients(served, monkeypatch):
             functional.aggregate(xs, *params, *buffers, training=False)
     space = f"dla_fast_{served}"
     names = [n for n in seen if n.startswith(space)]
-    expected = ["aggregate_stage", "tail", "tail_backward_reduce", "aggregate_backward", "aggregate_inference"]
+    stage, backward, inference = (f"conv_norm_act_{part}" for part in ("stage", "backward", "inference"))
+    expected = [stage, "tail", "tail_backward_reduce", backward, inference]
     assert names == [f"{space}::{n}" for n in expected]
 
 
@@ -280,7 +281,7 @@ def test_moments_far_from_zero(served):
         x = (torch.randn(2 if INTERPRETED else 8, 16, 28, 28) + 1000.0).to(memory_format=layout)
         weight = torch.eye(16).reshape(16, 16, 1, 1)
         ops = getattr(torch.ops, f"dla_fast_{served}")
-        z, mean, var = ops.aggregate_stage([x], weight, None, None, None, 0.1, True)
+        z, mean, var = ops.conv_norm_act_stage([x], [], weight, None, None, None, [1], 1, 1, 1, 0.1, True)
         exact_var, exact_mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
         assert ((var - exact_var).abs() / exact_var).max() < 1e-6
         assert ((mean - exact_mean).abs() / exact_mean).max() < 1e-7
@@ -350,92 +351,3 @@ def test_inputs_stay_and_buffers_move_as_in_torch(served):
     reference.aggregate(xs, *params, *theirs, training=True, momentum=0.3, conv_bias=bias)
     torch.testing.assert_close(mine, theirs)
     assert all(torch.equal(a, b) for a, b in zip(before, xs + params, strict=True))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(served, dynamic):
-    torch._dynamo.reset()
-    xs, params, buffers = _node(dtype=torch.float32)
-    for t in xs + params:
-        t.requires_grad_()
-
-    def run(xs, params, buffers):
-        return functional.aggregate(xs, *params, *buffers, training=True, residual=True)
-
-    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    outcomes = []
-    for fn in (run, compiled):
-        mine = [b.clone() for b in buffers]
-        y = fn(xs, params, mine)
-        outcomes.append([y, *torch.autograd.grad(y.square().sum(), xs + params), *mine])
-    for a, b in zip(*outcomes, strict=True):
-        torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            torch.compile(functional.aggregate, fullgraph=True, backend="aot_eager")(
-                xs, *params, *buffers, training=False
-            ),
-            functional.aggregate(xs, *params, *buffers, training=False),
-        )
-
-
-@pytest.mark.parametrize("mode", ["training", "gradients", "inference"])
-def test_compiled_graphs_keep_the_operator(served, mode):
-    """What is compiled is not handed to the reference, as what is exported is."""
-    torch._dynamo.reset()
-    xs, params, buffers = _node(dtype=torch.float32)
-    for t in params:
-        t.requires_grad_(mode != "inference")
-    called: set[str] = set()
-
-    def look(graph, example_inputs):
-        called.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
-    torch.compile(functional.aggregate, fullgraph=True, backend=look)(
-        xs, *params, *[b.clone() for b in buffers], training=mode == "training"
-    )
-    operator = "aggregate_inference" if mode == "inference" else "aggregate"
-    assert any(name.startswith(f"dla_fast_{served}.{operator}") for name in called), called
-
-
-def test_compile_inductor(served):
-    torch._dynamo.reset()
-    xs, params, buffers = _node(dtype=torch.float32)
-    for t in xs + params:
-        t.requires_grad_()
-
-    def run():
-        y = functional.aggregate(xs, *params, *[b.clone() for b in buffers], training=True)
-        return (y * 2).relu()
-
-    expected = run()
-    grads = torch.autograd.grad(expected.sum(), xs + params)
-    got = torch.compile(run, fullgraph=True)()
-    torch.testing.assert_close(got, expected)
-    for a, b in zip(torch.autograd.grad(got.sum(), xs + params), grads, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_vmap_jvp_and_export_use_the_reference(served):
-    xs, params, buffers = _node()
-
-    def run(x):
-        return functional.aggregate([x, xs[1]], *params, *buffers, training=False, act="silu")
-
-    batched = torch.func.vmap(run)(torch.stack([xs[0], xs[0] + 1]))
-    torch.testing.assert_close(batched[1], run(xs[0] + 1))
-    _, tangent = torch.func.jvp(run, (xs[0],), (torch.ones_like(xs[0]),))
-    assert tangent.abs().max() > 0
-    traced = torch.jit.trace(run, (xs[0],))
-    assert "dla_fast_" not in str(traced.graph)
-
-    class Module(torch.nn.Module):
-        def forward(self, x):
-            return run(x)
-
-    # torch.export reads the older allow_tf32, which raises where the newer switch is not at its default.
-    with parity.fp32_precision("tf32"):
-        exported = torch.export.export(Module(), (xs[0],))
-    assert "dla_fast_" not in str(exported.graph)
-    torch.testing.assert_close(exported.module()(xs[0]), run(xs[0]))

@@ -1,4 +1,4 @@
-"""The gate of benchmarks.aot: kernels compiled for GPUs that are not here."""
+"""The gate of benchmarks.gates.aot: kernels compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def aot(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run in a process of its own: Triton decides when it is imported whether it compiles."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", *map(str, arguments)],
+        [sys.executable, "-m", "benchmarks.gates.aot", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -50,7 +50,7 @@ def test_every_fault_is_found_and_nothing_is_compiled_twice(tmp_path):
 
 @needs_triton
 def test_a_product_without_warpgroup_instructions_is_a_fault_where_its_tile_allows_them():
-    from benchmarks._compiled import TARGETS, Result
+    from benchmarks.gates.compiled import TARGETS, Result
 
     result = Result("name", "kernel", "bf16", True, "sm_90", 4, registers=64, occupancy=0.5, half_products=1)
     result.matrix = ["mma.sync"]

@@ -108,3 +108,12 @@ def test_every_instruction_set_holds_the_contract():
         )
         assert done.returncode == 0, f"{isa}\n{done.stdout[-3000:]}"
         assert " passed" in done.stdout
+
+
+def test_a_choice_made_while_a_call_is_compiled_breaks_no_guard(monkeypatch):
+    """The first call on a device is what fills the table of choices, and it may be a compiled one."""
+    torch._dynamo.reset()
+    monkeypatch.delitem(backend._chosen, ("aggregate", "cpu"))
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert compiled().shape == (1, 4, 3, 3)
+    assert backend._chosen["aggregate", "cpu"] == "cpu"

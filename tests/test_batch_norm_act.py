@@ -10,8 +10,8 @@ import torch
 from serving import DTYPES, INTERPRETED, backends, thinned
 
 from dla_fast import functional, reference, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 BACKENDS = backends("batch_norm_act")
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")

@@ -1,4 +1,4 @@
-"""``python -m dla_fast bench``: what is timed, that disagreement is never a figure, and what an interruption leaves."""
+"""The benchmarks: what is timed, and that disagreement is never a figure."""
 
 from __future__ import annotations
 
@@ -9,29 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_helpers import CPU, FIELDS, OPS, RATES, TINY, quick, run
 
-from dla_fast import backend, cli, functional
-from dla_fast.commands import bench, measure
-from dla_fast.commands.bench import Case, Rates, cases, command, networks, peers, records, timing
+from dla_fast import backend, bench, functional
+from dla_fast.bench import Case, Rates, cases, network_timing, networks, peers, timing
+from dla_fast.proof import measure
 
-CPU = torch.device("cpu")
-RATES = Rates(1e10, 1e11)
-TINY = Case("tiny", (8, 4), 8, 4, 4)
-FIELDS = {
-    "case",
-    "op",
-    "mode",
-    "impl",
-    "device",
-    "dtype",
-    "layout",
-    "batch",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "floor_ms",
-}
-QUICK = ["--rounds", "3", "--seconds", "0.02"]
 MEASURE_RATES = cases.measure_rates
 
 
@@ -59,14 +42,6 @@ def test_the_floor_takes_the_best_product(monkeypatch, dtype):
     took = {"torch.bfloat16 matmul": 0.1}
     rate = MEASURE_RATES(dtype, torch.device("cpu")).flops_per_s
     assert rate / product == pytest.approx({torch.float32: 10 / 6, torch.float64: 1, torch.bfloat16: 10}[dtype])
-
-
-def quick(*wanted: str, rotate: int | None = None) -> timing.Settings:
-    return timing.Settings(CPU, rounds=3, peers=wanted or ("eager",), seconds=0.02, rotate=rotate)
-
-
-def run(*arguments: object) -> int:
-    return cli.main(["bench", *map(str, arguments), *QUICK])
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -111,6 +86,22 @@ def test_an_odd_factor_has_its_own_size():
     assert Case("u", (4,), 4, 13, 13, op="upsample", factor=3).low() == (4, 4)
     with pytest.raises(ValueError, match="13x13 is no size upsampled by 2"):
         Case("u", (4,), 4, 13, 13, op="upsample").low()
+
+
+def test_scaling_varies_one_thing_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(cases, "AXES", {"batch": (1, 2), "inputs": (1, 3)})
+    found = cases.scaling_cases(cases.AXES, threads=(1, 2))
+    assert [(c.axis, c.value) for c in found] == [
+        ("batch", 1), ("batch", 2), ("inputs", 1), ("inputs", 3), ("threads", 1), ("threads", 2)
+    ]  # fmt: skip
+    assert [len(c.in_channels) for c in found] == [2, 2, 1, 3, 2, 2]
+
+
+def test_names_that_others_import():
+    assert Path(bench.__file__).parent.name == "bench"
+    for name in ("Case", "network_cases", "Rates", "measure_rates", "interleave", "EagerNode"):
+        assert hasattr(bench, name)
+    assert bench.interleave is measure.interleave
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
@@ -166,13 +157,9 @@ def test_a_disagreement_is_an_error_and_never_a_figure(monkeypatch, capsys, tmp_
     assert error["op"] == "upsample"
     assert error["median_ms"] is None
     assert ("it is broken" if fault == "raises" else "differ in y by") in error["error"]
-    assert {r["op"] for r in found if r["median_ms"] is not None} == set(bench_ops()) - {"upsample"}
+    assert {r["op"] for r in found if r["median_ms"] is not None} == set(OPS) - {"upsample"}
     assert "ERRORS: 1 case without a figure" in capsys.readouterr().out
     assert "Errors: 1 case without a figure" in html.read_text()
-
-
-def bench_ops() -> tuple[str, ...]:
-    return ("aggregate", "merge", "batch_norm_act", "upsample", "upsample_add")
 
 
 def test_a_wrong_gradient_is_a_disagreement():
@@ -201,6 +188,14 @@ def test_without_a_peer_there_is_no_figure(monkeypatch):
     monkeypatch.setattr(peers.eager, "aggregate", broken)
     (record,) = timing.time_case(TINY, "inference", 1, quick(), RATES).records
     assert "nothing proves dla_fast right" in record["error"]
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error():
+    with backend.use_backend("cuda"):
+        (record,) = timing.time_case(TINY, "inference", 1, quick(), RATES).records
+        assert "'cuda' was asked for and cannot run aggregate" in record["error"]
+        (record,) = network_timing.time_network(networks.Network("dla46_c", 64, 2), "inference", quick(), RATES).records
+        assert "cannot run aggregate" in record["error"]
 
 
 def test_long_cases_get_fewer_rounds():
@@ -303,7 +298,7 @@ def test_gpu_pass_that_cannot_be_captured(fake_cuda):
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_a_network(mode):
     network = networks.Network("dla46_c", 64, 2)
-    outcome = networks.time_network(network, mode, quick("eager", "eager_other_layout"), RATES)
+    outcome = network_timing.time_network(network, mode, quick("eager", "eager_other_layout"), RATES)
     assert [r["impl"] for r in outcome.records] == ["dla_fast", "eager", "eager_other_layout"], outcome.records
     assert all(r["floor_ms"] > 0 for r in outcome.records)
 
@@ -311,7 +306,7 @@ def test_a_network(mode):
 def test_a_network_with_a_parameter_that_is_not_trained():
     """dla34up's last upsampling keeps its bilinear weight."""
     network = networks.Network("dla34up", 64, 2)
-    outcome = networks.time_network(network, "training", quick("eager"), RATES)
+    outcome = network_timing.time_network(network, "training", quick("eager"), RATES)
     assert [(r["impl"], r.get("error")) for r in outcome.records] == [("dla_fast", None), ("eager", None)]
 
 
@@ -320,10 +315,10 @@ def test_a_network_that_disagrees(monkeypatch, timm, dtype):
     settings = timing.Settings(CPU, dtype=dtype, rounds=3, seconds=0.02)
     network = networks.Network("dla46_c", 64, 2)
     if dtype == "bfloat16":
-        assert not networks.time_network(network, "inference", settings, RATES).records[0].get("error")
+        assert not network_timing.time_network(network, "inference", settings, RATES).records[0].get("error")
     right = functional.aggregate
     monkeypatch.setattr(functional, "aggregate", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
-    (record,) = networks.time_network(network, "inference", settings, RATES).records
+    (record,) = network_timing.time_network(network, "inference", settings, RATES).records
     assert "differ in output 0" in record["error"]
     assert record["median_ms"] is None
 
@@ -339,162 +334,3 @@ def test_outputs_of_any_structure():
     a, b, c = torch.zeros(1), torch.ones(2), torch.ones(3)
     assert [t.numel() for t in networks.tensors_of({"a": a, "b": [b, (c,)]})] == [1, 2, 3]
     assert networks.Network.of("dla34up", None, None) == networks.Network("dla34up", 512, 2)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_bench_cpu_json(monkeypatch, capsys, tmp_path):
-    tiny = [TINY, *cases.launch_cases()[1:]]
-    monkeypatch.setattr(cases, "network_cases", lambda name, size: tiny[:1])
-    monkeypatch.setattr(cases, "ida_cases", lambda: tiny[1:])
-    file = tmp_path / "deep" / "run.json"
-    assert run("cpu", "--peers", "eager", "--batch", 1, 2, "--json", file) == 0
-    data = json.loads(file.read_text())
-    assert {"machine", "versions", "commit", "records"} <= set(data)
-    assert data["complete"] is True
-    assert {r["op"] for r in data["records"]} == set(bench_ops())
-    assert {r["mode"] for r in data["records"]} == {"inference", "training"}
-    assert {r["batch"] for r in data["records"]} == {1, 2}
-    assert {r["impl"] for r in data["records"]} == {"dla_fast", "eager"}
-    assert len({records.identity(r) for r in data["records"]}) == len(data["records"]) == 5 * 2 * 2 * 2
-    assert all(set(r) >= FIELDS for r in data["records"])
-    out = capsys.readouterr().out
-    for mode in ("inference", "training"):
-        assert f"merge, {mode}: geometric mean" in out
-    table = [line for line in out.splitlines() if line.startswith("launch.upsample ")]
-    assert len(table) == 4
-
-
-def test_the_table_shows_the_worst_first(capsys, tmp_path):
-    assert run("launch", "--peers", "eager", "--modes", "inference") == 0
-    speedups = [
-        float(line.split()[-1][:-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("launch.")
-    ]
-    assert len(speedups) == 5
-    assert speedups == sorted(speedups)
-
-
-def test_an_interruption_before_the_first_case_says_that_there_is_nothing(monkeypatch, capsys, tmp_path):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(timing, "time_case", interrupted)
-    file = tmp_path / "run.json"
-    assert run("launch", "--peers", "eager", "--json", file) == 130
-    assert "no case was complete, and nothing was written" in capsys.readouterr().err
-    assert not file.exists()
-
-
-def test_an_interrupted_run_keeps_what_is_done(monkeypatch, capsys, tmp_path):
-    done = timing.time_case
-    calls = 0
-
-    def interrupted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return done(*args, **kwargs)
-
-    monkeypatch.setattr(timing, "time_case", interrupted)
-    file, html = tmp_path / "run.json", tmp_path / "run.html"
-    assert run("launch", "--peers", "eager", "--json", file, "--html", html) == 130
-    data = json.loads(file.read_text())
-    assert {r["case"] for r in data["records"]} == {"launch.aggregate"}
-    assert {r["mode"] for r in data["records"]} == {"inference", "training"}
-    assert data["complete"] is False
-    said = capsys.readouterr()
-    assert "launch.aggregate" in said.out
-    assert "interrupted" in said.err
-    assert "it was interrupted" in html.read_text()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_every_case_is_on_disk_before_the_next(monkeypatch, tmp_path):
-    file = tmp_path / "run.json"
-    done, sizes = timing.time_case, []
-
-    def watching(*args, **kwargs):
-        sizes.append(len(json.loads(file.read_text())["records"]) if file.exists() else 0)
-        return done(*args, **kwargs)
-
-    monkeypatch.setattr(timing, "time_case", watching)
-    assert run("launch", "--peers", "eager", "--modes", "inference", "--json", file) == 0
-    assert sizes == [0, 2, 4, 6, 8]
-
-
-def test_time_that_is_up(capsys, tmp_path):
-    file = tmp_path / "run.json"
-    assert run("launch", "--peers", "eager", "--minutes", 1e-9, "--json", file) == 0
-    assert "10 cases left out" in capsys.readouterr().err
-
-
-def test_under_a_time_limit_the_suites_take_turns():
-    parser = command.argparse.ArgumentParser()
-    command.add_arguments(parser)
-    args = parser.parse_args(["--minutes", "1", "--models", "dla34"])
-    found = command.jobs(["launch", "memory"], args, quick(), None)
-    assert [job.suite for job in found].index("memory") == len(found) // 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["nope"], 2, "unknown suite 'nope'"),
-        (["cpu", "--device", "cuda"], 2, "device given twice"),
-        (["compare", "a.json"], 2, "expected two files"),
-        (["--batch", "0"], 2, "expected at least 1"),
-        (["--device", "meta"], 1, "expected cpu or cuda"),
-        (["compare", "/nowhere/a.json", "/nowhere/b.json"], 1, "No such file"),
-    ],
-)
-def test_bad_options(capsys, arguments, status, message):
-    if status == 2:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["bench", *arguments])
-        assert stop.value.code == 2
-    else:
-        assert cli.main(["bench", *arguments]) == 1
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(capsys):
-    assert cli.main(["bench", "cuda"]) == 1
-    assert "no CUDA device was found" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["dla46_c", "dla34up"])
-def test_memory_of_a_training_step(capsys, tmp_path, name):
-    file = tmp_path / "run.json"
-    assert run("memory", "--models", name, "--size", 64, "--batch", 2, "--json", file) == 0
-    mine, theirs = json.loads(file.read_text())["records"]
-    assert (mine["impl"], theirs["impl"]) == ("dla_fast", "eager")
-    assert 0 < mine["saved_bytes"] < theirs["saved_bytes"]
-    assert mine["peak_bytes"] > 0
-    assert "memory of a training step" in capsys.readouterr().out
-
-
-def test_scaling_varies_one_thing_at_a_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(cases, "AXES", {"batch": (1, 2), "inputs": (1, 3)})
-    found = cases.scaling_cases(cases.AXES, threads=(1, 2))
-    assert [(c.axis, c.value) for c in found] == [
-        ("batch", 1), ("batch", 2), ("inputs", 1), ("inputs", 3), ("threads", 1), ("threads", 2)
-    ]  # fmt: skip
-    assert [len(c.in_channels) for c in found] == [2, 2, 1, 3, 2, 2]
-
-
-def test_names_that_others_import():
-    assert Path(bench.__file__).parent.name == "bench"
-    for name in ("Case", "network_cases", "Rates", "measure_rates", "interleave", "EagerNode"):
-        assert hasattr(bench, name)
-    assert bench.interleave is measure.interleave
-
-
-def test_a_forced_backend_that_cannot_run_is_an_error():
-    with backend.use_backend("cuda"):
-        (record,) = timing.time_case(TINY, "inference", 1, quick(), RATES).records
-        assert "'cuda' was asked for and cannot run aggregate" in record["error"]
-        (record,) = networks.time_network(networks.Network("dla46_c", 64, 2), "inference", quick(), RATES).records
-        assert "cannot run aggregate" in record["error"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bench_helpers import record
 
-from dla_fast.commands.bench import pictures, records, report, table
+from dla_fast.bench import pictures, records, report, table
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("aggregate", "merge", "upsample")

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dla_fast import _extension, backend, cli, commands, ops
-from dla_fast.commands import demo, demo_memory, demo_report, demo_setup, doctor, machine, measure
-from dla_fast.commands.bench import records
+from dla_fast.bench import records
+from dla_fast.commands import demo, demo_memory, demo_report, demo_setup, doctor
+from dla_fast.proof import machine, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = re.compile(

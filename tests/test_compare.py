@@ -1,70 +1,15 @@
-"""``bench compare``: no alarm between runs of one build, and what is slower found, on real runs and on drawn ones."""
+"""``bench compare``: no alarm between runs of one build, and what is slower found, on runs that are drawn."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import json
-import math
-import random
 import time
-from pathlib import Path
 
-import bench_helpers
 import pytest
+from compare_helpers import MODES, OPS, TIMES, drawn, found, record, slowed, written
 
 from dla_fast import cli, functional
-from dla_fast.commands.bench import cases, compare, noise
-
-OPS = ("aggregate", "merge", "upsample", "upsample_add", "batch_norm_act")
-MODES = ("inference", "training")
-TIMES = ("median_ms", "p20_ms", "p80_ms")
-
-
-def record(**changes):
-    return bench_helpers.record(**{"p20_ms": 0.99, "p80_ms": 1.01, "rounds": 9, "peak_bytes": None, **changes})
-
-
-def drawn(seed, *, within=0.03, between=0.03, peers=("eager",), each=6, machine=1.0, ops=OPS):
-    """A run of ``each`` cases of every op and mode; noise within it and from run to run, as standard deviations."""
-    rng = random.Random(seed)
-    rows = []
-    for op in ops:
-        for mode in MODES:
-            for i in range(each):
-                # Some cases are three times as noisy as others.
-                noisy = 3 ** (i / max(each - 1, 1)) / 2
-                for impl in ("dla_fast", *peers):
-                    level = machine * (1 + i) * math.exp(rng.gauss(0, noisy * between))
-                    samples = sorted(level * math.exp(rng.gauss(0, noisy * within)) for _ in range(9))
-                    times = {"median_ms": samples[4], "p20_ms": samples[2], "p80_ms": samples[6]}
-                    rows.append(record(case=f"{op}.{i}", op=op, mode=mode, impl=impl, **times))
-    return {"machine": {"threads": 2}, "versions": {"torch": "2"}, "records": rows}
-
-
-def slowed(run, factor, **which):
-    """A run in which the times of dla_fast are ``factor`` times as long wherever the fields are ``which``."""
-    run = copy.deepcopy(run)
-    for r in run["records"]:
-        if all(r[name] == value for name, value in {"impl": "dla_fast", **which}.items()):
-            r.update({name: factor * r[name] for name in TIMES if r.get(name)})
-    return run
-
-
-def alarms(result):
-    """What makes the exit status 1, by op and mode."""
-    ops = [(op.op, op.mode) for op in result.ops if op.changed and op.ratio > 1]
-    return ops, [(c.record["op"], c.record["mode"]) for c in result.changes if c.ratio > 1]
-
-
-def found(result):
-    return {f"{op} {mode}" for op, mode in alarms(result)[0]}
-
-
-def written(path: Path, run: dict) -> str:
-    path.write_text(json.dumps(run))
-    return str(path)
-
+from dla_fast.bench import cases, compare, compare_table, noise
 
 # --- drawn runs -------------------------------------------------------------------------------------------------------
 
@@ -105,7 +50,7 @@ def test_a_single_case_that_stands_out():
     result = compare.compare(before, after, 0.05)
     assert [c.record["case"] for c in result.changes] == ["merge.0"]
     assert result.changes[0].ratio == pytest.approx(1.6, rel=0.1)
-    text = compare.render(result, before, after)
+    text = compare_table.render(result, before, after)
     assert "single figures that stand out, worse: 1" in text
 
 
@@ -159,7 +104,7 @@ def test_a_run_beside_other_work(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "disturbed one of the runs" in out
     assert "nothing changed beyond noise" in out
-    assert "disturbed" not in compare.render(compare.compare(b, b, 0.05), b, b)
+    assert "disturbed" not in compare_table.render(compare.compare(b, b, 0.05), b, b)
 
 
 def test_without_peers():
@@ -173,14 +118,14 @@ def test_without_peers():
     # A change of the machine cannot be told from one of everything; without one an op's change shows.
     assert min(op.least for op in result.ops) > 1.4
     assert found(compare.compare(before, slowed(drawn(2, **mine), 1.1, op="merge", mode="training"), 0.05))
-    text = compare.render(result, before, after)
+    text = compare_table.render(result, before, after)
     assert "60 cases of these without a peer in both runs" in text
     assert "a slower machine is allowed for" in text
     assert compare.compare(before, slowed(after, 4, op="merge"), 0.05).regressions()
     one = {"records": [record()]}
     result = compare.compare(one, slowed(one, 2), 0.05)
     assert len(result.regressions()) == 2
-    text = compare.render(result, one, one)
+    text = compare_table.render(result, one, one)
     assert "a slower machine counts as a change" in text
     assert "2.0 times that within them (assumed, for want of cases)" in text
 
@@ -204,78 +149,6 @@ def test_only_our_own_figures_are_changes():
             r.update({name: 2 * r[name] for name in TIMES}, peak_bytes=2**20)
     result = compare.compare(drawn(1, peers=("eager", "compile")), after, 0.05)
     assert result.changes == []
-
-
-# --- real runs --------------------------------------------------------------------------------------------------------
-
-DATA = Path(__file__).parent / "data" / "compare_runs.json"
-REAL = json.loads(DATA.read_text(encoding="utf-8"))
-QUIET = json.loads((Path(__file__).parent / "data" / "compare_runs_quiet.json").read_text())
-# Which of the slower runs are found. The machine was as busy as it gets: memory-bound ops changed by more from run to
-# run, in wall time all of them did.
-FOUND = {
-    "wall time": set(),
-    "processor time": {"merge inference", "aggregate training", "merge training"},
-    "processor time, memory kept": {"aggregate", "merge", "aggregate training", "merge training"},
-}
-
-
-def real(rows):
-    """A run of the file, with the records that bench writes."""
-    records = []
-    for (suite, case, op, mode), (rounds, *times) in zip(REAL["cases"], rows, strict=True):
-        same = {"suite": suite, "case": case, "op": op, "mode": mode, "batch": 1, "threads": 1, "rounds": rounds}
-        for impl, figures in (("dla_fast", times[:3]), ("eager", times[3:])):
-            records.append(record(impl=impl, **same, **dict(zip(TIMES, figures, strict=True))))
-    return {"records": records}
-
-
-@pytest.mark.parametrize("name", REAL["series"])
-def test_runs_of_one_build(name):
-    runs = [real(rows) for rows in REAL["series"][name]["plain"]]
-    assert len(runs) >= 7
-    for i, (before, after) in enumerate(itertools.pairwise(runs)):
-        result = compare.compare(before, after, 0.05)
-        assert not result.regressions(), (i, alarms(result))
-
-
-@pytest.mark.parametrize("name", REAL["series"])
-def test_runs_with_a_slower_op(name):
-    """What is named is what was slowed, and it is where it says that a tenth would show; elsewhere it says so."""
-    plain, slow = (REAL["series"][name][kind] for kind in ("plain", "slowed"))
-    hits = set()
-    for before, (what, after) in zip(plain, slow, strict=False):
-        result = compare.compare(real(before), real(after), 0.05)
-        ours = [op for op in result.ops if f"{op.op} {op.mode}".startswith(f"{what} ") or f"{op.op} {op.mode}" == what]
-        names = found(result)
-        assert names <= {f"{op.op} {op.mode}" for op in ours}, what
-        for op in ours:
-            assert op.changed or op.least > 1.1, op
-        if names:
-            hits.add(what)
-    assert hits == FOUND[name]
-
-
-def quiet(rows):
-    """A run of the second file."""
-    records = []
-    for (case, mode, batch), (rounds, *times) in zip(QUIET["cases"], rows, strict=True):
-        same = {"case": case, "mode": mode, "batch": batch, "rounds": rounds}
-        for impl, figures in (("dla_fast", times[:3]), ("eager", times[3:])):
-            records.append(record(impl=impl, **same, **dict(zip(TIMES, figures, strict=True))))
-    return {"records": records}
-
-
-def test_six_pairs_of_runs_on_idle_cores():
-    """No alarm between runs of one build; a tenth more in aggregate is found each time."""
-    plain, slow = ([quiet(rows) for rows in QUIET[kind]] for kind in ("plain", "slowed"))
-    assert len(plain) == 7
-    for before, after in itertools.pairwise(plain):
-        assert not compare.compare(before, after, 0.05).regressions()
-    for before, after in zip(plain, slow, strict=False):
-        result = compare.compare(before, after, 0.05)
-        assert found(result)
-        assert all(0.9 < op.ratio / 1.1 < 1.1 for op in result.ops)
 
 
 # --- what is no time --------------------------------------------------------------------------------------------------
@@ -311,7 +184,7 @@ def test_memory_errors_and_what_is_missing():
     assert [r["case"] for r in result.new] == ["fresh"]
     assert {r["op"] for r in result.missing} == {"upsample"}
     assert len(result.missing) == len(gone) - 2
-    text = compare.render(result, before, {**after, "machine": {"threads": 4}, "versions": {"torch": "3"}})
+    text = compare_table.render(result, before, {**after, "machine": {"threads": 4}, "versions": {"torch": "3"}})
     assert "not the same machine: threads was 2, is 4" in text
     assert "torch was 2, is 3" in text
     assert "now an error: 1" in text
@@ -322,7 +195,7 @@ def test_memory_errors_and_what_is_missing():
 def test_a_run_that_has_the_kernels_instruction_set_is_of_the_same_machine():
     run = drawn(0)
     after = {**run, "machine": {**run["machine"], "kernel_isa": "avx512_bf16"}}
-    assert "not the same machine" not in compare.render(compare.compare(run, after, 0.05), run, after)
+    assert "not the same machine" not in compare_table.render(compare.compare(run, after, 0.05), run, after)
 
 
 def test_an_error_is_a_regression(tmp_path):

@@ -13,7 +13,7 @@ from test_cpu_bf16 import CHANNELS, LAYOUTS, PRODUCTS, SIZES, amid_nan, isa, nod
 from torch import Tensor
 
 from dla_fast import _extension
-from dla_fast.commands import parity
+from dla_fast.proof import parity
 
 pytestmark = pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dla_fast import _extension, functional, use_backend
-from dla_fast.commands import parity
+from dla_fast.proof import parity
 
 pytestmark = pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dla_fast import backend, functional
-from dla_fast.commands import parity
+from dla_fast.proof import parity
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -11,7 +11,7 @@ import torch
 from serving import backends
 
 from dla_fast import functional, use_backend
-from dla_fast.commands import parity
+from dla_fast.proof import parity
 
 pytestmark = pytest.mark.skipif("cpu" not in backends("batch_norm_act"), reason="needs the CPU kernels")
 

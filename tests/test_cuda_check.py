@@ -1,11 +1,11 @@
-"""benchmarks.cuda_check: what it reads in the compiler's output, what it calls a fault, what it says without nvcc."""
+"""benchmarks.gates.cuda_check: what it reads of the compiler's output, what is a fault, what it says without nvcc."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import cuda_check
-from benchmarks.cuda_check import Kernel
+from benchmarks.gates import cuda_check
+from benchmarks.gates.cuda_check import Kernel
 
 LOG = """
 ptxas info    : Compiling entry function '_Z4goodPf' for 'sm_90'

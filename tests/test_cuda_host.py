@@ -16,9 +16,9 @@ import torch
 from torch.library import opcheck
 
 from dla_fast import backend, functional, ops, reference, use_backend
-from dla_fast.commands import parity, tf32
-from dla_fast.commands.parity import Spec
 from dla_fast.ops import cuda
+from dla_fast.proof import parity, tf32
+from dla_fast.proof.parity import Spec
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

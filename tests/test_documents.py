@@ -18,7 +18,7 @@ from bench_helpers import record
 
 import dla_fast
 from dla_fast import cli
-from dla_fast.commands.bench.command import SUITES
+from dla_fast.commands.bench import SUITES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/benchmarks.md")

@@ -81,10 +81,10 @@ def test_every_step_of_every_ladder_is_fused(example, name, steps, ladders):
         model(torch.randn(1, 3, 64, 64))
     if name == "Detector":
         # Projections and nodes are 3x3, and every step upsamples and adds.
-        wanted = {"merge_inference": 2 * steps, "upsample_add": steps, "aggregate_inference": len(ROOTS)}
+        wanted = {"conv_norm_act_inference": 2 * steps + len(ROOTS), "upsample_add": steps}
     else:
         # Projections are 1x1, and nodes upsample on the way.
-        wanted = {"merge_inference": steps, "aggregate_inference": steps + len(ROOTS)}
+        wanted = {"conv_norm_act_inference": 2 * steps + len(ROOTS)}
     assert {op: seen[op] for op in wanted} == wanted
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dla_fast import functional
-from dla_fast.commands import parity
+from dla_fast.proof import parity
 
 
 def node(**changes: Any) -> dict[str, Any]:

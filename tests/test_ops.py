@@ -9,8 +9,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from dla_fast import functional, ops, use_backend
-from dla_fast.commands import parity
 from dla_fast.ops.layout import is_channels_last
+from dla_fast.proof import parity
 
 BACKENDS = backends("aggregate")
 
@@ -37,14 +37,16 @@ def _tensors(dtype, layout, grad=False):
 def test_opcheck(namespace, dtype, layout):
     xs, weight, bias, gamma, beta, mean, var = _tensors(dtype, layout)
     options = (1e-5, "relu", 0.0)
-    opcheck(namespace.aggregate_inference.default, (xs, weight, bias, gamma, beta, mean, var, 1e-5, True, "relu", 0.0))
-    opcheck(namespace.aggregate_stage.default, (xs, weight, bias, mean, var, 0.1, True))
-    opcheck(namespace.aggregate_stage.default, (xs, weight, None, None, None, 0.0, False))
-    z, mu, sigma2 = namespace.aggregate_stage(xs, weight, None, None, None, 0.1, True)
+    node, norm, geometry = (xs, [], weight, bias), (gamma, beta, mean, var), ([1, 1], 1, 1, 1)
+    opcheck(namespace.conv_norm_act_inference.default, (*node, None, *norm, *geometry, 0, *options))
+    opcheck(namespace.conv_norm_act_stage.default, (*node, mean, var, *geometry, 0.1, True))
+    opcheck(namespace.conv_norm_act_stage.default, (*node, None, None, *geometry, 0.0, False))
+    z, mu, sigma2 = namespace.conv_norm_act_stage(xs, [], weight, None, None, None, *geometry, 0.1, True)
     dy = torch.randn_like(z)
     opcheck(
-        namespace.aggregate_backward.default,
-        (dy, xs, weight, z, mu, sigma2, gamma, beta, mu, sigma2, 30.0, 1e-5, True, "relu", 0.0, [True, False], True),
+        namespace.conv_norm_act_backward.default,
+        (dy, xs, [], weight, None, z, mu, sigma2, gamma, beta, mu, sigma2, *geometry, 0, 30.0, *options)
+        + ([True, False], [], True, False),
     )
     opcheck(namespace.moments.default, (z, mean, var, 0.1))
     opcheck(namespace.tail.default, (z, mu, sigma2, gamma, beta, dy, *options))
@@ -60,8 +62,8 @@ def test_opcheck(namespace, dtype, layout):
 def test_opcheck_of_what_is_differentiable(namespace, layout, training):
     xs, weight, bias, gamma, beta, mean, var = _tensors(torch.float32, layout, grad=True)
     opcheck(
-        namespace.aggregate.default,
-        (xs, weight, bias, gamma, beta, mean, var, training, 0.1, 1e-5, True, "relu", 0.0),
+        namespace.conv_norm_act.default,
+        (xs, [], weight, bias, None, gamma, beta, mean, var, [1, 1], 1, 1, 1, 0, training, 0.1, 1e-5, "relu", 0.0),
     )
     opcheck(
         namespace.batch_norm_act.default,

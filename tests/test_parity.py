@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dla_fast import reference
-from dla_fast.commands import parity, tf32, verify
-from dla_fast.commands.parity import Spec
+from dla_fast.commands import verify
+from dla_fast.proof import parity, tf32
+from dla_fast.proof.parity import Spec
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -237,7 +237,7 @@ def test_only_the_norm_is_fused_behind_an_unknown_convolution():
         call(module, levels(module))
     assert seen.count("upsample_add") == 2
     assert seen.count("tail") == 4
-    assert "merge_inference" not in seen
+    assert "conv_norm_act_inference" not in seen
     assert "native_batch_norm" not in seen
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import readme, swapped
-from dla_fast.commands.bench import compare, records
+from benchmarks import readme
+from benchmarks.swapped import __main__ as swapped
+from dla_fast.bench import compare, records
 from dla_fast.swap.report import SwapEntry, SwapReport
 
 QUICK = ["--quick", "--rounds", "2", "--seconds", "0.1", "--models", "dla34", "--threads", "1"]

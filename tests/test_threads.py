@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dla_fast import backend, functional, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 THREADS, REPEATS = 4, 8
 

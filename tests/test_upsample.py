@@ -12,8 +12,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from dla_fast import backend, functional, ops, use_backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 BACKENDS = [name for name in ("cpu",) if backend.can_run(name, "upsample", "cpu", torch.float32) is None]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

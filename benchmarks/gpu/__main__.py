@@ -23,7 +23,7 @@ import torch
 from benchmarks.gpu import child, rehearsal, report
 from benchmarks.gpu import run as running
 from benchmarks.gpu.blocks import BLOCKS
-from dla_fast.commands import CommandError
+from dla_fast.bench.records import NotARun
 
 OUT = Path(__file__).resolve().parents[1] / "out"
 MINUTES = 7.5
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         before = report.load(args.before) if args.before else None
-    except CommandError as error:
+    except NotARun as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)

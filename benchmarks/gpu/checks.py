@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.case import Case, Found, Setting, passed
 from dla_fast import backend, functional, swap_
-from dla_fast.commands import parity, verify
-from dla_fast.commands.bench import cases, networks, timing
-from dla_fast.commands.parity import Spec
+from dla_fast.bench import cases, network_timing, networks, timing
+from dla_fast.commands import verify
 from dla_fast.nn import AggregationNode
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 _REPEATS = 10
 # Of verify's rows so many are taken where the smallest shapes alone are run.
@@ -207,7 +208,7 @@ def _graphs(setting: Setting) -> Iterator[Case]:
 
 
 def _network(name: str, mode: str, label: str, setting: Setting) -> Found:
-    networks.check_float64(name, mode, networks.initial_state(name, not setting.is_drawn), label, setting.device)
+    network_timing.check_float64(name, mode, networks.initial_state(name, not setting.is_drawn), label, setting.device)
     return passed(label, True, "agrees with eager in float64")
 
 

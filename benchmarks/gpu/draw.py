@@ -136,13 +136,14 @@ def standing_in(arch: int, *, with_cuda: bool = True) -> Iterator[list[Any]]:
         arch: of the GPU, 90 for sm_90.
         with_cuda: whether the C++ kernels serve what they are preferred for, as they do where they are built.
     """
-    from dla_fast.kernels import config, launch
+    from dla_fast.kernels import config, launch, library
 
     changed: list[tuple[Any, str, Any]] = [
         (triton, "DEVICE", "meta"),
         (triton, "INTERPRETED", False),
         (triton, "_missing", None),
         (cuda, "DEVICE", "meta"),
+        (library, "DEVICE", "meta"),
         (backend.ops, "_missing", dict(backend.ops._missing)),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in changed]
@@ -154,7 +155,7 @@ def standing_in(arch: int, *, with_cuda: bool = True) -> Iterator[list[Any]]:
         for name, op in backend.ops._missing:
             if name == "cuda":
                 backend.ops._missing[name, op] = None if with_cuda else "left out"
-        for op in ("aggregate", "merge"):
+        for op in ("aggregate", "merge", "conv_norm_act"):
             # Of these the C++ kernels have inference at most.
             backend.ops._missing["cuda", op] = "no kernel for training"
         with config.assume(arch), launch.record() as launches, _Standing():

@@ -17,9 +17,9 @@ from benchmarks.gpu.case import Case, Found, Setting, measured, passed
 from benchmarks.gpu.checks import name_of, served
 from benchmarks.gpu.nodes import rates
 from dla_fast import backend, functional, nn, ops, reference
-from dla_fast.commands import measure, parity
-from dla_fast.commands.bench import timing
-from dla_fast.commands.parity import Spec
+from dla_fast.bench import timing
+from dla_fast.proof import measure, parity
+from dla_fast.proof.parity import Spec
 
 # What memory-bound kernels are measured on: far past any cache.
 WORKING_SET = 256 * 2**20
@@ -101,7 +101,8 @@ def _latency(channels: int, outputs: int, side: int, label: str, setting: Settin
         return (timing.graph_of([call] * 20, device) if setting.on_gpu else None) or call
 
     def infer(name: str) -> Tensor:
-        y: Tensor = ops.namespace(name).aggregate_inference(xs, weight, None, v, v, v, v, 1e-5, False, "relu", 0.0)
+        node = (xs, [], weight, None, None, v, v, v, v)
+        y: Tensor = ops.namespace(name).conv_norm_act_inference(*node, [1, 1], 1, 1, 1, -1, 1e-5, "relu", 0.0)
         return y
 
     runners = {"empty": replayed(lambda: empty.add_(1))}

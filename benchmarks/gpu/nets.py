@@ -10,8 +10,8 @@ import torch
 from benchmarks.gpu.case import Case, Found, Setting
 from benchmarks.gpu.checks import name_of
 from benchmarks.gpu.nodes import MODES, kernels_of, rates
-from dla_fast.commands.bench import networks, peers, timing
-from dla_fast.commands.bench.networks import Network
+from dla_fast.bench import network_timing, networks, peers, timing
+from dla_fast.bench.networks import Network
 
 
 def _settings(setting: Setting, dtype: torch.dtype, layout: str, against: tuple[str, ...]) -> timing.Settings:
@@ -34,7 +34,7 @@ def _timed(network: Network, mode: str, settings: timing.Settings, setting: Sett
         for impl in _ours(network, mode, settings):
             networks.implementation(network, mode, impl, state, settings)[0]()
         return []
-    outcome = networks.time_network(network, mode, settings, rates(settings.torch_dtype, setting), float64=False)
+    outcome = network_timing.time_network(network, mode, settings, rates(settings.torch_dtype, setting), float64=False)
     return [*outcome.records, *({"skipped": s["impl"], **s} for s in outcome.skipped)]
 
 

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.gpu.case import Case, Found, Setting
 from benchmarks.gpu.checks import dla34_roots, name_of
-from dla_fast.commands.bench import cases, timing
-from dla_fast.commands.bench.cases import Rates
+from dla_fast.bench import cases, timing
+from dla_fast.bench.cases import Rates
 
 MODES = ("inference", "training")
 _rates: dict[torch.dtype, Rates] = {}
@@ -88,7 +88,7 @@ def kernels_of(call: Callable[[], object], setting: Setting, repeats: int = 5) -
 
 def _node_table(case: cases.Case, batch: int, label: str, setting: Setting) -> Found:
     """The kernels of a training node, with the bytes that each has to move and its share of the floor."""
-    from benchmarks._passes import Unit
+    from benchmarks.gates.passes import Unit
 
     settings = _settings(setting, setting.dtype, (), 0.1)
     runner = timing.runner_of(case, "training", batch, settings, "dla_fast")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.process import Line
-from dla_fast.commands.bench import records as recorded
+from dla_fast.bench import records as recorded
 
 # Whichever of them is fastest on a case stands for a compiled peer.
 COMPILED = ("compile", "compile_reduce_overhead", "compile_max_autotune", "compile_frozen")
@@ -151,12 +151,12 @@ def load(path: Path) -> dict[str, Any]:
     """A run that is to be continued.
 
     Raises:
-        CommandError: it is none of this program's.
+        NotARun: it is none of this program's.
     """
     run = recorded.load(path)
     missing = {"checks", "figures", "tables", "done"} - run.keys()
     if missing:
-        raise recorded.CommandError(f"{path}: no run of benchmarks.gpu, it lacks {', '.join(sorted(missing))}")
+        raise recorded.NotARun(f"{path}: no run of benchmarks.gpu, it lacks {', '.join(sorted(missing))}")
     return run
 
 

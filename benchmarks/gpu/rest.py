@@ -14,8 +14,8 @@ from benchmarks.gpu.case import Case, Found, Setting, measured
 from benchmarks.gpu.checks import dla34_roots
 from benchmarks.gpu.kernels import host_cost, latency, sanitizer
 from benchmarks.gpu.nodes import MODES, timed, timed_cases
+from dla_fast.bench import cases
 from dla_fast.commands import tune
-from dla_fast.commands.bench import cases
 from dla_fast.kernels import config
 
 # Roots whose tiles are tried: those furthest from the floor.

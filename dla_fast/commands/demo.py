@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dla_fast
 from dla_fast import backend
-from dla_fast.commands import CommandError, demo_memory, demo_report, measure, require
+from dla_fast.commands import CommandError, demo_memory, demo_report, require
 from dla_fast.commands.demo_setup import (
     EXTRAS,
     LOGITS,
@@ -31,6 +31,7 @@ from dla_fast.commands.demo_setup import (
     tensors_of,
     training_step,
 )
+from dla_fast.proof import measure
 
 MEMORY = "dla_fast.commands.demo_memory"
 
@@ -216,7 +217,7 @@ def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dic
             result["peak"][name] = measure.in_fresh_process(MEMORY, line)
         with stages.stage("peak memory"):
             if x.device.type == "cpu" and sys.platform == "linux":
-                tight = measure.in_fresh_process(MEMORY, line, env=demo_memory.NO_FRAGMENTATION)
+                tight = measure.in_fresh_process(MEMORY, line, env=measure.NO_FRAGMENTATION)
                 result["peak"][name]["step, unfragmented"] = tight["step"]
     return result, {"photographs": x, **{f"logits {name}": value for name, value in logits.items()}}
 

@@ -10,11 +10,7 @@ import torch
 
 import dla_fast
 from dla_fast.commands.demo_setup import Task, make_inputs, make_model, training_step
-from dla_fast.commands.measure import current_rss, peak_rss, reset_peak_rss
-
-# With the threshold fixed, glibc gives every large block back when it is freed: the peak is that of the tensors. Left
-# alone it raises the threshold as it goes, keeps freed blocks in its heap, and the peak varies by a tenth between runs.
-NO_FRAGMENTATION = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+from dla_fast.proof.measure import current_rss, peak_rss, reset_peak_rss
 
 
 def arguments(task: Task, swapped: bool) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dla_fast._version import __version__
 from dla_fast.commands.demo_setup import LOGITS, PHOTOGRAPHS, unnormalised
-from dla_fast.commands.machine import instruction_set
+from dla_fast.proof.machine import instruction_set
 
 _BEFORE, _AFTER, _WRONG = "#8a94a6", "#1f77b4", "#c0392b"
 

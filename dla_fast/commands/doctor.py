@@ -15,7 +15,7 @@ import torch
 
 from dla_fast import _extension, backend
 from dla_fast._version import __version__
-from dla_fast.commands import machine
+from dla_fast.proof import machine
 
 # Every variable that the package or its build reads, with what it does.
 VARIABLES = {

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from dla_fast import functional, models, use_backend
-from dla_fast.commands import CommandError, measure, parity
-from dla_fast.commands.bench import cases, timing
-from dla_fast.commands.bench.records import machine_facts, versions
+from dla_fast.bench import cases, timing
+from dla_fast.bench.records import machine_facts, versions
+from dla_fast.commands import CommandError
 from dla_fast.kernels import config
 from dla_fast.kernels.config import Key, TileConfig
+from dla_fast.proof import measure, parity
 
 # What is faster by less than this is not told from noise.
 LEAST_GAIN = 0.03

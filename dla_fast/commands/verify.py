@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from dla_fast import backend
-from dla_fast.commands import parity
-from dla_fast.commands.parity import Spec
+from dla_fast.proof import parity
+from dla_fast.proof.parity import Spec
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,6 +50,13 @@ def _specs(op: str, dtype: torch.dtype) -> Iterator[Spec]:
         elif op == "merge":
             for kernel in (1, 3):
                 yield Spec(**common, channels=(8, 8), out_channels=8, height=5, width=6, kernel=kernel)
+        elif op == "conv_norm_act":
+            common |= {"channels": (8, 8), "out_channels": 8, "height": 5, "width": 6}
+            yield Spec(**common, kernel=3, stride=2, residual=True, act="silu")
+            yield Spec(**common, kernel=3, dilation=2, residual_input=1)
+            yield Spec(**common, kernel=1, stride=2)
+            yield Spec(**common, kernel=1, residual=True)
+            yield Spec(**common, kernel=5, groups=2)
         elif training:
             for factor in (2, 3, 4):
                 yield Spec(**common, out_channels=24, factor=factor)
@@ -110,6 +117,7 @@ def _parity_row(job: Job, dtype: torch.dtype) -> Row:
 def gradient_problems(op: str, device: str) -> Iterator[tuple[Callable[..., Tensor], list[Tensor], Spec]]:
     """An op as gradcheck wants it, in both layouts and with both kinds of statistics: function, inputs, description."""
     for layout, training in itertools.product(parity.LAYOUTS, (True, False)):
+        geometry: dict[str, Any] = {"kernel": 3, "stride": 2} if op == "conv_norm_act" else {}
         spec = Spec(
             dtype=torch.float64,
             layout=layout,
@@ -120,6 +128,7 @@ def gradient_problems(op: str, device: str) -> Iterator[tuple[Callable[..., Tens
             act="silu",
             training=training,
             residual=op != "merge",
+            **geometry,
         )
         yield *parity.gradient_function(parity.PROBLEMS[op](spec), device), spec
 

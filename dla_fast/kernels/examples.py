@@ -32,7 +32,7 @@ class Example:
     Attributes:
         channels: of each input.
         out_channels: of the output.
-        side: of the map in pixels.
+        side: of the output in pixels.
         batch: images.
         dtype: of the tensors.
         channels_last: layout.
@@ -40,6 +40,10 @@ class Example:
         residuals: whether the first input is added before the activation.
         frozen: also without batch statistics.
         strict: float32 is multiplied as such, not as TF32.
+        kernel: side of the kernel.
+        factor: by which the last input is upsampled; 1 for none.
+        stride: of the convolution.
+        dilation: of the convolution.
     """
 
     channels: tuple[int, ...]
@@ -52,12 +56,23 @@ class Example:
     residuals: tuple[bool, ...] = (False,)
     frozen: bool = False
     strict: bool = False
+    kernel: int = 1
+    factor: int = 1
+    stride: int = 1
+    dilation: int = 1
 
     @property
     def label(self) -> str:
         """The example in a few characters."""
         layout = "nhwc" if self.channels_last else "nchw"
-        return f"{'+'.join(map(str, self.channels))}to{self.out_channels}@{self.batch}x{self.side} {layout}"
+        options = {"f": self.factor, "k": self.kernel, "s": self.stride, "d": self.dilation}
+        more = "".join(f" {name}{value}" for name, value in options.items() if value > 1)
+        return f"{'+'.join(map(str, self.channels))}to{self.out_channels}@{self.batch}x{self.side} {layout}{more}"
+
+    @property
+    def factors(self) -> list[int]:
+        """Of each input."""
+        return [1] * (len(self.channels) - 1) + [self.factor]
 
 
 def roots() -> Iterator[Example]:
@@ -83,6 +98,38 @@ def roots() -> Iterator[Example]:
     yield Example((128, 128, 64), 128, 14, 2, torch.float64, False)
 
 
+def blocks() -> Iterator[Example]:
+    """Convolutions of one input: of the residual blocks, and those that shrink or dilate."""
+    bf16, both = torch.bfloat16, (False, True)
+    yield Example((64,), 64, 56, 256, bf16, True, ("relu",), both, kernel=3)
+    yield Example((64,), 64, 56, 32, bf16, False, ("relu",), both, kernel=3)
+    yield Example((64,), 128, 28, 256, bf16, True, kernel=3, stride=2)
+    yield Example((64,), 128, 28, 32, torch.float32, False, kernel=3, stride=2)
+    yield Example((64,), 128, 28, 256, bf16, True, ("identity",), stride=2)
+    yield Example((512,), 512, 7, 256, bf16, True, ("relu",), both, kernel=3, dilation=2)
+    # Masked in every direction, and float64.
+    yield Example((24,), 17, 9, 2, torch.float16, True, kernel=3, stride=2, dilation=2)
+    yield Example((16,), 16, 8, 2, torch.float64, False, ("relu",), both, kernel=3, stride=2)
+
+
+# Channels of either input and the output, side of the output at 512 x 512: the nodes of the IDA ladders.
+_LADDERS = ((64, 128), (128, 64), (256, 32))
+
+
+def ladders() -> Iterator[Example]:
+    """Nodes of the IDA ladders, whose second input is upsampled."""
+    for c, side in _LADDERS:
+        for batch in (1, 16):
+            yield Example((c, c), c, side, batch, torch.bfloat16, True, kernel=3, factor=2)
+        yield Example((c, c), c, side, 16, torch.bfloat16, False, kernel=3, factor=2)
+        yield Example((c, c), c, side, 16, torch.float32, False, kernel=3, factor=2)
+    yield Example((64, 64), 64, 128, 16, torch.bfloat16, True, factor=4)
+    yield Example((64, 64), 64, 128, 16, torch.float16, True, kernel=3, factor=2)
+    # Masked in every direction, and float64.
+    yield Example((24, 5), 24, 8, 2, torch.float32, True, kernel=3, factor=2)
+    yield Example((16, 16), 16, 8, 2, torch.float64, False, kernel=3, factor=2)
+
+
 def maps() -> Iterator[Example]:
     """Maps for the passes over every value."""
     for channels, side, batch in ((16, 224, 32), (64, 56, 256), (512, 7, 256)):
@@ -102,15 +149,19 @@ def recording(example: Example) -> Iterator[list[launch.Launch]]:
         yield launches
 
 
-def tensor(example: Example, channels: int) -> Tensor:
-    """A meta tensor of the example's map."""
+def tensor(example: Example, channels: int, side: int | None = None) -> Tensor:
+    """A meta tensor of the example's map, or of one with another side."""
     layout = torch.channels_last if example.channels_last else torch.contiguous_format
-    sizes = (example.batch, channels, example.side, example.side)
-    return torch.empty(sizes, dtype=example.dtype, device="meta", memory_format=layout)
+    sides = (example.side if side is None else side,) * 2
+    return torch.empty((example.batch, channels, *sides), dtype=example.dtype, device="meta", memory_format=layout)
 
 
-def tensors(example: Example) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Inputs, weight and a map of the output, on meta."""
-    xs = [tensor(example, c) for c in example.channels]
-    weight = torch.empty(example.out_channels, sum(example.channels), 1, 1, dtype=example.dtype, device="meta")
-    return xs, weight, tensor(example, example.out_channels)
+def tensors(example: Example) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Inputs, kernels of those that are upsampled, weight and a map of the output, on meta."""
+    k, f, side = example.kernel, example.factor, example.side * example.stride
+    xs = [tensor(example, c, side // g) for c, g in zip(example.channels, example.factors, strict=True)]
+    ups = [torch.empty(example.channels[-1], 1, 2 * f, 2 * f, dtype=example.dtype, device="meta")] if f > 1 else []
+    weight = torch.empty(example.out_channels, sum(example.channels), k, k, dtype=example.dtype, device="meta")
+    if example.channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return xs, ups, weight, tensor(example, example.out_channels)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from dla_fast import checks
 from dla_fast.kernels import config
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, is_channels_last, node_channels_last
 from dla_fast.ops.precision import tf32_products
@@ -27,11 +28,39 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32_products() else "ieee"
 
 
-def signature(xs: Sequence[Tensor], weight: Tensor) -> Any:
-    """What a plan depends on, cheaply: shapes, strides, dtype, device, float32's switch, the table."""
-    described = tuple([(x.shape, x.stride()) for x in xs])
-    rest = weight.shape, weight.stride(), weight.dtype, weight.device, precision(weight.dtype)
-    return described, rest, config.generation
+class Norm(NamedTuple):
+    """A batch norm as the kernels take it, in their order: dense vectors."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def of(mean: Tensor, var: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None) -> Norm:
+        """A norm of vectors with any stride."""
+        return Norm(mean.contiguous(), var.contiguous(), dense(bn_weight), dense(bn_bias))
+
+
+class Running(NamedTuple):
+    """What moves with a batch: the running statistics, or None, and by how much.
+
+    Attributes:
+        bias: (C,) or None, added to what the running mean moves towards.
+        mean: (C,) or None, updated in place.
+        var: (C,) or None, updated in place.
+        momentum: weight of this batch.
+    """
+
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A vector as the kernels read it: one value after the other; copied only where it is not so."""
+    return None if vector is None else vector.contiguous()
 
 
 def format_of(channels_last: bool) -> torch.memory_format:
@@ -44,20 +73,54 @@ def arranged(t: Tensor, channels_last: bool) -> Tensor:
     return t.contiguous(memory_format=format_of(channels_last))
 
 
+def optional(t: Tensor | None, channels_last: bool) -> Tensor | None:
+    """:func:`arranged`, of a tensor that may be absent."""
+    return None if t is None else arranged(t, channels_last)
+
+
+def in_layout(t: Tensor, channels_last: bool) -> Tensor:
+    """The tensor with the very strides that an operator promises of a layout, sides of length 1 included."""
+    out = empty_like_layout(t, t.shape, channels_last)
+    return t if t.stride() == out.stride() else out.copy_(t)
+
+
 @dataclass(frozen=True)
 class Node:
-    """An aggregation node's sizes and layout."""
+    """A node's sizes and layout.
+
+    Attributes:
+        dtype: of its tensors.
+        device: of its tensors.
+        images: of its maps.
+        sides: height and width of its inputs, those at low resolution upsampled.
+        output_sides: of its output.
+        channels: of each input.
+        starts: the weight's first input channel of each input.
+        out_channels: of the output.
+        kernel: side of the kernel.
+        channels_last: layout.
+    """
 
     dtype: torch.dtype
     device: torch.device
-    sizes: tuple[int, int, int]  # images, height, width
+    images: int
+    sides: tuple[int, int]
+    output_sides: tuple[int, int]
     channels: tuple[int, ...]
     starts: tuple[int, ...]
     out_channels: int
+    kernel: int
     channels_last: bool
 
     @staticmethod
-    def of(xs: Sequence[Tensor], weight: Tensor) -> Node:
+    def of(
+        xs: Sequence[Tensor],
+        weight: Tensor,
+        factors: Sequence[int] | None = None,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+    ) -> Node:
         """Describe the node of these inputs.
 
         Raises:
@@ -67,21 +130,35 @@ class Node:
             raise ValueError("xs: expected at least one input, got none")
         channels = tuple(int(x.shape[1]) for x in xs)
         starts = tuple(sum(channels[:i]) for i in range(len(channels)))
-        if sum(channels) != weight.shape[1]:
-            raise ValueError(f"weight: expected {sum(channels)} input channels, got {weight.shape[1]}")
-        images, _, height, width = xs[0].shape
-        cl = node_channels_last(xs, weight)
-        return Node(weight.dtype, weight.device, (images, height, width), channels, starts, int(weight.shape[0]), cl)
+        if sum(channels) != weight.shape[1] * groups:
+            raise ValueError(f"weight: expected {sum(channels) // groups} input channels, got {weight.shape[1]}")
+        factor, kernel = factors[0] if factors else 1, int(weight.shape[2])
+        height, width = (checks.upsampled(s, factor) if factor > 1 else int(s) for s in xs[0].shape[2:])
+        return Node(
+            dtype=weight.dtype,
+            device=weight.device,
+            images=int(xs[0].shape[0]),
+            sides=(height, width),
+            output_sides=(
+                checks.convolved(height, kernel, stride, dilation),
+                checks.convolved(width, kernel, stride, dilation),
+            ),
+            channels=channels,
+            starts=starts,
+            out_channels=int(weight.shape[0]),
+            kernel=kernel,
+            channels_last=node_channels_last(xs, weight),
+        )
 
     @property
     def total(self) -> int:
-        """Pixels over all images."""
-        return self.sizes[0] * self.pixels
+        """Pixels of the output over all images."""
+        return self.images * self.pixels
 
     @property
     def pixels(self) -> int:
-        """Pixels of an image."""
-        return self.sizes[1] * self.sizes[2]
+        """Pixels of an image of the output."""
+        return self.output_sides[0] * self.output_sides[1]
 
     @property
     def depth(self) -> int:
@@ -117,7 +194,8 @@ class Node:
     def large(self) -> bool:
         """Whether an offset into one of the tensors passes 32 bits."""
         # A tile may reach past the last pixel before its mask says so.
-        return (self.total + 1024) * max(*self.channels, self.out_channels) >= _LARGE
+        most = max(self.total, self.images * self.sides[0] * self.sides[1])
+        return (most + 1024) * max(*self.channels, self.out_channels) >= _LARGE
 
     def arrange(self, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The inputs in the node's layout."""
@@ -125,8 +203,22 @@ class Node:
 
     def output(self, like: Tensor) -> Tensor:
         """A new tensor of the node's output."""
-        images, height, width = self.sizes
-        return empty_like_layout(like, (images, self.out_channels, height, width), self.channels_last)
+        sizes = (self.images, self.out_channels, *self.output_sides)
+        return empty_like_layout(like, sizes, self.channels_last)
+
+    def constexprs(self, cfg: config.TileConfig) -> dict[str, Any]:
+        """Those of every kernel that multiplies."""
+        return {
+            "BM": cfg.block_m,
+            "BN": cfg.block_n,
+            "BK": cfg.block_k,
+            "CL": self.channels_last,
+            "EVEN_K": all(c % cfg.block_k == 0 for c in self.channels),
+            "EVEN_N": self.out_channels % cfg.block_n == 0,
+            "PRECISION": self.precision,
+            "ACC": self.acc,
+            "I64": self.large,
+        }
 
 
 @dataclass(frozen=True)
@@ -190,3 +282,8 @@ def like(z: Tensor, channels_last: bool) -> Tensor:
 def inverse(count: float) -> float:
     """1 / count; an empty batch has no terms that it could scale."""
     return 1.0 / count if count > 0 else 0.0
+
+
+def epilogue(eps: float, act: str, slope: float) -> dict[str, Any]:
+    """The constexprs of what follows a product or a map's load: norm and activation."""
+    return {"EPS": eps, "ACT": act, "SLOPE": slope}

@@ -109,17 +109,7 @@ def finalise_kernel(
         tl.store(running_var + c, after.to(running_var.dtype.element_ty), mask=cols)
 
 
-def finalise(
-    partial: Tensor,
-    total: int,
-    size: int,
-    mean: Tensor,
-    var: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-) -> None:
+def finalise(partial: Tensor, total: int, size: int, mean: Tensor, var: Tensor, running: host.Running) -> None:
     """Merge partial moments into ``mean`` and ``var`` and move the running statistics: one launch.
 
     Args:
@@ -128,10 +118,7 @@ def finalise(
         size: pixels of a group.
         mean: (C,), written.
         var: (C,), written: the biased variance.
-        bias: (C,) or None, added to what the running mean moves towards.
-        running_mean: (C,) or None, updated in place.
-        running_var: (C,) or None, updated in place.
-        momentum: weight of this batch.
+        running: what moves with them.
     """
     _, channels, groups = partial.shape
     if total == 0:
@@ -139,9 +126,32 @@ def finalise(
         var.zero_()
         return
     cfg = config.merge(groups, channels)
-    args = (partial, mean, var, bias, running_mean, running_var, float(momentum), total, channels, groups, size)
+    moved = host.dense(running.mean), host.dense(running.var)
+    args = (partial, mean, var, host.dense(running.bias), *moved, float(running.momentum))
     grid = (triton.cdiv(channels, cfg.block_n),)
-    launch.launch(finalise_kernel, grid, args, {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
+    sizes = (total, channels, groups, size)
+    launch.launch(finalise_kernel, grid, (*args, *sizes), {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
+    for given, after in zip((running.mean, running.var), moved, strict=True):
+        if given is not None and after is not None and after is not given:
+            given.copy_(after)
+
+
+def of(z: Tensor, running: host.Running) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel of z, and what moves with them: two launches."""
+    shape = host.Map.of(z)
+    z = host.arranged(z, shape.channels_last)
+    mean, var = host.vectors(z, shape.channels)
+    groups = triton.cdiv(shape.tiles, _TILES_PER_GROUP)
+    partial = mean.new_empty(3, shape.channels, groups)
+    launch.launch(
+        moments_kernel,
+        (groups, shape.blocks),
+        (z, partial, shape.total, shape.pixels, shape.channels, groups),
+        shape.constexprs() | {"TILES": min(_TILES_PER_GROUP, max(shape.tiles, 1))},
+        shape.cfg,
+    )
+    finalise(partial, shape.total, _TILES_PER_GROUP * shape.cfg.block_m, mean, var, running)
+    return mean, var
 
 
 def moments(
@@ -158,21 +168,7 @@ def moments(
     Returns:
         Two (C,) tensors in the accumulation dtype.
     """
-    shape = host.Map.of(z)
-    z = host.arranged(z, shape.channels_last)
-    mean, var = host.vectors(z, shape.channels)
-    groups = triton.cdiv(shape.tiles, _TILES_PER_GROUP)
-    partial = mean.new_empty(3, shape.channels, groups)
-    launch.launch(
-        moments_kernel,
-        (groups, shape.blocks),
-        (z, partial, shape.total, shape.pixels, shape.channels, groups),
-        shape.constexprs() | {"TILES": min(_TILES_PER_GROUP, max(shape.tiles, 1))},
-        shape.cfg,
-    )
-    size = _TILES_PER_GROUP * shape.cfg.block_m
-    finalise(partial, shape.total, size, mean, var, None, running_mean, running_var, momentum)
-    return mean, var
+    return of(z, host.Running(None, running_mean, running_var, momentum))
 
 
 def specialisations() -> Iterable[launch.Specialisation]:

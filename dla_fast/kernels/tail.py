@@ -122,14 +122,6 @@ def apply_kernel(
         tl.store(du + offset, grad.to(du.dtype.element_ty), mask=mask)
 
 
-def _options(shape: host.Map, eps: float, act: str, slope: float) -> dict[str, object]:
-    return shape.constexprs() | {"EPS": eps, "ACT": act, "SLOPE": slope}
-
-
-def _optional(t: Tensor | None, channels_last: bool) -> Tensor | None:
-    return None if t is None else host.arranged(t, channels_last)
-
-
 def tail(
     z: Tensor,
     mean: Tensor,
@@ -158,10 +150,12 @@ def tail(
         Shape, dtype and layout of ``z``.
     """
     shape = host.Map.of(z)
-    z, residual = host.arranged(z, shape.channels_last), _optional(residual, shape.channels_last)
+    z, residual = host.arranged(z, shape.channels_last), host.optional(residual, shape.channels_last)
     y = host.like(z, shape.channels_last)
-    args = (z, y, residual, mean, var, bn_weight, bn_bias, shape.total, shape.pixels, shape.channels)
-    launch.launch(tail_kernel, (shape.tiles, shape.blocks), args, _options(shape, eps, act, slope), shape.cfg)
+    norm = host.Norm.of(mean, var, bn_weight, bn_bias)
+    args = (z, y, residual, *norm, shape.total, shape.pixels, shape.channels)
+    constexprs = shape.constexprs() | host.epilogue(eps, act, slope)
+    launch.launch(tail_kernel, (shape.tiles, shape.blocks), args, constexprs, shape.cfg)
     return y
 
 
@@ -196,7 +190,7 @@ def tail_backward_reduce(
     """
     shape = host.Map.of(z)
     cl = shape.channels_last
-    z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), _optional(residual, cl)
+    z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), host.optional(residual, cl)
     sums = host.vectors(z, shape.channels)
     # At least as many programs as keep a large GPU busy, if there are so many tiles.
     tiles = config.power_of_two(shape.tiles * shape.blocks // config.PROGRAMS, 1, _TILES_PER_GROUP)
@@ -204,9 +198,9 @@ def tail_backward_reduce(
     if groups == 0:
         return sums[0].zero_(), sums[1].zero_()
     partial = sums[0].new_empty(2, shape.channels, groups)
-    tensors = (dy, z, residual, partial, mean, var, bn_weight, bn_bias)
+    tensors = (dy, z, residual, partial, *host.Norm.of(mean, var, bn_weight, bn_bias))
     sizes = (shape.total, shape.pixels, shape.channels, groups)
-    constexprs = _options(shape, eps, act, slope) | {"TILES": tiles}
+    constexprs = shape.constexprs() | host.epilogue(eps, act, slope) | {"TILES": tiles}
     launch.launch(reduce_kernel, (groups, shape.blocks), (*tensors, *sizes), constexprs, shape.cfg)
     cfg = config.merge(groups, shape.channels)
     grid = (triton.cdiv(shape.channels, cfg.block_n),)
@@ -254,12 +248,14 @@ def tail_backward_apply(
     """
     shape = host.Map.of(z)
     cl = shape.channels_last
-    z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), _optional(residual, cl)
+    z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), host.optional(residual, cl)
     dz = host.like(z, cl)
     du = host.like(z, cl) if residual_grad else None
-    norm = (mean, var, bn_weight, bn_bias, sum_dy, sum_dy_xhat, host.inverse(count))
-    args = (dy, z, residual, dz, du, *norm, shape.total, shape.pixels, shape.channels)
-    launch.launch(apply_kernel, (shape.tiles, shape.blocks), args, _options(shape, eps, act, slope), shape.cfg)
+    norm = host.Norm.of(mean, var, bn_weight, bn_bias)
+    sums = (host.dense(sum_dy), host.dense(sum_dy_xhat), host.inverse(count))
+    args = (dy, z, residual, dz, du, *norm, *sums, shape.total, shape.pixels, shape.channels)
+    constexprs = shape.constexprs() | host.epilogue(eps, act, slope)
+    launch.launch(apply_kernel, (shape.tiles, shape.blocks), args, constexprs, shape.cfg)
     return dz, z.new_empty(0) if du is None else du
 
 

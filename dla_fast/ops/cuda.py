@@ -13,10 +13,6 @@ from dla_fast.ops.precision import tf32_products
 
 DEVICE = "cuda"
 
-# Pixels of a node up to which latency decides and its inference is one launch of these kernels: those of a 56 x 56 map.
-# By reasoning, until it is measured: beyond, a block's 32 x 32 tile reads its operands too often.
-SMALL = 56 * 56
-
 
 def missing() -> str | None:
     """Why no kernel is there; None where they are built."""

@@ -6,6 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dla_fast.reference.activation import ActSpec, activate
+from dla_fast.reference.norm import Norm
+
+
+def normalise(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
+    """:func:`batch_norm_act` of a norm."""
+    weight, bias, running_mean, running_var, training, momentum, eps = norm
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        y = y + residual
+    return activate(y, act)
 
 
 def batch_norm_act(
@@ -26,7 +36,5 @@ def batch_norm_act(
     Same arguments as :func:`dla_fast.functional.batch_norm_act`. Running statistics are updated in place when
     ``training`` is true and they are given.
     """
-    y = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-    if residual is not None:
-        y = y + residual
-    return activate(y, act)
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    return normalise(x, norm, residual, act)

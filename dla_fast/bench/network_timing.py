@@ -1,0 +1,228 @@
+"""Whole networks: that the implementations agree, and what each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_fast import backend, models
+from dla_fast.bench import peers, timing
+from dla_fast.bench.cases import Rates
+from dla_fast.bench.networks import (
+    Network,
+    backend_for,
+    implementation,
+    initial_state,
+    layout_of,
+    make,
+    step,
+    trained,
+    work,
+)
+from dla_fast.bench.timing import Disagreement, Outcome, Settings, complete, one_line
+from dla_fast.ops.precision import fp32_precision, tf32_products
+
+# Gradients of a network in working precision: where a ReLU's input lies within rounding of zero, two right networks
+# send them different ways, so they are compared as a whole, and once more in float64 on small images.
+GRADIENT_TOLERANCE = 0.2
+FLOAT64_TOLERANCE = 1e-6
+
+
+def norm_difference(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The difference of two lists of tensors as one vector, over the second's norm."""
+    a, b = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (mine, theirs))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def _compare(
+    label: str, impl: str, mine: list[Tensor], theirs: list[Tensor], outputs: int, bounds: tuple[float, float]
+) -> None:
+    for i in range(outputs):
+        error = timing.difference(mine[i], theirs[i])
+        if not error <= bounds[0]:
+            raise Disagreement(impl, f"{label}: dla_fast and {impl} differ in output {i} by {error:.1e} of the largest")
+    if len(mine) > outputs:
+        error = norm_difference(mine[outputs:], theirs[outputs:])
+        if not error <= bounds[1]:
+            raise Disagreement(impl, f"{label}: dla_fast and {impl} differ in the gradient by {error:.1e} of its norm")
+
+
+def check_float64(name: str, mode: str, state: dict[str, Tensor], label: str, device: torch.device) -> None:
+    """Compare outputs, and in training gradients, with eager PyTorch in float64, on two small images.
+
+    Raises:
+        Disagreement: they differ by more than float64's rounding.
+    """
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, device=device)
+    results = {}
+    for impl in (peers.FUSED, "eager"):
+        model = make(name, impl, state)[0].to(device, torch.float64).train(mode != "inference")
+        parameters = trained(model)
+        results[impl] = step(model, images, mode, parameters, backend_for(impl))()
+        count = len(results[impl]) - (len(parameters) if mode == "training" else 0)
+    bounds = (FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
+    _compare(f"{label} in float64", "eager", results[peers.FUSED], results["eager"], count, bounds)
+
+
+def _bounds(
+    network: Network, mode: str, state: dict[str, Tensor], settings: Settings, gradients: int
+) -> tuple[float, float]:
+    """How far outputs, and the gradient as a whole, may lie apart.
+
+    In half precision no fixed bound says anything: rounding grows through the layers, and kinks send gradients
+    elsewhere. There an implementation may err against float32 twice as much as eager does, and so two of them may lie
+    three times that error apart. TF32 is half precision too: its products round to as many bits as float16 has.
+    """
+    dtype = settings.torch_dtype
+    in_tf32 = dtype == torch.float32 and settings.device.type == "cuda" and tf32_products()
+    if dtype not in (torch.float16, torch.bfloat16) and not in_tf32:
+        return 10 * timing.tolerance(dtype, settings.device), GRADIENT_TOLERANCE
+    # The same values in float32: those that half precision has rounded already.
+    rounded = {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in state.items()}
+    with fp32_precision("ieee"):
+        exact = implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0]()
+    eager = implementation(network, mode, "eager", state, settings)[0]()
+    count = len(exact) - gradients
+    outputs = max(timing.difference(a, b) for a, b in zip(eager[:count], exact[:count], strict=True))
+    gradient = norm_difference(eager[count:], exact[count:]) if gradients else 0.0
+    return 3 * outputs + timing.tolerance(dtype, settings.device) / 10, 3 * gradient
+
+
+def prove(
+    network: Network,
+    mode: str,
+    settings: Settings,
+    skipped: list[dict[str, str]],
+    float64: bool = True,
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The implementations of a network, once they have been found to agree.
+
+    Args:
+        network: which, with its images.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
+        settings: where, and with whom.
+        skipped: takes the peers that cannot run, with the reason.
+        float64: also compare with eager in float64 (:func:`check_float64`).
+
+    Returns:
+        One pass by implementation, and where each network comes from.
+
+    Raises:
+        Disagreement: a peer and dla_fast differ, or there is no peer to compare with.
+    """
+    dtype, device = settings.torch_dtype, settings.device
+    label = f"{network.name} ({mode}, batch {network.batch})"
+    torch._dynamo.reset()
+    state = initial_state(network.name, device.type != "meta")
+    runs: dict[str, Callable[[], Any]] = {}
+    sources: dict[str, str] = {}
+    wanted = [
+        impl
+        for impl in peers.implementations("aggregate", device.type, dtype, settings.peers, mode)
+        if impl not in peers.YARDSTICKS
+    ]
+    gradients = len(trained(models.create_model(network.name, device="meta"))) if mode == "training" else 0
+    bounds = _bounds(network, mode, state, settings, gradients)
+    mine: list[Tensor] = []
+    agreed = 0
+    if float64:
+        check_float64(network.name, mode, state, label, device)
+    # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
+    for impl in [*wanted, *({"eager"} - set(wanted))]:
+        try:
+            call, source = implementation(network, mode, impl, state, settings)
+            tensors = [t.detach().clone() for t in call()]
+        except Exception as error:
+            if impl.startswith(peers.FUSED):
+                raise Disagreement(impl, f"{label}: {impl} raised {one_line(error)}") from error
+            skipped.append({"case": network.name, "mode": mode, "impl": impl, "reason": one_line(error)})
+            continue
+        if impl == peers.FUSED:
+            mine = tensors
+        else:
+            _compare(label, impl, mine, tensors, len(mine) - gradients, bounds)
+            agreed += 1
+        if impl in wanted:
+            runs[impl], sources[impl] = call, source
+    if not agreed:
+        raise Disagreement(peers.FUSED, f"{label}: no peer could run, so nothing proves dla_fast right")
+    return runs, sources
+
+
+def time_network(
+    network: Network,
+    mode: str,
+    settings: Settings,
+    rates: Rates,
+    float64: bool = True,
+) -> Outcome:
+    """Prove that the implementations of a network agree, then time them.
+
+    On a GPU each is timed as a CUDA graph, which leaves the host's part out, and once more call by call
+    (``plain_ms``); what cannot be captured, or makes graphs of its own, has its calls' time for both.
+
+    Args:
+        network: which, with its images.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
+        settings: how to time.
+        rates: the machine's, for the floor.
+        float64: see :func:`prove`.
+    """
+    dtype, device = settings.torch_dtype, settings.device
+    values, flops = work(network, training=mode == "training")
+    common: dict[str, Any] = {
+        "suite": "models",
+        "case": network.name,
+        "op": "model",
+        "mode": mode,
+        "device": device.type,
+        "dtype": settings.dtype,
+        "layout": settings.layout,
+        "batch": network.batch,
+        "shape": f"3 @ {network.size}x{network.size}",
+        "side": network.size,
+        "threads": torch.get_num_threads(),
+        "floor_ms": rates.floor_ms(values * dtype.itemsize, flops),
+        "bytes": values * dtype.itemsize,
+        "flops": flops,
+    }
+    skipped: list[dict[str, str]] = []
+    try:
+        served = backend.resolve("aggregate", device.type, dtype)
+        runs, sources = prove(network, mode, settings, skipped, float64)
+    except (Disagreement, RuntimeError) as error:
+        if isinstance(error, Disagreement):
+            failed = {"impl": error.impl, "error": str(error)}
+        else:
+            failed = {"impl": peers.FUSED, "error": f"{network.name} ({mode}): {one_line(error)}"}
+        return Outcome([complete({**common, **failed})], skipped)
+    figures = timing.time_runners(runs, settings, graphs=False)
+    graphed = _graphs(runs, device) if device.type == "cuda" else {}
+    if graphed:
+        # What has no graph takes part as it is, so that all are timed in turn.
+        again = timing.time_runners({**runs, **graphed}, settings, graphs=True)
+        for impl, figure in figures.items():
+            figure |= {"plain_ms": figure["median_ms"]} | (again[impl] if impl in graphed else {})
+    records = []
+    for impl, figure in figures.items():
+        record = {**common, "impl": impl, "network": sources[impl], **figure}
+        record["layout"] = layout_of(impl, settings)
+        if impl.startswith(peers.FUSED):
+            record["backend"] = impl.partition(":")[2] or served
+        if device.type == "cuda":
+            record["host_ms"] = timing.host_ms(runs[impl], device, calls=5)
+            record["peak_bytes"] = timing.peak(runs[impl], device)
+        records.append(complete(record))
+    return Outcome(records, skipped)
+
+
+def _graphs(runs: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """The implementations as CUDA graphs, where they can be captured; one memory for all, since they take turns."""
+    torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
+    made = {i: timing.graph_of([call], device, pool) for i, call in runs.items() if i not in peers.SELF_GRAPHED}
+    return {impl: graph for impl, graph in made.items() if graph is not None}

@@ -1,0 +1,160 @@
+"""The run as text: aligned tables, the worst cases first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dla_fast.bench import peers
+from dla_fast.bench.records import Comparison, Record, comparisons, geometric_mean, side_of
+
+TITLES = {
+    "ops": "ops",
+    "nodes": "aggregation nodes",
+    "ida": "steps of the dense-prediction ladder",
+    "models": "whole networks",
+    "launch": "cost of a call, on maps of 2x2",
+    "scaling": "scaling",
+}
+LARGE = 28  # rows of a map from which on memory, rather than the product, decides
+
+
+def milliseconds(value: float | None) -> str:
+    """Four digits at most, three behind the point."""
+    if value is None:
+        return "-"
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
+
+
+def counted(number: int) -> str:
+    """So many cases."""
+    return f"{number} case" if number == 1 else f"{number} cases"
+
+
+def align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of aligned cells, the first ``left`` columns to the left, with a rule under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def summary(found: Sequence[Comparison], what: str) -> str:
+    """One line: geometric means, the worst, and how many are lost."""
+    ratios = [c.speedup for c in found]
+    large = [c.speedup for c in found if (side_of(c.mine) or 0) >= LARGE]
+    text = f"{what}: geometric mean {geometric_mean(ratios):.2f}x over {len(ratios)}"
+    if large and len(large) < len(ratios):
+        text += f", {geometric_mean(large):.2f}x at {LARGE}x{LARGE} and above"
+    return f"{text}, worst {min(ratios):.2f}x, {sum(r < 1 for r in ratios)} behind; against the best peer"
+
+
+def _section(found: Sequence[Comparison]) -> list[str]:
+    """The comparisons of one suite, op and mode as a table."""
+    impls: list[str] = []
+    for c in found:
+        impls += [impl for impl in c.by_impl if impl not in impls]
+    impls.sort(key=lambda impl: (not impl.startswith(peers.FUSED), impl in peers.YARDSTICKS))
+    hosted = any(c.mine.get("host_ms") is not None for c in found)
+    head = [
+        "case",
+        "shape",
+        "batch",
+        *impls,
+        *(["host"] if hosted else []),
+        "floor",
+        "of floor",
+        "best peer",
+        "speedup",
+    ]
+    rows = [head]
+    for c in found:
+        share = c.share_of_floor
+        times = [milliseconds(c.by_impl[impl]["median_ms"]) if impl in c.by_impl else "-" for impl in impls]
+        host = [milliseconds(c.mine.get("host_ms"))] if hosted else []
+        rows.append(
+            [
+                c.mine["case"],
+                str(c.mine.get("shape", "")),
+                str(c.mine["batch"]),
+                *times,
+                *host,
+                milliseconds(c.mine.get("floor_ms")),
+                "-" if share is None else f"{share:.0%}",
+                c.best["impl"],
+                f"{c.speedup:.2f}x",
+            ]
+        )
+    return align(rows, left=2)
+
+
+def memory_pairs(records: Iterable[Record]) -> list[tuple[Record, Record]]:
+    """(dla_fast, eager) per model with memory measured, the worst ratio of peaks first."""
+    cases: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        if record.get("suite") == "memory" and record.get("peak_bytes") and not record.get("error"):
+            key = tuple(record.get(name) for name in ("case", "device", "dtype", "layout", "batch"))
+            cases.setdefault(key, {})[record["impl"]] = record
+    pairs = [(by[peers.FUSED], by["eager"]) for by in cases.values() if {peers.FUSED, "eager"} <= set(by)]
+    return sorted(pairs, key=lambda pair: -pair[0]["peak_bytes"] / pair[1]["peak_bytes"])
+
+
+def _memory(records: Sequence[Record]) -> list[str]:
+    pairs = memory_pairs(records)
+    if not pairs:
+        return []
+    rows = [["model", "shape", "batch", "peak eager", "dla_fast", "ratio", "saved eager", "dla_fast", "ratio"]]
+    for mine, theirs in pairs:
+        row = [mine["case"], str(mine.get("shape", "")), str(mine["batch"])]
+        for name in ("peak_bytes", "saved_bytes"):
+            a, b = mine[name], theirs[name]
+            row += [f"{b / 2**20:.1f}", f"{a / 2**20:.1f}", f"{a / b:.2f}x"]
+        rows.append(row)
+    return ["", "memory of a training step, MiB: its peak, and what it saves for the backward pass", *align(rows, 2)]
+
+
+def sections(records: Iterable[Record]) -> dict[tuple[str, str, str], list[Comparison]]:
+    """Comparisons by suite, op and mode, each worst first; whole networks and nodes before the rest."""
+    found: dict[tuple[str, str, str], list[Comparison]] = {}
+    for c in comparisons(records):
+        suite = c.mine.get("suite", "nodes")
+        op = "every op" if suite == "launch" else c.mine["op"]
+        found.setdefault((suite, op, c.mine["mode"]), []).append(c)
+    order = list(TITLES)
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else 99))
+
+
+def render(run: dict[str, Any]) -> str:
+    """The run as it is printed.
+
+    Args:
+        run: as in the JSON file.
+    """
+    records = run["records"]
+    lines: list[str] = []
+    for name, rate in run["machine"].get("rates", {}).items():
+        gigabytes, gigaflops = rate["bytes_per_s"] / 1e9, rate["flops_per_s"] / 1e9
+        lines.append(f"floor from {gigabytes:.1f} GB/s copied and {gigaflops:.0f} GFLOP/s of the best product ({name})")
+    errors = [record for record in records if record.get("error")]
+    if errors:
+        lines += ["", f"ERRORS: {counted(len(errors))} without a figure"]
+        lines += [f"  {record['error']}" for record in errors]
+    found = sections(records)
+    for (suite, op, mode), rows in found.items():
+        lines += ["", f"{TITLES.get(suite, suite)}: {op}, {mode}, ms", *_section(rows)]
+        lines.append(summary(rows, f"{op}, {mode}"))
+    lines += _memory(records)
+    if len(found) > 1:
+        lines += ["", *(summary(rows, f"{suite} {op} {mode}") for (suite, op, mode), rows in found.items())]
+    reasons: dict[str, int] = {}
+    for skip in run.get("skipped", []):
+        key = f"{skip['impl']}: {skip['reason']}"
+        reasons[key] = reasons.get(key, 0) + 1
+    if reasons:
+        lines += ["", "left out:", *(f"  {reason} ({counted(count)})" for reason, count in reasons.items())]
+    return "\n".join(lines).strip("\n")

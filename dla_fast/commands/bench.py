@@ -1,0 +1,313 @@
+"""``python -m dla_fast bench``: its arguments, the order of the work, and what remains when it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dla_fast import models
+from dla_fast.bench import cases, compare, compare_table, memory, network_timing, networks, peers, table, timing
+from dla_fast.bench.cases import DTYPES, LAYOUTS, MODES, Case, Rates
+from dla_fast.bench.records import NotARun, Run, load
+from dla_fast.commands import CommandError, require
+
+SUITES = {
+    "ops": "each op at a high and a low resolution",
+    "nodes": "the aggregation nodes of --models",
+    "ida": "the steps of dla34up's ladder at 512x512",
+    "models": "whole networks",
+    "memory": "memory of a training step of whole networks",
+    "launch": "what a call costs on the smallest maps",
+    "scaling": "time against batch, resolution, inputs, channels, threads",
+}
+DEFAULT_SUITES = ("nodes", "ida")
+NODE_MODELS = ("dla34", "dla60", "dla102")
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work: one case in one mode."""
+
+    suite: str
+    label: str
+    run: Callable[[], timing.Outcome]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``bench``."""
+    parser.set_defaults(parser=parser)
+    what = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="SUITE",
+        help=f"what to time, before any option: {what}; all: everything. Also cpu or cuda, for --device. "
+        "Or: compare A.json B.json, what of dla_fast changed from A to B beyond the noise of both, by op and by case, "
+        f"and what would have shown; exits 1 on a regression (default: {' '.join(DEFAULT_SUITES)})",
+    )
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--layout", default="channels_last", choices=list(LAYOUTS))
+    parser.add_argument(
+        "--batch", nargs="+", type=_positive, metavar="N", help="images (default: 1 and 8; networks 8, dense ones 2)"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=models.list_models(),
+        metavar="NAME",
+        help=f"networks (default: {', '.join(NODE_MODELS)} for nodes, all of them for models and memory)",
+    )
+    parser.add_argument("--size", type=_positive, help="side of the images in pixels (default: 224, dense ones 512)")
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=MODES)
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=["eager", "compile"],
+        choices=[*peers.PEERS, "all"],
+        metavar="PEER",
+        help=f"whom to compare with, beside every backend of dla_fast: {', '.join(peers.PEERS)}, all",
+    )
+    parser.add_argument("--rounds", type=_positive, default=15, help="samples of each peer")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time for a case: a long one gets fewer rounds")
+    parser.add_argument("--minutes", type=float, help="start no new case after this time; what is left out is told")
+    parser.add_argument("--rotate", type=_positive, metavar="N", help="copies of the inputs (default: past a GPU's L2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there, after every case")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report there, in one file")
+    parser.add_argument(
+        "--threshold", type=float, default=0.05, help="compare: the smallest change that counts, as a fraction"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--absolute", action="store_true", help="compare: the times themselves, so that a slower machine counts"
+    )
+    how.add_argument(
+        "--relative",
+        dest="absolute",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="compare: the times over those of the peers of the same run, as without either",
+    )
+
+
+def _suites(args: argparse.Namespace) -> list[str]:
+    """The suites asked for; a device among them is moved to where it belongs."""
+    chosen: list[str] = []
+    for word in args.what:
+        if word in ("cpu", "cuda"):
+            if args.device not in (None, word):
+                args.parser.error(f"device given twice: {word} and --device {args.device}")
+            args.device = word
+        elif word == "all":
+            chosen += SUITES
+        elif word in SUITES:
+            chosen.append(word)
+        else:
+            args.parser.error(f"unknown suite {word!r}: expected {', '.join(SUITES)}, all, cpu, cuda or compare")
+    args.device = args.device or "cpu"
+    return list(dict.fromkeys(chosen or DEFAULT_SUITES))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {name}: expected cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CommandError("no CUDA device was found")
+    return device
+
+
+class _Rates:
+    """Rates of the machine by thread count, each measured when it is first needed."""
+
+    def __init__(self, settings: timing.Settings, run: Run) -> None:
+        self.settings, self.run = settings, run
+        self.known: dict[int, Rates] = {}
+
+    def get(self) -> Rates:
+        """Of as many threads as there are now."""
+        count = torch.get_num_threads()
+        if count not in self.known:
+            rates = cases.measure_rates(self.settings.torch_dtype, self.settings.device)
+            self.known[count] = rates
+            where = f", {count} thread{'s' if count > 1 else ''}" if self.settings.device.type == "cpu" else ""
+            self.run.rates[f"{self.settings.dtype}{where}"] = rates
+        return self.known[count]
+
+
+def _case_job(case: Case, mode: str, batch: int, settings: timing.Settings, rates: _Rates, suite: str) -> Job:
+    count = case.value if case.axis == "threads" else None
+    if case.axis == "batch" and case.value is not None:
+        batch = case.value
+
+    def run() -> timing.Outcome:
+        with networks.threads(count):
+            return timing.time_case(case, mode, batch, settings, rates.get(), suite=suite)
+
+    return Job(suite, f"{case.name} {mode}", run)
+
+
+def _thread_counts(device: torch.device) -> list[int]:
+    """1, 2, 4 and so on up to the threads there are; none on a GPU."""
+    most = torch.get_num_threads()
+    if device.type != "cpu" or most == 1:
+        return []
+    return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
+
+
+def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings, rates: _Rates) -> list[Job]:
+    """The work, in the order it is done; under ``--minutes`` the suites take turns, so that none is cut away whole."""
+    found: list[list[Job]] = []
+    batches = args.batch or BATCHES
+    alone = args.batch or [None]
+    names = args.models or models.list_models()
+    for suite in suites:
+        work: list[Job] = []
+        if suite in ("ops", "nodes", "ida", "launch", "scaling"):
+            several = batches
+            if suite == "ops":
+                chosen = cases.op_cases()
+            elif suite == "nodes":
+                alike = [case for name in args.models or NODE_MODELS for case in cases.network_cases(name, args.size)]
+                chosen = list({case.name: case for case in alike}.values())
+            elif suite == "ida":
+                chosen = cases.ida_cases()
+            elif suite == "launch":
+                chosen, several = cases.launch_cases(), [2]
+            else:
+                chosen, several = cases.scaling_cases(threads=_thread_counts(settings.device)), [max(batches)]
+            work = [
+                _case_job(case, mode, batch, settings, rates, suite)
+                for batch in several
+                for case in chosen
+                for mode in args.modes
+            ]
+        elif suite == "models":
+            for name, batch, mode in ((n, b, m) for n in names for b in alone for m in args.modes):
+                work.append(_network_job(networks.Network.of(name, args.size, batch), mode, settings, rates))
+        else:
+            for network in (networks.Network.of(n, args.size, b) for n in names for b in alone):
+                work.append(_memory_job(network, settings))
+        found.append(work)
+    if args.minutes is None:
+        return [job for work in found for job in work]
+    # Spread evenly: the j-th of n is due at (j + 1/2) / n of the way.
+    spread = [((j + 0.5) / len(work), job) for work in found for j, job in enumerate(work)]
+    return [job for _, job in sorted(spread, key=lambda item: item[0])]
+
+
+def _network_job(network: networks.Network, mode: str, settings: timing.Settings, rates: _Rates) -> Job:
+    def run() -> timing.Outcome:
+        return network_timing.time_network(network, mode, settings, rates.get())
+
+    return Job("models", f"{network.name} {mode}", run)
+
+
+def _memory_job(network: networks.Network, settings: timing.Settings) -> Job:
+    return Job("memory", network.name, lambda: memory.measure_network(network, settings))
+
+
+def _with_progress(work: list[Job], minutes: float | None, run: Run) -> Iterator[Job]:
+    """The jobs one by one beside a bar with the time left; past ``minutes`` the rest is noted as left out."""
+    from tqdm import tqdm
+
+    start = time.monotonic()
+    with tqdm(total=len(work), unit="case", disable=None, dynamic_ncols=True, smoothing=0.1) as bar:
+        for i, job in enumerate(work):
+            if minutes is not None and time.monotonic() - start > 60 * minutes:
+                run.left_out = [f"{rest.suite}: {rest.label}" for rest in work[i:]]
+                return
+            bar.set_postfix_str(job.label)
+            yield job
+            bar.update()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time what was asked for; what is done is reported and kept even when interrupted.
+
+    Returns:
+        0; 1 where a case is an error, or ``compare`` found a regression; 130 after an interruption.
+    """
+    if args.what[:1] == ["compare"]:
+        if len(args.what) != 3:
+            args.parser.error("compare: expected two files, A.json B.json")
+        return _compare(Path(args.what[1]), Path(args.what[2]), args.threshold, absolute=args.absolute)
+    suites = _suites(args)
+    if args.html is not None:
+        require({"matplotlib": "matplotlib"}, "demo")
+    device = _device(args.device)
+    chosen = tuple(peers.PEERS) if "all" in args.peers else tuple(args.peers)
+    settings = timing.Settings(
+        device, args.dtype, args.layout, args.rounds, chosen, seconds=args.seconds, rotate=args.rotate
+    )
+    result = Run(device, args.json, sys.argv[1:])
+    rates = _Rates(settings, result)
+    interrupted = False
+    try:
+        work = jobs(suites, args, settings, rates)
+        rates.get()
+        for job in _with_progress(work, args.minutes, result):
+            outcome = job.run()
+            result.add(outcome.records, outcome.skipped)
+        result.complete = not result.left_out
+    except KeyboardInterrupt:
+        interrupted = True
+    return _finish(result, args, interrupted)
+
+
+def _finish(result: Run, args: argparse.Namespace, interrupted: bool) -> int:
+    """Print and write what there is."""
+    data: dict[str, Any] = result.to_dict()
+    if result.records:
+        print(table.render(data))
+        result.save()
+        if args.json is not None:
+            print(f"records: {args.json}")
+        if args.html is not None:
+            from dla_fast.bench import report
+
+            report.write(data, args.html)
+            print(f"report: {args.html}")
+    if result.left_out:
+        print(f"time was up: {table.counted(len(result.left_out))} left out", file=sys.stderr)
+    if interrupted:
+        what = "the cases above are complete" if result.records else "no case was complete, and nothing was written"
+        print(f"bench: interrupted; {what}", file=sys.stderr)
+        return 130
+    errors = sum(1 for record in result.records if record.get("error"))
+    if errors:
+        print(f"bench: errors in {table.counted(errors)}, see above", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _compare(a: Path, b: Path, threshold: float, *, absolute: bool = False) -> int:
+    """Compare two files and print; 1 where dla_fast got worse past the threshold, or gives no figure any more.
+
+    Raises:
+        CommandError: a file that is no run.
+    """
+    try:
+        before, after = load(a), load(b)
+    except NotARun as error:
+        raise CommandError(str(error)) from error
+    result = compare.compare(before, after, threshold, absolute=absolute)
+    print(compare_table.render(result, before, after))
+    return 1 if result.regressions() or result.broken else 0

@@ -1,0 +1,251 @@
+"""The node's backward on the host: which kernels serve it, and in which order the inputs are given to them.
+
+A 1 x 1, stride 1 node is bound by memory and goes through :mod:`dla_fast.kernels.product_backward`, which forms dz on
+the way, where :mod:`dla_fast.kernels.library` does not serve it. Any other forms dz once (2N or 3N values read, N
+written a pixel), and the library's products follow; so does a node whose residual is no input and needs its gradient,
+since that is a by-product of dz. An upsampled input is upsampled again rather than kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dla_fast.kernels import config, examples, host, launch, library
+from dla_fast.kernels.product_backward import dx_kernel, weight_kernel, weight_sum_kernel
+from dla_fast.kernels.tail import tail_backward_apply
+from dla_fast.kernels.upsample import upsample_backward
+from dla_fast.ops.layout import empty_like_layout
+
+
+def _blocks(channels: Sequence[int], size: int) -> tuple[int, ...]:
+    """Number of the first block of every input, and how many there are."""
+    out = [0]
+    for c in channels:
+        out.append(out[-1] + triton.cdiv(c, size))
+    return tuple(out)
+
+
+def _choose(kernel: str, node: host.Node) -> config.TileConfig:
+    sizes = (node.total, node.depth, node.out_channels)
+    return config.choose(kernel, *sizes, node.dtype, node.arch, node.step, node.channels_last, node.exact)
+
+
+class _Operands(NamedTuple):
+    """What the kernels of a 1 x 1 node share.
+
+    Attributes:
+        node: sizes and layout.
+        order: numbers of the inputs, the residual first.
+        maps: dy, z, the residual's values or None, the weight.
+        norm: the norm's vectors.
+        sums: what the tail's reduction gave, and 1 / count.
+        constexprs: those of the norm and the activation.
+    """
+
+    node: host.Node
+    order: list[int]
+    maps: tuple[Tensor | None, ...]
+    norm: host.Norm
+    sums: tuple[Any, ...]
+    constexprs: dict[str, Any]
+
+    def of_inputs(self, values: Sequence[Any], which: Sequence[int] | None = None) -> tuple[Any, ...]:
+        """What belongs to some inputs, or to all, in their order."""
+        return tuple([values[i] for i in self.order if which is None or i in which])
+
+
+def _dx(operands: _Operands, dxs: list[Tensor], need_dx: Sequence[bool]) -> None:
+    node = operands.node
+    cfg = _choose("dx", node)
+    wanted = [i for i, needed in enumerate(need_dx) if needed]
+    given, channels, starts = (operands.of_inputs(v, wanted) for v in (dxs, node.channels, node.starts))
+    blocks = _blocks(channels, cfg.block_k)
+    args = (given, channels, starts, blocks, *operands.maps, *operands.norm, *operands.sums)
+    sizes = (node.total, node.pixels, node.out_channels, node.depth, blocks[-1])
+    grid = (triton.cdiv(node.total, cfg.block_m) * blocks[-1],)
+    launch.launch(dx_kernel, grid, (*args, *sizes), node.constexprs(cfg) | operands.constexprs, cfg)
+
+
+def _weight(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dw: Tensor) -> None:
+    """dW, and with ``need_dx`` the inputs' gradients."""
+    node = operands.node
+    cfg = _choose("fused" if any(need_dx) else "dw", node)
+    channels, starts = operands.of_inputs(node.channels), operands.of_inputs(node.starts)
+    blocks = _blocks(channels, cfg.block_k)
+    programs = blocks[-1] * triton.cdiv(node.out_channels, cfg.block_n)
+    tiles = triton.cdiv(node.total, cfg.block_m)
+    per_range = triton.cdiv(tiles, max(1, min(tiles, config.PROGRAMS // 2 // programs)))
+    ranges = triton.cdiv(tiles, per_range)
+    size = dw.numel()
+    rows = dw if dw.is_contiguous() else dw.new_empty(dw.shape)
+    # A single range is the gradient itself.
+    out = rows if ranges == 1 else operands.norm.mean.new_empty(ranges, size)
+    mask = sum(1 << i for i, needed in enumerate(operands.of_inputs(need_dx)) if needed)
+    # Something must stand where no gradient is written.
+    targets = [dx if needed else x for x, dx, needed in zip(xs, dxs, need_dx, strict=True)]
+    of_inputs = (operands.of_inputs(xs), operands.of_inputs(targets), channels, starts, blocks)
+    sizes = (node.total, node.pixels, node.out_channels, node.depth, per_range)
+    args = (*of_inputs, *operands.maps, out, *operands.norm, *operands.sums, *sizes)
+    constexprs = node.constexprs(cfg) | {"DX": mask} | operands.constexprs
+    constexprs["ADD"] = bool(mask) and constexprs["ADD"]
+    launch.launch(weight_kernel, (programs, ranges), args, constexprs, cfg)
+    if ranges > 1:
+        summed = config.TileConfig(min(1024, config.power_of_two(size, 1, 1024)), 1)
+        grid = (triton.cdiv(size, summed.block_m),)
+        launch.launch(
+            weight_sum_kernel, grid, (out, rows, size, ranges), {"B": summed.block_m, "ACC": node.acc}, summed
+        )
+    if rows is not dw:
+        dw.copy_(rows)
+
+
+def _products(
+    operands: _Operands, xs: Sequence[Tensor], weight: Tensor, need_dx: Sequence[bool], need_dw: bool, fused: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of a 1 x 1 node's inputs and weight: one launch for small nodes or for dx alone, at most three."""
+    node = operands.node
+    dxs = [
+        empty_like_layout(x, x.shape, node.channels_last) if needed else x.new_empty(0)
+        for x, needed in zip(xs, need_dx, strict=True)
+    ]
+    dw = torch.empty_like(weight) if need_dw else weight.new_empty(0)
+    if node.total == 0:
+        return dxs, dw.zero_()
+    if any(need_dx) and not fused:
+        _dx(operands, dxs, need_dx)
+    if need_dw:
+        _weight(operands, xs, dxs, need_dx if fused else [False] * len(xs), dw)
+    return dxs, dw
+
+
+def conv_norm_act_backward(
+    dy: Tensor,
+    xs: Sequence[Tensor],
+    up_weights: Sequence[Tensor],
+    weight: Tensor,
+    residual: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    sum_dy: Tensor | None,
+    sum_dy_xhat: Tensor | None,
+    factors: Sequence[int],
+    stride: int,
+    dilation: int,
+    groups: int,
+    residual_input: int,
+    count: float,
+    eps: float,
+    act: str,
+    slope: float,
+    need_dx: Sequence[bool],
+    need_dup: Sequence[bool],
+    need_dw: bool,
+    need_dresidual: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Gradients of the inputs, the up-weights, the weight and the residual.
+
+    Args:
+        dy: gradient of y, (N, C_out, H', W').
+        xs: (N, C_i, H_i, W_i) each, one floating dtype.
+        up_weights: (C_i, 1, 2f, 2f) of those inputs whose factor is not 1, in order.
+        weight: (C_out, sum of C_i / groups, k, k).
+        residual: shape of ``dy``, or None.
+        z: what the stage gave, shape of ``dy``.
+        mean: (C_out,), of z, accumulation dtype.
+        var: (C_out,), biased.
+        bn_weight: (C_out,) or None.
+        bn_bias: (C_out,) or None.
+        sum_dy: what the tail's reduction gave, (C_out,); None with ``sum_dy_xhat`` for frozen statistics.
+        sum_dy_xhat: see ``sum_dy``.
+        factors: per input, 1 where it is taken as it is.
+        stride: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
+        residual_input: the input that was added before the activation, or -1.
+        count: values per channel that the sums stand for.
+        eps: added to the variance.
+        act: name of the activation.
+        slope: of leaky_relu.
+        need_dx: per input whether its gradient is wanted.
+        need_dup: per up-weight whether its gradient is.
+        need_dw: whether the weight's is.
+        need_dresidual: whether the residual's is.
+
+    Returns:
+        The inputs' gradients in the node's layout, the up-weights', the weight's and the residual's; an empty tensor
+        for each that is not wanted.
+
+    Raises:
+        ValueError: channels that do not fit the weight.
+    """
+    geometry = library.Geometry(stride, dilation, groups)
+    cl = host.Node.of(xs, weight, factors, *geometry).channels_last
+    xs, dy, z = [host.arranged(x, cl) for x in xs], host.arranged(dy, cl), host.arranged(z, cl)
+    # Of an input that is upsampled, the gradient at full resolution serves two.
+    remaining, wanted = iter(up_weights), iter(need_dup)
+    ups = [(next(remaining), next(wanted)) if f > 1 else None for f in factors]
+    need = [a or (up is not None and up[1]) for a, up in zip(need_dx, ups, strict=True)]
+    full = library.upsampled(xs, up_weights, factors, cl)
+    added = host.optional(residual if residual_input < 0 else xs[residual_input], cl)
+    adds = residual_input >= 0 and need_dx[residual_input]
+    norm = host.Norm.of(mean, var, bn_weight, bn_bias)
+    dresidual = z.new_empty(0)
+    node = host.Node.of(full, weight, None, *geometry)
+    fused = need_dw and any(need) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
+    if not need_dresidual and not library.serves_backward(node, weight, geometry, fused):
+        first = max(residual_input, 0)
+        operands = _Operands(
+            node=node,
+            order=[first, *(i for i in range(len(xs)) if i != first)],
+            # Without a kink or curve in the activation the gradient does not depend on the residual.
+            maps=(dy, z, None if act == "identity" else added, weight.contiguous()),
+            norm=norm,
+            sums=(host.dense(sum_dy), host.dense(sum_dy_xhat), host.inverse(count)),
+            constexprs={"ADD": adds} | host.epilogue(eps, act, slope),
+        )
+        dxs, dw = _products(operands, full, weight, need, need_dw, fused)
+    else:
+        dz, grad = tail_backward_apply(
+            dy, z, *norm, added, sum_dy, sum_dy_xhat, count, eps, act, slope, adds or need_dresidual
+        )
+        dxs, dw = library.gradients(dz, full, weight, geometry, need, need_dw, cl)
+        if adds:
+            dxs[residual_input] += grad
+        if need_dresidual:
+            dresidual = host.in_layout(grad, cl)
+    dups = []
+    for i, (up, f) in enumerate(zip(ups, factors, strict=True)):
+        if up is not None:
+            dx, dup = xs[i].new_empty(0), up[0].new_empty(0)
+            if need[i]:
+                dx, dup = upsample_backward(dxs[i], xs[i], up[0], f, need_dx[i], up[1])
+            dxs[i] = host.in_layout(dx, cl) if need_dx[i] else dx
+            dups.append(dup)
+    return dxs, dups, dw, dresidual
+
+
+def specialisations() -> Iterable[launch.Specialisation]:
+    """What ships of the backward: every gradient wanted, batch statistics and, for one node, frozen ones."""
+    found = []
+    for example in examples.roots():
+        xs, _, weight, z = examples.tensors(example)
+        v = host.vectors(z, example.out_channels)[0]
+        every = [True] * len(xs)
+        with examples.recording(example) as launches:
+            for act, residual in itertools.product(example.acts, example.residuals):
+                for total in (v, None) if example.frozen else (v,):
+                    options = (example.factors, 1, 1, 1, 0 if residual else -1, 4.0, 1e-5, act, 0.0)
+                    conv_norm_act_backward(
+                        z, xs, [], weight, None, z, v, v, v, v, total, total, *options, every, [], True, False
+                    )  # fmt: skip
+        found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in launches]
+    return launch.distinct(found)
