@@ -97,10 +97,11 @@ def rest(setting: Setting) -> Iterator[Case]:
         work += [(c, m, 32, d) for d in dtypes for c in roots[:4] for m in MODES]
         yield from timed_cases(work, ("eager",), setting)
     if setting.device.type != "cpu":
-        yield Case("tiles of the worst nodes", lambda: _tuned(setting), 60.0, launches=False)
-    if setting.device.type != "cpu":
         slow = [(c, m, 257 if setting.small else 256, setting.dtype) for c in roots[:3] for m in MODES]
         for case in timed_cases(slow, ("eager", "compile_max_autotune"), setting, suite="gpu max-autotune"):
             # Compiling such a peer takes half a minute; nothing waits for it.
             yield Case(case.label + " max-autotune", case.run, 30.0)
     yield from sanitizer(setting)
+    # Last, since it takes what time there is: on an H200 more than all before it.
+    if setting.device.type != "cpu":
+        yield Case("tiles of the worst nodes", lambda: _tuned(setting), 60.0, launches=False)
