@@ -118,15 +118,15 @@ class _Plan:
         operands: tuple[Tensor | None, ...],
     ) -> None:
         """Launch ``kernel`` on these inputs; ``operands`` are its other tensors, the output first."""
-        maps = tuple(xs)
+        maps, ups = tuple(xs), None
         if not self.ready:
             maps = tuple(library.upsampled(xs, up_weights, self.before, self.node.channels_last))
             up_weights, weight = [up.contiguous() for up in up_weights], _even_taps(weight)
-        ups, tensors = None, [*maps, weight, *[t for t in operands if t is not None]]
+        tensors = (*maps, weight, *operands)
         if self.on_load is not None:
             kernels = iter(up_weights)
             ups = tuple([next(kernels) if factor > 1 else None for factor in self.on_load])
-            tensors += up_weights
+            tensors += ups
         args = (maps, ups, *self.shapes, weight, *operands, *self.sizes)
         launch.launch(kernel, self.grid, args, self.constexprs, self.cfg, self.memo, tensors)
 
@@ -153,11 +153,20 @@ def _plan(
     epilogue: tuple[Any, ...],
 ) -> _Plan | None:
     """The plan of a call; ``operands`` says of what kinds the kernel's other tensors are."""
+    dtype = weight.dtype
     key = (
         tuple([(x.shape, x.stride()) for x in xs]),
         tuple([(up.shape, up.stride()) for up in up_weights]) if up_weights else None,
-        *(weight.shape, weight.stride(), weight.dtype, weight.device, host.precision(weight.dtype), config.generation),
-        *(tuple(factors), geometry, operands, epilogue),
+        weight.shape,
+        weight.stride(),
+        dtype,
+        weight.device,
+        host.precision(dtype),
+        config.generation,
+        tuple(factors),
+        geometry,
+        operands,
+        epilogue,
     )
     try:
         return _plans[key]
@@ -232,8 +241,8 @@ def conv_norm_act_inference(
     """
     geometry = (stride, dilation, groups)
     added = residual if residual_input < 0 else xs[residual_input]
-    vectors = (running_mean, running_var, bn_weight, bn_bias, conv_bias)
-    kinds = tuple([None if t is None else t.dtype for t in (added, *vectors)])
+    norm = host.dense(running_mean, running_var, bn_weight, bn_bias, conv_bias)
+    kinds = tuple([None if t is None else t.dtype for t in (added, *norm)])
     plan = _plan(xs, up_weights, weight, factors, geometry, kinds, (eps, act, slope))
     if plan is None:
         z = _convolved(xs, up_weights, weight, factors, geometry)
@@ -241,10 +250,10 @@ def conv_norm_act_inference(
         if conv_bias is not None:
             mean, var = frozen_statistics(running_mean, running_var, conv_bias, z)
         return tail(z, mean, var, bn_weight, bn_bias, added, eps, act, slope)
+    if added is not None and not (plan.ready and residual is None):
+        added = host.arranged(added, plan.node.channels_last)
     y = plan.node.output(weight)
-    norm = host.Norm.of(running_mean, running_var, bn_weight, bn_bias)
-    added = host.optional(added, plan.node.channels_last)
-    plan.launch(inference_kernel, xs, up_weights, weight, (y, added, *norm, host.dense(conv_bias)))
+    plan.launch(inference_kernel, xs, up_weights, weight, (y, added, *norm))
     return y
 
 

@@ -209,7 +209,7 @@ def conv_norm_act_backward(
             # Without a kink or curve in the activation the gradient does not depend on the residual.
             maps=(dy, z, None if act == "identity" else added, weight.contiguous()),
             norm=norm,
-            sums=(host.dense(sum_dy), host.dense(sum_dy_xhat), host.inverse(count)),
+            sums=(*host.dense(sum_dy, sum_dy_xhat), host.inverse(count)),
             constexprs={"ADD": adds} | host.epilogue(eps, act, slope),
         )
         dxs, dw = _products(operands, full, weight, need, need_dw, fused)

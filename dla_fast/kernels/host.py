@@ -39,7 +39,7 @@ class Norm(NamedTuple):
     @staticmethod
     def of(mean: Tensor, var: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None) -> Norm:
         """A norm of vectors with any stride."""
-        return Norm(mean.contiguous(), var.contiguous(), dense(bn_weight), dense(bn_bias))
+        return Norm(mean.contiguous(), var.contiguous(), *dense(bn_weight, bn_bias))
 
 
 class Running(NamedTuple):
@@ -58,9 +58,9 @@ class Running(NamedTuple):
     momentum: float
 
 
-def dense(vector: Tensor | None) -> Tensor | None:
-    """A vector as the kernels read it: one value after the other; copied only where it is not so."""
-    return None if vector is None else vector.contiguous()
+def dense(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Vectors as the kernels read them: one value after the other; copied only where it is not so."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
 def format_of(channels_last: bool) -> torch.memory_format:
@@ -93,7 +93,7 @@ class Node:
         device: of its tensors.
         images: of its maps.
         sides: height and width of its inputs, those at low resolution upsampled.
-        output_sides: of its output.
+        output_sizes: of its output, (N, C, H, W).
         channels: of each input.
         starts: the weight's first input channel of each input.
         out_channels: of the output.
@@ -105,7 +105,7 @@ class Node:
     device: torch.device
     images: int
     sides: tuple[int, int]
-    output_sides: tuple[int, int]
+    output_sizes: tuple[int, int, int, int]
     channels: tuple[int, ...]
     starts: tuple[int, ...]
     out_channels: int
@@ -139,7 +139,9 @@ class Node:
             device=weight.device,
             images=int(xs[0].shape[0]),
             sides=(height, width),
-            output_sides=(
+            output_sizes=(
+                int(xs[0].shape[0]),
+                int(weight.shape[0]),
                 checks.convolved(height, kernel, stride, dilation),
                 checks.convolved(width, kernel, stride, dilation),
             ),
@@ -158,7 +160,7 @@ class Node:
     @property
     def pixels(self) -> int:
         """Pixels of an image of the output."""
-        return self.output_sides[0] * self.output_sides[1]
+        return self.output_sizes[2] * self.output_sizes[3]
 
     @property
     def depth(self) -> int:
@@ -203,8 +205,7 @@ class Node:
 
     def output(self, like: Tensor) -> Tensor:
         """A new tensor of the node's output."""
-        sizes = (self.images, self.out_channels, *self.output_sides)
-        return empty_like_layout(like, sizes, self.channels_last)
+        return empty_like_layout(like, self.output_sizes, self.channels_last)
 
     def constexprs(self, cfg: config.TileConfig) -> dict[str, Any]:
         """Those of every kernel that multiplies."""

@@ -149,7 +149,7 @@ def launch(
     constexprs: dict[str, Any],
     config: TileConfig,
     memo: Memo | None = None,
-    tensors: Sequence[Tensor] = (),
+    tensors: Sequence[Tensor | None] = (),
 ) -> None:
     """Launch a kernel on the current stream of its tensors' device.
 
@@ -163,7 +163,7 @@ def launch(
         constexprs: every constexpr by name, in order.
         config: warps and stages.
         memo: kept by a caller that makes this launch again with the same arguments but for the tensors' addresses.
-        tensors: beside a memo, every tensor among the arguments.
+        tensors: beside a memo, every tensor among the arguments, and None for those that are absent.
     """
     if 0 in grid:
         return
@@ -187,11 +187,12 @@ def launch(
         memo.compiled(*args, *memo.constants)
 
 
-def _aligned(tensors: Iterable[Tensor]) -> bool:
+def _aligned(tensors: Iterable[Tensor | None]) -> bool:
     """Whether every tensor starts at a multiple of 16 bytes, as the allocators' do."""
     address = 0
     for t in tensors:
-        address |= t.data_ptr()
+        if t is not None:
+            address |= t.data_ptr()
     return address % 16 == 0
 
 

@@ -126,8 +126,8 @@ def finalise(partial: Tensor, total: int, size: int, mean: Tensor, var: Tensor, 
         var.zero_()
         return
     cfg = config.merge(groups, channels)
-    moved = host.dense(running.mean), host.dense(running.var)
-    args = (partial, mean, var, host.dense(running.bias), *moved, float(running.momentum))
+    bias, *moved = host.dense(running.bias, running.mean, running.var)
+    args = (partial, mean, var, bias, *moved, float(running.momentum))
     grid = (triton.cdiv(channels, cfg.block_n),)
     sizes = (total, channels, groups, size)
     launch.launch(finalise_kernel, grid, (*args, *sizes), {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)

@@ -252,7 +252,7 @@ def tail_backward_apply(
     dz = host.like(z, cl)
     du = host.like(z, cl) if residual_grad else None
     norm = host.Norm.of(mean, var, bn_weight, bn_bias)
-    sums = (host.dense(sum_dy), host.dense(sum_dy_xhat), host.inverse(count))
+    sums = (*host.dense(sum_dy, sum_dy_xhat), host.inverse(count))
     args = (dy, z, residual, dz, du, *norm, *sums, shape.total, shape.pixels, shape.channels)
     constexprs = shape.constexprs() | host.epilogue(eps, act, slope)
     launch.launch(apply_kernel, (shape.tiles, shape.blocks), args, constexprs, shape.cfg)
