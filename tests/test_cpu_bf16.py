@@ -136,7 +136,9 @@ def test_moments_are_those_of_the_stored_map(poisoned, layout, size, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        z, mean, var = torch.ops.dla_fast_cpu.aggregate_stage(xs, weight, None, None, None, 0.1, True)
+        z, mean, var = torch.ops.dla_fast_cpu.conv_norm_act_stage(
+            xs, [], weight, None, None, None, [1, 1], 1, 1, 1, 0.1, True
+        )
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(mean, z.float().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)

@@ -42,19 +42,28 @@ class Backward:
         return cls(xs, weight, dy, z, (mean, var, gamma, beta, *sums), residual)
 
     def run(self, need_dx: list[bool] | None = None, need_dw: bool = True) -> list[Tensor]:
-        dxs, dw = torch.ops.dla_fast_cpu.aggregate_backward(
+        count, inputs = float(self.z.numel() // self.z.shape[1]), len(self.xs)
+        dxs, _, dw, _ = torch.ops.dla_fast_cpu.conv_norm_act_backward(
             self.dy,
             self.xs,
+            [],
             self.weight,
+            None,
             self.z,
             *self.norm,
-            float(self.z.numel() // self.z.shape[1]),
+            [1] * inputs,
+            1,
+            1,
+            1,
+            0 if self.residual else -1,
+            count,
             1e-5,
-            self.residual,
             "identity",
             0.0,
-            [True] * len(self.xs) if need_dx is None else need_dx,
+            [True] * inputs if need_dx is None else need_dx,
+            [],
             need_dw,
+            False,
         )
         return [*dxs, dw]
 

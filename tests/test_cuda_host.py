@@ -212,6 +212,27 @@ def test_tf32_rounds_the_operands():
     assert 1e-5 < max(t.abs().max().item() for t in mine) < 2e-3
 
 
+def aggregation(xs, weight, v, **changed):
+    """Arguments of the inference operator for an aggregation node."""
+    options = {"up_weights": [], "residual": None, "stride": 1, "dilation": 1, "groups": 1, "residual_input": -1}
+    options |= {"factors": [1] * len(xs)} | changed
+    node = (xs, options["up_weights"], weight, None, options["residual"], v, v, v, v, options["factors"])
+    return (*node, *(options[name] for name in ("stride", "dilation", "groups", "residual_input")), 1e-5, "relu", 0.0)
+
+
+def test_the_aggregation_kernel_refuses_other_nodes():
+    xs, weight, v = [torch.randn(1, 4, 2, 2)] * 2, torch.randn(4, 8, 1, 1), torch.ones(4)
+    run = torch.ops.dla_fast_cuda.conv_norm_act_inference
+    assert run(*aggregation(xs, weight, v, residual_input=0)).shape == (1, 4, 2, 2)
+    for name, value in (("stride", 2), ("dilation", 2), ("groups", 2), ("factors", [1, 2]), ("residual_input", 1)):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            run(*aggregation(xs, weight, v, **{name: value}))
+    with pytest.raises(ValueError, match="residual: expected none"):
+        run(*aggregation(xs, weight, v, residual=xs[0]))
+    with pytest.raises(ValueError, match="weight: expected a 1x1 kernel, got 3x3"):
+        run(*aggregation(xs, torch.randn(4, 8, 3, 3), v))
+
+
 def test_what_the_aggregation_kernel_leaves_to_others():
     x, weight = torch.randn(1, 8, 2, 2), torch.randn(4, 8, 1, 1)
     norm = [torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4)]
@@ -225,13 +246,14 @@ def test_what_the_aggregation_kernel_leaves_to_others():
     assert "TF32" in str(cuda.refuses_aggregate(torch.float32))
 
 
-def test_small_nodes_alone_are_served_without_being_asked_for():
+def test_who_serves_inference_alone(monkeypatch):
     with use_backend("auto"):
-        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16, cuda.SMALL) == "cuda"
-        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16, cuda.SMALL + 1) is None
-        assert backend.serves_inference("merge", "cpu", torch.bfloat16, 1) is None
+        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16) == "cuda"
+        assert backend.serves_inference("merge", "cpu", torch.bfloat16) is None
+        monkeypatch.setattr(backend, "can_run", lambda *args: None)
+        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16) is None
     with use_backend("cpu"):
-        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16, 1) is None
+        assert backend.serves_inference("aggregate", "cpu", torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -259,9 +281,7 @@ def test_opcheck(layout):
     opcheck(namespace.upsample_add, (x, y, weight, 2))
     opcheck(namespace.upsample_backward, (y, x, weight, 2, True, True))
     opcheck(namespace.upsample_backward, (y, x, weight, 2, False, True))
-    opcheck(
-        namespace.aggregate_inference, ([x, x], torch.randn(8, 16, 1, 1), None, v, v, v, v, 1e-5, True, "relu", 0.0)
-    )
+    opcheck(namespace.conv_norm_act_inference, aggregation([x, x], torch.randn(8, 16, 1, 1), v, residual_input=0))
     x.requires_grad_()
     opcheck(namespace.upsample, (x, weight.requires_grad_(), 2))
 

@@ -108,6 +108,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> conv_norm_a
   const BatchSums sums = {sum_dy, sum_dy_xhat, count};
   const OptionalTensor residual = node.residual(residual_given, residual_input);
   const Tensor dy = arranged(dy_in, node.channels_last), z = arranged(z_in, node.channels_last);
+  const std::vector<int64_t> sizes = {node.images, node.out_channels, node.height, node.width};
+  TORCH_CHECK_VALUE(dy.sizes().equals(sizes) && z.sizes().equals(sizes), "dy, z: expected the output's shape");
   Needs needs = {{}, need_dw, need_dresidual, residual_input};
   std::vector<bool> need_up;
   for (int64_t i = 0, up = 0; i < node.count(); ++i) {

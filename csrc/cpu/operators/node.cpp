@@ -20,6 +20,8 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
       factors(factors.vec()),
       weight(weight) {
   TORCH_CHECK_VALUE(!inputs.empty() && inputs.size() == factors.size(), "xs: expected one factor per input");
+  TORCH_CHECK_VALUE(kernel % 2 == 1 && weight.size(3) == kernel, "weight: expected an odd square kernel, got ", kernel,
+                    "x", weight.size(3));
   for (const Tensor& x : inputs) channels_last = channels_last && is_channels_last(x);
   channels_last = channels_last || is_channels_last(weight);
   size_t up = 0;
@@ -27,6 +29,8 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
     const int64_t f = factors[i];
     TORCH_CHECK_VALUE(f == 1 || up < up_weights.size(), "up_weights: expected one per upsampled input");
     ups.push_back(f > 1 ? up_weights[up++].contiguous() : Tensor());
+    TORCH_CHECK_VALUE(f == 1 || ups[i].numel() == inputs[i].size(1) * 4 * f * f, "up_weights: expected (",
+                      inputs[i].size(1), ", 1, ", 2 * f, ", ", 2 * f, ") for xs[", i, "]");
     xs.push_back(arranged(inputs[i], channels_last));
     offsets.push_back(in_channels);
     in_channels += inputs[i].size(1);
@@ -49,11 +53,12 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
   width = in_width == 0 ? 0 : (in_width - 1) / stride + 1;
 }
 
-// A stride costs a 1x1 kernel one copy of the pixels that it takes; a dilation means nothing to it. The 3x3 products
-// read a block with a pixel around it, so they know neither. Groups and larger kernels are rare in these networks: what
-// the library lacks there is the fusion, which is worth less the more flops a pixel has. None of these choices depends
-// on sizes: the library's 1x1 and 3x3 convolutions followed by a pass for the tail were the slower on every root and
-// every ladder step of the networks that were measured (docs/benchmarks.md).
+// Measured (docs/benchmarks.md): on every root and every ladder step of the networks our products, with the tail or the
+// moments behind them in cache, were faster than the library's 1x1 and 3x3 convolutions followed by passes. Not
+// measured: a stride, which costs a 1x1 kernel one copy of the pixels that it takes (a dilation means nothing to it).
+// The 3x3 products read blocks with a pixel around them, so they know neither strides nor dilations; groups and larger
+// kernels are rare in these networks, and what the library lacks there, the fusion, is worth less the more flops a
+// pixel takes.
 Way Node::way() const {
   if (groups == 1 && kernel == 1) return Way::pointwise;
   if (groups == 1 && kernel == 3 && stride == 1 && dilation == 1) return Way::convolution;
