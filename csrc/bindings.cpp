@@ -1,6 +1,6 @@
 // The Python module dla_fast._C, and the kernels of the operators whose schemas dla_fast/ops defines.
 
-#include <Python.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include "cpu/operators/conv_norm_act.h"
@@ -25,14 +25,9 @@ TORCH_LIBRARY_IMPL(dla_fast_cpu, CPU, m) {
 
 }  // namespace dla_fast
 
-// By Python's own interface: for one function pybind11 would take as long to compile as everything else here.
-PyMODINIT_FUNC PyInit__C() {
-  static PyMethodDef functions[] = {
-      {"cpu_isa",
-       [](PyObject*, PyObject*) { return PyUnicode_FromString(dla_fast::cpu::isa_name(dla_fast::cpu::current_isa())); },
-       METH_NOARGS, "The instruction set the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx."},
-      {nullptr, nullptr, 0, nullptr}};
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of dla_fast", -1, functions, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of dla_fast";
+  m.def(
+      "cpu_isa", [] { return dla_fast::cpu::isa_name(dla_fast::cpu::current_isa()); },
+      "The instruction set the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx.");
 }
