@@ -45,6 +45,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         "test_compiled",
         "test_conv_norm_act",
         "test_ops",
+        "test_strides",
     ],
 )
 def test_in_the_interpreter(name):
