@@ -50,11 +50,14 @@ def strided(side, STRIDE: tl.constexpr):
 
 @triton.jit
 def load_plain(
-    x, pixel, k, there, kin, pixels, channels, CL: tl.constexpr, EVEN: tl.constexpr, I64: tl.constexpr
+    x, pixel, k, there, kin, pixels, channels, CL: tl.constexpr, EVEN: tl.constexpr, I64: tl.constexpr,
+    MOVED: tl.constexpr,
 ):  # fmt: skip
     """Channels k of x at a pixel for each row of the tile; zero where ``there`` says no."""
-    x = x + at(pixel, pixels, channels, CL)[:, None]
-    return tl.load(x + along(k, pixels, CL, I64)[None, :], mask=inside(there, kin, EVEN), other=0.0)
+    row, column = at(pixel, pixels, channels, CL)[:, None], along(k, pixels, CL, I64)[None, :]
+    # Rows that no tap moves have one address for all steps. Those that move are kept as offsets, of half the registers.
+    address = x + (row + column) if MOVED else x + row + column
+    return tl.load(address, mask=inside(there, kin, EVEN), other=0.0)
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def load_upsampled(
         row, column = i - corner // 2, j - corner % 2
         exists = there & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         pixel = (image * height + row) * width + column
-        value = load_plain(x, pixel, k, exists, kin, height * width, channels, CL, EVEN, I64)
+        value = load_plain(x, pixel, k, exists, kin, height * width, channels, CL, EVEN, I64, True)
         weight = tl.load(up + tap + (corner // 2 * 2 * F * F + corner % 2 * F), mask=mask, other=0.0)
         acc += value.to(ACC) * weight.to(ACC)
     return acc.to(x.dtype.element_ty)
@@ -91,7 +94,7 @@ def load_input(
         )  # fmt: skip
     else:
         pixel = (image * height + top) * width + left if MOVED else m
-        values = load_plain(xs[i], pixel, k, there, kin, height * width, channels[i], CL, EVEN, I64)
+        values = load_plain(xs[i], pixel, k, there, kin, height * width, channels[i], CL, EVEN, I64, MOVED)
     return values
 
 
@@ -111,8 +114,8 @@ def product(
     image = m // (out_width * out_height)
     for i in tl.static_range(len(xs)):
         for tap in range(KERNEL * KERNEL):
-            top = y * STRIDE + (tap // KERNEL - KERNEL // 2) * DILATION
-            left = x * STRIDE + (tap % KERNEL - KERNEL // 2) * DILATION
+            top = y * STRIDE + tap // KERNEL * DILATION - KERNEL // 2 * DILATION
+            left = x * STRIDE + tap % KERNEL * DILATION - KERNEL // 2 * DILATION
             there = rows
             if KERNEL > 1:
                 there = rows & (top >= 0) & (top < height) & (left >= 0) & (left < width)
