@@ -432,7 +432,7 @@ def build_ext_class() -> type:
         def announce(self, sources: list[str], cuda: bool) -> None:
             """Say what will take its time."""
             files = f"{len(sources)} file{'s' if len(sources) > 1 else ''}"
-            what = f"the C++ extension: {files}, two to five minutes on two cores from scratch"
+            what = f"the C++ extension: {files}, one to three minutes on two cores from scratch"
             if cuda:
                 architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
                 what += f", and minutes more for each of the GPU architectures {architectures} (TORCH_CUDA_ARCH_LIST)"

@@ -61,14 +61,26 @@ inline void rows_together(int64_t begin, int64_t end, const F& f) {
   for (; r < end; ++r) f(r, std::integral_constant<int, 1>());
 }
 
-// Chunk [c, c + n) of R rows as A: in place or in buffer.
+// R rows as A. Not inlined: the passes convert in dozens of places, and a copy of the loop in each took a third of
+// their compile time and of their code.
+template <int R, class T, class A>
+__attribute__((noinline)) void widen_rows(const T* from, int64_t ld, int64_t n, A (*to)[kChunk]) {
+  for (int j = 0; j < R; ++j) widen_row(from + j * ld, to[j], n);
+}
+
+// Chunk [c, c + n) of R rows as A: in place or in buffer. All of them are its first row where there is no matrix.
 template <class A, int R>
 struct Rows {
   const A* p[R];
 
   template <class T>
   Rows(Strided<const T> m, int64_t r, int64_t c, int64_t n, A (*buffer)[kChunk]) {
-    for (int j = 0; j < R; ++j) p[j] = m.data == nullptr ? buffer[0] : read<T, A>(at(m, r + j, c), buffer[j], n);
+    if constexpr (std::is_same_v<T, A>) {
+      for (int j = 0; j < R; ++j) p[j] = m.data == nullptr ? buffer[0] : at(m, r + j, c);
+    } else {
+      if (m.data != nullptr) widen_rows<R>(at(m, r, c), m.ld, n, buffer);
+      for (int j = 0; j < R; ++j) p[j] = buffer[m.data == nullptr ? 0 : j];
+    }
   }
   A operator()(int j, int64_t i) const { return p[j][i]; }
 };
