@@ -26,6 +26,7 @@ CHOSEN = {
     ],
     "nodes": ["dla34.level2.root inference batch 2 float32", "dla34.level2.root training batch 2 float32"],
     "networks": ["dla46_c inference batch 2 64x64 float32 channels_last"],
+    "ways": ["backward 64+64->64 8x8 batch 2 float32", "inference 3x3 64+64->64 8x8 batch 1 float32"],
     "rest": ["latency 512+512->512 7x7"],
 }
 

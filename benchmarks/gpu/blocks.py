@@ -11,6 +11,7 @@ from benchmarks.gpu.kernels import bandwidth
 from benchmarks.gpu.nets import nets
 from benchmarks.gpu.nodes import nodes
 from benchmarks.gpu.rest import rest
+from benchmarks.gpu.ways import ways
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ BLOCKS = {
         Block("checks", "everything that can be right or wrong", 75.0, 8, checks),
         Block("nodes", "dla34's roots timed", 75.0, 1, nodes),
         Block("networks", "whole networks timed", 95.0, 1, nets),
+        Block("ways", "kernels beside the library", 20.0, 1, ways),
         Block("bandwidth", "memory-bound kernels timed", 20.0, 1, bandwidth),
         Block("rest", "what is left", 100.0, 1, rest, last=True),
     )
