@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from dla_fast import backend
@@ -32,6 +33,17 @@ DTYPES = tuple(
     if all(backend.can_run(name, "aggregate", "cpu", dtype) is None for name in NAMES)
 )
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
+
+
+def served_by(op: str) -> Any:
+    """A fixture ``served``: the name of each backend that :func:`backends` gives, in force."""
+
+    @pytest.fixture(name="served", params=backends(op))
+    def fixture(request: pytest.FixtureRequest) -> Iterator[str]:
+        with backend.use_backend(request.param):
+            yield request.param
+
+    return fixture
 
 
 def thinned(cases: Iterable[Any], keep: int, offset: int = 0) -> Iterator[Any]:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import DTYPES, HALF, INTERPRETED, NAMES, backends, thinned
+from serving import DTYPES, HALF, INTERPRETED, NAMES, backends, served_by, thinned
 from torch import Tensor
 
-from dla_fast import backend, functional, reference, use_backend
+from dla_fast import backend, functional, reference
 from dla_fast.proof import parity
 from dla_fast.proof.parity import Spec
 
-BACKENDS = backends("aggregate")
+served = served_by("aggregate")
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
 # Odd everything: 1, 3, 17 and 31 pixels, channels 1, 5, 24 and 64, one to eight inputs. Fewer than three values per
 # channel would only compare luck: the norm then divides by a difference of two roundings.
@@ -32,12 +32,6 @@ SHAPES = (
 def shape_id(shape: dict) -> str:
     size = "x".join(str(shape[side]) for side in ("batch", "height", "width"))
     return f"{'+'.join(map(str, shape['channels']))}to{shape['out_channels']}at{size}"
-
-
-@pytest.fixture(params=BACKENDS)
-def served(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def check(specs: Iterable[Spec]) -> None:

@@ -7,21 +7,15 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from serving import DTYPES, INTERPRETED, backends, thinned
+from serving import DTYPES, INTERPRETED, served_by, thinned
 
-from dla_fast import functional, reference, use_backend
+from dla_fast import functional, reference
 from dla_fast.proof import parity
 from dla_fast.proof.parity import Spec
 
-BACKENDS = backends("batch_norm_act")
+served = served_by("batch_norm_act")
 ACTS = ("relu", "identity", "silu", "leaky_relu", "hardswish")
 SIZES = ((2, 1, 1), (1, 3, 1), (1, 1, 17), (1, 31, 1), (1 if INTERPRETED else 3, 17, 31))
-
-
-@pytest.fixture(params=BACKENDS)
-def served(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def check(specs: Iterable[Spec]) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from serving import backends
+from serving import served_by
 from torch import Tensor
 
-from dla_fast import functional, use_backend
+from dla_fast import functional
 from dla_fast.proof import parity
 
-BACKENDS = backends("conv_norm_act")
+served = served_by("conv_norm_act")
 
 
-@pytest.fixture(params=BACKENDS)
-def served(request):
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
     torch._dynamo.reset()
-    with use_backend(request.param):
-        yield request.param
 
 
 def _node(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

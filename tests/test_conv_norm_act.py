@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from serving import DTYPES, INTERPRETED, backends, thinned
+from serving import DTYPES, INTERPRETED, served_by, thinned
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dla_fast import functional, ops, reference, use_backend
+from dla_fast import functional, ops, reference
 from dla_fast.proof import parity
 from dla_fast.proof.parity import Spec
 
-BACKENDS = backends("conv_norm_act")
+served = served_by("conv_norm_act")
 # Strides, dilations, groups, larger kernels, and every kind of residual.
 GEOMETRIES: tuple[dict[str, Any], ...] = (
     {"kernel": 3, "stride": 2},
@@ -34,12 +34,6 @@ GEOMETRIES: tuple[dict[str, Any], ...] = (
 
 def name(geometry: dict[str, Any]) -> str:
     return "-".join(f"{key}{value}" for key, value in geometry.items())
-
-
-@pytest.fixture(params=BACKENDS)
-def served(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("layout", list(parity.LAYOUTS))

@@ -5,20 +5,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "../shared/target_avx2_inl.h"
 
-#define DLA_ISA avx2
-#define DLA_VECTOR_BYTES 32
 #include "tile_kernels_inl.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "../shared/target_end_inl.h"
 #endif
