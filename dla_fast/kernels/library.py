@@ -3,13 +3,15 @@
 A grouped kernel, or one larger than 3 x 3, does few or many products a value that is moved; neither is what the kernels
 of :mod:`dla_fast.kernels.product` are made for. An input that is to be upsampled is a map of its own then.
 
-Where it was measured (:data:`MEASURED`; the first run on an H200, in benchmarks/results/gpu, bfloat16, channels_last)
-the library also takes
+Where the kernels were measured and found wanting (:data:`MEASURED`; benchmarks/results/gpu-h200.json, bfloat16,
+channels_last) the library also takes
 
 - every 3 x 3 convolution: on the nodes of an IDA ladder at 512 x 512 the kernels ran at 0.09 to 0.21 of a bare
   convolution's speed;
 - the products of a 1 x 1 node's backward, behind a dz that is formed once, from :data:`LARGE` values on: the kernels
   that form dz on the way ran at 5 to 30 % of what memory allows, and slower than eager below 56 x 56.
+
+Both ways have not been measured beside each other yet: ``python -m benchmarks.gpu --blocks ways`` does that.
 
 Per output pixel, with K input and N output channels, that backward moves 4N + 2K values, 2N more than one pass would.
 Each input has products of its own; no gradient of a concatenation exists, except of a grouped one.
@@ -31,7 +33,7 @@ DEVICE = "cuda"
 # Architectures on which the library was measured beside the kernels.
 MEASURED = (90,)
 # Values that a node reads and writes from which on its backward is the library's even where one launch would do: the
-# library takes two launches an input, and dz a pass of its own.
+# library takes two launches an input, and dz a pass of its own. By reasoning.
 LARGE = 2**24
 
 
