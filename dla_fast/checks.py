@@ -42,8 +42,10 @@ def check_inputs(xs: object, name: str = "xs") -> list[Tensor]:
 
 def check_one_kind(xs: Sequence[Tensor], name: str = "xs") -> None:
     """Every input has the dtype and device of the first."""
-    for i, x in enumerate(xs[1:], 1):
-        check_same(f"{name}[{i}]", x, f"{name}[0]", xs[0])
+    dtype, device = xs[0].dtype, xs[0].device
+    for i, x in enumerate(xs):
+        if x.dtype != dtype or x.device != device:
+            check_same(f"{name}[{i}]", x, f"{name}[0]", xs[0])
 
 
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -56,10 +58,11 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 def check_same_size(xs: Sequence[Tensor], name: str = "xs") -> None:
     """Every input has the N, H and W of the first."""
-    first = xs[0]
-    for i, x in enumerate(xs[1:], 1):
-        if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
-            want = f"({first.shape[0]}, C, {first.shape[2]}, {first.shape[3]})"
+    images, _, height, width = xs[0].shape
+    for i, x in enumerate(xs):
+        n, _, h, w = x.shape
+        if n != images or h != height or w != width:
+            want = f"({images}, C, {height}, {width})"
             raise ValueError(f"{name}[{i}]: expected shape {want} as {name}[0] has, got {_shape(x)}")
 
 
@@ -75,17 +78,17 @@ def check_channels(name: str, xs: Sequence[object], channels: Sequence[int], sou
 def check_weight(weight: object, xs: Sequence[Tensor], kernels: tuple[int, ...] | None, groups: int = 1) -> Tensor:
     """A weight (N, K / groups, k, k), K the sum of the inputs' channels, k one of ``kernels`` or any odd."""
     w = check_tensor("weight", weight, rank=4)
-    k = w.shape[2]
-    if w.shape[2] != w.shape[3] or (k % 2 == 0 if kernels is None else k not in kernels):
+    outputs, depth, k, other_side = w.shape
+    if k != other_side or (k % 2 == 0 if kernels is None else k not in kernels):
         allowed = "square, odd" if kernels is None else " or ".join(f"{i}x{i}" for i in kernels)
         raise ValueError(f"weight: expected a {allowed} kernel, got shape {_shape(w)}")
     channels = [x.shape[1] for x in xs]
-    if w.shape[1] * groups != sum(channels):
+    if depth * groups != sum(channels):
         total = " + ".join(map(str, channels))
         per_group = "" if groups == 1 else f" in {groups} groups"
-        raise ValueError(f"weight: expected {total} = {sum(channels)} input channels{per_group}, got {w.shape[1]}")
-    if groups > 1 and w.shape[0] % groups:
-        raise ValueError(f"weight: expected a multiple of {groups} groups of output channels, got {w.shape[0]}")
+        raise ValueError(f"weight: expected {total} = {sum(channels)} input channels{per_group}, got {depth}")
+    if groups > 1 and outputs % groups:
+        raise ValueError(f"weight: expected a multiple of {groups} groups of output channels, got {outputs}")
     check_same("weight", w, "xs[0]", xs[0])
     return w
 
@@ -121,6 +124,14 @@ def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm:
     """None, or a per-channel vector; a norm's may be float32 beside half-precision activations."""
     if value is None:
         return
+    # What nearly every call has, at a fraction of the cost of finding out what else it may be.
+    if (
+        isinstance(value, Tensor)
+        and value.dtype == like.dtype
+        and value.shape == (channels,)
+        and value.device == like.device
+    ):
+        return
     v = check_tensor(name, value)
     if v.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), got {_shape(v)}")
@@ -135,29 +146,29 @@ def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm:
 
 def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: int) -> None:
     """A norm for ``channels`` channels of activations like ``like``."""
-    for name, t in zip(_NORM, norm, strict=False):
-        check_vector(name, t, channels, like, norm=True)
+    weight, bias, running_mean, running_var, training, _, eps = norm
     # aten takes a norm's tensors in one dtype only.
     first: tuple[str, Tensor] | None = None
-    for name, t in zip(_NORM, norm, strict=False):
-        if not isinstance(t, Tensor):
+    for name, t in zip(_NORM, (weight, bias, running_mean, running_var), strict=True):
+        if t is None:
             continue
+        check_vector(name, t, channels, like, norm=True)
         if first is None:
             first = (name, t)
         elif t.dtype != first[1].dtype:
             raise TypeError(f"{name}: expected {first[1].dtype} as {first[0]} has, got {t.dtype}")
-    if (norm.running_mean is None) != (norm.running_var is None):
-        given, absent = ("running_mean", "running_var") if norm.running_var is None else ("running_var", "running_mean")
+    if (running_mean is None) != (running_var is None):
+        given, absent = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
         raise ValueError(f"{absent}: expected a tensor because {given} is given, got None")
-    if not norm.training and norm.running_mean is None:
+    if not training and running_mean is None:
         raise ValueError("running_mean: expected a tensor when training is false, got None")
-    if norm.training and values_per_channel == 1:
+    if training and values_per_channel == 1:
         raise ValueError(
             "xs: expected more than 1 value per channel when training, "
             f"got {values_per_channel} (N * H * W); use a larger batch or evaluation mode"
         )
-    if not norm.eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {norm.eps!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
 
 
 def check_residual(residual: Tensor, shape: Sequence[int], like: Tensor, name: str = "residual") -> None:

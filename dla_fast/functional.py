@@ -31,17 +31,16 @@ def _has_autocast(device: str) -> bool:
     return _autocasts[device]
 
 
+def _autocasts_on(device: str) -> bool:
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(tensors: Sequence[Any]) -> list[Any]:
     """Cast what a convolution reads as autocast casts conv2d's arguments: everything floating but float64."""
-    for first in tensors:
-        if isinstance(first, Tensor):
-            break
-    else:
+    first = next((t for t in tensors if isinstance(t, Tensor)), None)
+    if first is None or not _autocasts_on(first.device.type):
         return list(tensors)
-    device = first.device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return [
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
@@ -53,18 +52,22 @@ def _needs_reference() -> bool:
     if torch.compiler.is_compiling():
         return backend.is_exporting()
     return (
-        torch.jit.is_tracing()
+        torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
 
 
-def _serving(op: str, like: Tensor) -> str:
-    return "reference" if _needs_reference() else backend.resolve(op, like.device.type, like.dtype)
+def _serving(op: str, device: str, dtype: torch.dtype) -> str:
+    return "reference" if _needs_reference() else backend.resolve(op, device, dtype)
+
+
+def _any_needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and _any_needs_grad(tensors)
 
 
 def _node(
@@ -83,15 +86,16 @@ def _node(
 ) -> Tensor:
     """:func:`conv_norm_act` of a norm, under the name ``op``, with a weight of one of some kernels, or of any."""
     xs = checks.check_inputs(xs)
-    *cast, weight, conv_bias = _autocast([*xs, weight, conv_bias])
-    xs = cast
+    device = xs[0].device.type
+    if _autocasts_on(device):
+        *xs, weight, conv_bias = _autocast([*xs, weight, conv_bias])
     checks.check_one_kind(xs)
     checks.check_weight(weight, xs, kernels, groups)
-    up_weights: list[Tensor] = []
-    factors = [1] * len(xs)
+    x, up_weights, factors = xs[0], [], [1] * len(xs)
+    images, _, height, width = x.shape
+    channels, _, kernel, _ = weight.shape
     if upsample is None and op == "aggregate":
         checks.check_same_size(xs)
-        height, width = xs[0].shape[2:]
     else:
         upsample = checks.check_upsampling(upsample or [None] * len(xs), xs, _autocast)
         height, width = checks.check_same_size_upsampled(xs, upsample)
@@ -101,29 +105,31 @@ def _node(
                 factors[i] = up[1]
     if stride != 1 or dilation != 1 or groups != 1:
         checks.check_geometry(stride, dilation, groups)
-    x, (channels, _, kernel, _) = xs[0], weight.shape
     if kernel > 1 or stride > 1:
         height, width = (checks.convolved(side, kernel, stride, dilation) for side in (height, width))
     checks.check_vector("conv_bias", conv_bias, channels, x, norm=False)
     added, residual_input = None, -1
-    if isinstance(residual, Tensor):
-        (added,) = _autocast([residual])
-        checks.check_residual(added, (x.shape[0], channels, height, width), x)
-    elif residual is not None:
-        residual_input = checks.check_residual_input(residual, xs, (x.shape[0], channels, height, width))
-        if stride > 1 or factors[residual_input] > 1:
-            # What is added is then not what a kernel has loaded.
-            added, residual_input = xs[residual_input], -1
+    if residual is not None:
+        if isinstance(residual, Tensor):
+            (added,) = _autocast([residual])
+            checks.check_residual(added, (images, channels, height, width), x)
+        else:
+            residual_input = checks.check_residual_input(residual, xs, (images, channels, height, width))
+            if stride > 1 or factors[residual_input] > 1:
+                # What is added is then not what a kernel has loaded.
+                added, residual_input = xs[residual_input], -1
     name, slope = parse_act(act)
-    pixels = x.shape[0] * height * width
-    checks.check_norm(norm, channels=channels, like=x, values_per_channel=pixels)
-    differentiable = norm.training or _needs_grad(*xs, weight, conv_bias, added, *norm[:2], *up_weights)
+    checks.check_norm(norm, channels=channels, like=x, values_per_channel=images * height * width)
+    gamma, beta, running_mean, running_var, training, momentum, eps = norm
+    differentiable = training or (
+        torch.is_grad_enabled() and _any_needs_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
+    )
     serving = None
-    if not differentiable and x.device.type == cuda.DEVICE and not _needs_reference():
+    if device == cuda.DEVICE and not differentiable and not _needs_reference():
         # Those kernels are for the inference of aggregation nodes alone.
         plain = kernel == stride == groups == 1 and not up_weights and added is None and residual_input <= 0
-        serving = backend.serves_inference("aggregate", cuda.DEVICE, x.dtype) if plain else None
-    serving = serving or _serving(op, x)
+        serving = backend.serves_inference("aggregate", device, x.dtype) if plain else None
+    serving = serving or _serving(op, device, x.dtype)
     if serving == "reference":
         return node(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,
@@ -131,12 +137,12 @@ def _node(
         )  # fmt: skip
     if differentiable:
         return ops.differentiable(serving, "conv_norm_act")(
-            xs, up_weights, weight, conv_bias, added, *norm.tensors, factors, stride, dilation, groups, residual_input,
-            *norm[4:], name, slope,
+            xs, up_weights, weight, conv_bias, added, gamma, beta, running_mean, running_var, factors, stride, dilation,
+            groups, residual_input, training, momentum, eps, name, slope,
         )[0]  # fmt: skip
     y: Tensor = ops.namespace(serving).conv_norm_act_inference(
-        xs, up_weights, weight, conv_bias, added, *norm.tensors, factors, stride, dilation, groups, residual_input,
-        norm.eps, name, slope,
+        xs, up_weights, weight, conv_bias, added, gamma, beta, running_mean, running_var, factors, stride, dilation,
+        groups, residual_input, eps, name, slope,
     )  # fmt: skip
     return y
 
@@ -320,7 +326,7 @@ def batch_norm_act(
         checks.check_residual(residual, x.shape, x)
     values = x.shape[0] * x.shape[2] * x.shape[3]
     checks.check_norm(norm, channels=x.shape[1], like=x, values_per_channel=values)
-    serving = _serving("batch_norm_act", x)
+    serving = _serving("batch_norm_act", x.device.type, x.dtype)
     if serving == "reference":
         return normalise(x, norm, residual, act)
     if training or _needs_grad(x, residual, bn_weight, bn_bias):
@@ -352,7 +358,7 @@ def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     x, weight = _autocast([x, weight])
     checks.check_tensor("x", x, rank=4)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
-    serving = _serving("upsample", x)
+    serving = _serving("upsample", x.device.type, x.dtype)
     if serving == "reference":
         return reference.upsample(x, weight, factor)
     return ops.differentiable(serving, "upsample")(x, weight, factor)
@@ -380,7 +386,7 @@ def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     size = (*x.shape[:2], checks.upsampled(x.shape[2], factor), checks.upsampled(x.shape[3], factor))
     checks.check_residual(skip, size, x, "skip")
-    serving = _serving("upsample_add", x)
+    serving = _serving("upsample_add", x.device.type, x.dtype)
     if serving == "reference":
         return reference.upsample_add(x, skip, weight, factor)
     return ops.differentiable(serving, "upsample_add")(x, skip, weight, factor)

@@ -169,15 +169,18 @@ class _ConvNormAct:
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.training or need_gamma or need_beta or need_bias:
             sums = self.tail_backward_reduce(dy, z, mean, var, bn_weight, bn_bias, added, *options)
-        dxs, dups, dw, dresidual = [None] * n, [None] * m, None, None
-        if any(need_dx) or any(need_dup) or need_dw or need_residual:
-            dxs, dups, dw, dresidual = self.stage_backward(
+        made: tuple[Any, ...] = ([None] * n, [None] * m, None, None)
+        if need_dw or need_residual or any(need_dx) or any(need_dup):
+            made = self.stage_backward(
                 dy, xs, ups, weight, residual, z, mean, var, bn_weight, bn_bias,
                 *(sums if ctx.training else (None, None)), *ctx.geometry, ctx.residual_input,
                 float(z.shape[0] * z.shape[2] * z.shape[3]), *options, need_dx, need_dup, need_dw, need_residual,
             )  # fmt: skip
-        dbias, *norm = norm_gradients(ctx, sums, var, conv_bias, bn_weight, bn_bias, (need_bias, need_gamma, need_beta))
-        grads = [*dxs, *dups, dw, dbias, dresidual, *norm]
+        dbias, dgamma, dbeta = norm_gradients(
+            ctx, sums, var, conv_bias, bn_weight, bn_bias, (need_bias, need_gamma, need_beta)
+        )
+        dxs, dups, dw, dresidual = made
+        grads = [*dxs, *dups, dw, dbias, dresidual, dgamma, dbeta]
         return [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
 
     def _recompute(self, ctx: Any, mean: Tensor, var: Tensor) -> Any:

@@ -10,6 +10,7 @@ ActSpec = str | tuple[str, float]
 
 ACTIVATIONS = ("identity", "relu", "silu", "leaky_relu", "hardswish")
 DEFAULT_SLOPE = 0.01
+_PARSED = {name: (name, DEFAULT_SLOPE if name == "leaky_relu" else 0.0) for name in ACTIVATIONS}
 
 
 def parse_act(act: ActSpec) -> tuple[str, float]:
@@ -23,6 +24,8 @@ def parse_act(act: ActSpec) -> tuple[str, float]:
         TypeError: neither a string nor a pair of a string and a number.
     """
     if isinstance(act, str):
+        if act in _PARSED:
+            return _PARSED[act]
         name, slope = act, DEFAULT_SLOPE
     elif isinstance(act, tuple) and len(act) == 2 and isinstance(act[0], str) and isinstance(act[1], (int, float)):
         name, slope = act[0], float(act[1])

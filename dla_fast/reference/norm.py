@@ -27,8 +27,3 @@ class Norm(NamedTuple):
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Weight, bias, running mean, running variance: the order in which every operator takes them."""
-        return self[:4]

@@ -17,6 +17,7 @@ namespace {
 
 // A weight's gradient with the strides that the weight asks for.
 Tensor like(const Tensor& t, const Tensor& weight) {
+  if (t.strides() == weight.strides() && weight.is_non_overlapping_and_dense()) return t;
   const Tensor out = at::empty_like(weight);
   return out.strides() == t.strides() ? t : out.copy_(t);
 }
@@ -136,8 +137,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> conv_norm_a
   }
   std::vector<Tensor> dups;
   for (int64_t i = 0; i < node.count(); ++i) {
-    Tensor dup = nothing(weight);
     if (node.factors[i] > 1) {
+      Tensor dup = nothing(weight);
       if (needs.full[i]) {
         std::tie(out.dxs[i], dup) = upsample_backward_in(node.channels_last, out.dxs[i], node.xs[i], node.ups[i],
                                                          node.factors[i], need_dx.get(i), need_up[i]);
