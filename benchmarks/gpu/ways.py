@@ -39,6 +39,8 @@ def _by(way: str, setting: Setting) -> Iterator[None]:
 
 def _compared(call: Callable[[], list[Tensor]], label: str, moved: int, setting: Setting) -> Found:
     """Both ways in turn, each as a share of what a copy of the values that have to be moved would take."""
+    if "triton" not in served("conv_norm_act", setting, setting.dtype):
+        return passed(label, True, f"not run: Triton does not serve {setting.device.type}")
     speed = rates(setting.dtype, setting).bytes_per_s
     calls, results = {}, {}
     for way in WAYS:
@@ -93,8 +95,6 @@ def _inference(channels: int, side: int, batch: int, label: str, setting: Settin
 
 def ways(setting: Setting) -> Iterator[Case]:
     """Block "ways"."""
-    if "triton" not in served("conv_norm_act", setting, setting.dtype):
-        return
     dtype = name_of(setting.dtype)
     for channels, outputs, full in ROOTS[: 1 if setting.small else None]:
         side = 8 if setting.small else full
