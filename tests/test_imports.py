@@ -1,8 +1,9 @@
-"""Imports inside dla_fast run one way: from the command line down to the reference, never up."""
+"""Imports inside dla_fast, and includes inside csrc/cpu, run one way: from the command line down, never up."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,26 @@ def test_imports_run_down(part):
         if part_of(path) == part:
             up = {name for name in imported(path) if LINE[name] < LINE[part]}
             assert not up, f"{path.relative_to(PACKAGE)} imports {sorted(up)}"
+
+
+# The rooms of the CPU kernels: a file includes its own room, and those that come after.
+ROOMS = {"operators": {"passes", "products", "shared"}, "passes": {"shared"}, "products": {"shared"}, "shared": set()}
+CSRC = PACKAGE.parent / "csrc" / "cpu"
+
+
+def included(path: Path) -> set[str]:
+    """The rooms whose files a file includes."""
+    found = re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {(path.parent / name).resolve().relative_to(CSRC).parts[0] for name in found}
+
+
+def test_includes_run_down():
+    paths = [path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h")]
+    assert {path.relative_to(CSRC).parts[0] for path in paths} == set(ROOMS)
+    for path in paths:
+        room = path.relative_to(CSRC).parts[0]
+        assert included(path) <= ROOMS[room] | {room}, path
+    # Tensors are for operators: nothing else is compiled against them.
+    for path in paths:
+        if path.relative_to(CSRC).parts[0] != "operators":
+            assert "Tensor.h>" not in path.read_text(encoding="utf-8"), path
