@@ -1,5 +1,10 @@
 // The Python module dla_fast._C, and the kernels of the operators whose schemas dla_fast/ops defines.
 
+#if defined(__GNUC__) && !defined(__clang__)
+// A sanitizer changes what is inlined, and gcc then takes a vector of pybind11's for uninitialised.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
