@@ -31,6 +31,8 @@ THINNED = {
     "test_stride_and_dilation": 5,
     "test_any_input_is_the_residual": 5,
     "test_gradients_that_are_wanted_alone": 3,
+    "test_gradcheck_of_every_geometry": 7,
+    "test_the_node": 3,
 }
 
 

@@ -61,7 +61,7 @@ def test_parity(served, poisoned, dtype, layout, geometry):
 @pytest.mark.parametrize("layout", list(parity.LAYOUTS))
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=name)
-def test_gradcheck(served, layout, training, geometry):
+def test_gradcheck_of_every_geometry(served, layout, training, geometry):
     spec = Spec(
         torch.float64, layout, channels=(4, 4), out_channels=4, height=3, width=4, act="silu", training=training,
         **geometry,
