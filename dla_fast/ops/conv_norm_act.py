@@ -152,20 +152,19 @@ class _ConvNormAct:
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         xs, ups, weight, conv_bias, residual, bn_weight, bn_bias, _, _, *options = inputs
-        ctx.counts = len(xs), len(ups)
-        *ctx.geometry, ctx.residual_input, ctx.training, _, ctx.eps, ctx.act, ctx.slope = options
+        factors, stride, dilation, groups, residual_input, ctx.training, _, ctx.eps, act, slope = options
+        ctx.rest = len(xs), len(ups), (factors, stride, dilation, groups), residual_input, (ctx.eps, act, slope)
         ctx.save_for_backward(*xs, *ups, weight, conv_bias, residual, bn_weight, bn_bias, *output[1:])
 
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]:
         *inputs, z, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
             return second_order(self._recompute(ctx, mean, var), inputs, needed, dy)
-        n, m = ctx.counts
+        n, m, geometry, residual_input, options = ctx.rest
         xs, ups, (weight, conv_bias, residual, bn_weight, bn_bias) = inputs[:n], inputs[n : n + m], inputs[n + m :]
         need_dx, need_dup = needed[:n], needed[n : n + m]
         need_dw, need_bias, need_residual, need_gamma, need_beta = needed[n + m :]
-        options = (ctx.eps, ctx.act, ctx.slope)
-        added = residual if ctx.residual_input < 0 else xs[ctx.residual_input]
+        added = residual if residual_input < 0 else xs[residual_input]
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.training or need_gamma or need_beta or need_bias:
             sums = self.tail_backward_reduce(dy, z, mean, var, bn_weight, bn_bias, added, *options)
@@ -173,7 +172,7 @@ class _ConvNormAct:
         if need_dw or need_residual or any(need_dx) or any(need_dup):
             made = self.stage_backward(
                 dy, xs, ups, weight, residual, z, mean, var, bn_weight, bn_bias,
-                *(sums if ctx.training else (None, None)), *ctx.geometry, ctx.residual_input,
+                *(sums if ctx.training else (None, None)), *geometry, residual_input,
                 float(z.shape[0] * z.shape[2] * z.shape[3]), *options, need_dx, need_dup, need_dw, need_residual,
             )  # fmt: skip
         dbias, dgamma, dbeta = norm_gradients(
@@ -184,8 +183,7 @@ class _ConvNormAct:
         return [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
 
     def _recompute(self, ctx: Any, mean: Tensor, var: Tensor) -> Any:
-        n, m = ctx.counts
-        factors, stride, dilation, groups = ctx.geometry
+        n, m, (factors, stride, dilation, groups), residual_input, (_, act, slope) = ctx.rest
 
         def run(*tensors: Any) -> Tensor:
             xs, ups = tensors[:n], iter(tensors[n : n + m])
@@ -207,9 +205,9 @@ class _ConvNormAct:
                 stride=stride,
                 dilation=dilation,
                 groups=groups,
-                residual=residual if ctx.residual_input < 0 else ctx.residual_input,
+                residual=residual if residual_input < 0 else residual_input,
                 upsample=[(next(ups), factor) if factor > 1 else None for factor in factors],
-                act=(ctx.act, ctx.slope) if ctx.act == "leaky_relu" else ctx.act,
+                act=(act, slope) if act == "leaky_relu" else act,
             )
 
         return run

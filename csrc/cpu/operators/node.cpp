@@ -24,6 +24,9 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
                     "x", weight.size(3));
   for (const Tensor& x : inputs) channels_last = channels_last && is_channels_last(x);
   channels_last = channels_last || is_channels_last(weight);
+  ups.reserve(inputs.size());
+  xs.reserve(inputs.size());
+  offsets.reserve(inputs.size());
   size_t up = 0;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const int64_t f = factors[i];

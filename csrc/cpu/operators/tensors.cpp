@@ -24,12 +24,18 @@ Act act_of(std::string_view name) {
   TORCH_CHECK_VALUE(false, "act: unknown activation '", std::string(name), "'");
 }
 
+// Value by value, of any dtype and stride: an operator of the library's would take longer than all of them.
 template <class A>
 std::vector<A> vector_of(const OptionalTensor& t, int64_t n, A otherwise) {
-  if (!t.has_value()) return std::vector<A>(n, otherwise);
-  const Tensor c = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
-  TORCH_CHECK_VALUE(c.numel() == n, "expected ", n, " channels, got ", c.numel());
-  return std::vector<A>(c.const_data_ptr<A>(), c.const_data_ptr<A>() + n);
+  std::vector<A> out(n, otherwise);
+  if (!t.has_value()) return out;
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->numel() == n, "expected (", n, ") channels, got ", t->sizes());
+  dispatch(t->scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* data = t->const_data_ptr<T>();
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(data[i * t->stride(0)]);
+  });
+  return out;
 }
 
 // sum / count per channel; zeros where there is no sum.
