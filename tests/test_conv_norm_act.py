@@ -17,7 +17,8 @@ from dla_fast.proof import parity
 from dla_fast.proof.parity import Spec
 
 served = served_by("conv_norm_act")
-# Strides, dilations, groups, larger kernels, and every kind of residual.
+# Strides, dilations, groups, larger kernels, and every kind of residual. As many as neither five nor seven divide, so
+# that tests which take every fifth or seventh combination still meet each.
 GEOMETRIES: tuple[dict[str, Any], ...] = (
     {"kernel": 3, "stride": 2},
     {"kernel": 3, "dilation": 2, "residual_input": 0},
@@ -29,6 +30,7 @@ GEOMETRIES: tuple[dict[str, Any], ...] = (
     {"kernel": 1, "residual": True},
     {"kernel": 3, "groups": 4, "residual": True},
     {"kernel": 5, "stride": 2},
+    {"kernel": 3, "stride": 3},
 )
 
 
