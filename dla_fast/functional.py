@@ -37,10 +37,15 @@ def _autocasts_on(device: str) -> bool:
 
 def _autocast(tensors: Sequence[Any]) -> list[Any]:
     """Cast what a convolution reads as autocast casts conv2d's arguments: everything floating but float64."""
-    first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    if first is None or not _autocasts_on(first.device.type):
+    for first in tensors:
+        if isinstance(first, Tensor):
+            break
+    else:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    if not _autocasts_on(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
     return [
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
