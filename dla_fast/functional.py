@@ -95,6 +95,8 @@ def _node(
     if _autocasts_on(device):
         *xs, weight, conv_bias = _autocast([*xs, weight, conv_bias])
     checks.check_one_kind(xs)
+    if stride != 1 or dilation != 1 or groups != 1:
+        checks.check_geometry(stride, dilation, groups)
     checks.check_weight(weight, xs, kernels, groups)
     x, up_weights, factors = xs[0], [], [1] * len(xs)
     images, _, height, width = x.shape
@@ -102,14 +104,12 @@ def _node(
     if upsample is None and op == "aggregate":
         checks.check_same_size(xs)
     else:
-        upsample = checks.check_upsampling(upsample or [None] * len(xs), xs, _autocast)
+        upsample = checks.check_upsampling([None] * len(xs) if upsample is None else upsample, xs, _autocast)
         height, width = checks.check_same_size_upsampled(xs, upsample)
         for i, up in enumerate(upsample):
             if up is not None:
                 up_weights.append(up[0])
                 factors[i] = up[1]
-    if stride != 1 or dilation != 1 or groups != 1:
-        checks.check_geometry(stride, dilation, groups)
     if kernel > 1 or stride > 1:
         height, width = (checks.convolved(side, kernel, stride, dilation) for side in (height, width))
     checks.check_vector("conv_bias", conv_bias, channels, x, norm=False)

@@ -204,6 +204,8 @@ BAD = (
     (ValueError, "residual: expected shape \\(2, 4, 4, 4\\)", {"residual": torch.randn(2, 4, 2, 2)}),
     (TypeError, "residual: expected torch.float64", {"residual": torch.randn(2, 4, 4, 4, dtype=torch.float32)}),
     (ValueError, "stride: expected an integer >= 1, got 0", {"stride": 0}),
+    (TypeError, "groups: expected an integer >= 1, got '2'", {"groups": "2"}),
+    (ValueError, "upsample: expected one entry per input \\(2\\), got 0", {"upsample": []}),
     (TypeError, "dilation: expected an integer >= 1, got 1.5", {"dilation": 1.5}),
     (ValueError, "weight: expected 4 \\+ 4 = 8 input channels in 2 groups, got 8", {"groups": 2}),
     (ValueError, "weight: expected a square, odd kernel", {"weight": torch.randn(4, 8, 2, 2)}),
@@ -218,5 +220,6 @@ def test_bad_input_names_the_argument(case):
     weight = changes.get("weight", t["weight"]).double()
     if isinstance(options.get("residual"), Tensor) and "shape" in message:
         options["residual"] = options["residual"].double()
+    options = {"upsample": [None, (t["up"], 2)]} | options
     with pytest.raises(error, match=message):
-        functional.conv_norm_act(t["xs"], weight, *t["norm"], training=True, upsample=[None, (t["up"], 2)], **options)
+        functional.conv_norm_act(t["xs"], weight, *t["norm"], training=True, **options)

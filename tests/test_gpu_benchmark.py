@@ -315,3 +315,11 @@ def test_a_kernel_that_was_not_compiled_beforehand_is_noticed(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["3", "True", "True", "False"]
+
+
+def test_what_is_quoted_does_not_tell_where_the_checkout_lies(tmp_path):
+    collected = report.Collected(tmp_path / "gpu.json", "cpu")
+    found = {"check": "a", "ok": False, "detail": f'File "{HERE.parent / "dla_fast" / "nn.py"}", line 3'}
+    collected.add({"record": found, "label": "a", "block": "checks"})
+    assert str(HERE.parent) not in json.dumps(collected.save(complete=True)["checks"])
+    assert "dla_fast" in found["detail"]

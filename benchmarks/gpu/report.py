@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.process import Line
+from benchmarks.gpu.process import ROOT, Line
 from dla_fast.bench import records as recorded
 
 # Whichever of them is fastest on a case stands for a compiled peer.
@@ -46,7 +46,11 @@ class Collected:
         self._machine = recorded.machine_facts(torch.device(self.device), {}) | {"cores": os.cpu_count()}
 
     def add(self, line: Line) -> None:
-        """Keep a line of a process."""
+        """Keep a line of a process, without the place of this checkout in what it quotes."""
+        record = line.get("record")
+        for name in ("detail", "error"):
+            if record and isinstance(record.get(name), str):
+                record[name] = record[name].replace(f"{ROOT}{os.sep}", "")
         self.lines.append(line)
 
     def done(self) -> dict[str, list[str]]:

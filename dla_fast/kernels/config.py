@@ -239,7 +239,7 @@ _CDNA3 = 94
 def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> TileConfig:
     """What compiles without spilling on each architecture, and fits its shared memory.
 
-    Found by compiling ahead of time (benchmarks.aot), not by measuring.
+    Found by compiling ahead of time (benchmarks.gates.aot), not by measuring.
     """
     if arch == _CDNA3:
         # 64 KB of shared memory; a warp is 64 threads wide.

@@ -46,7 +46,9 @@ class Geometry(NamedTuple):
 
 
 def _measured(weight: Tensor) -> bool:
-    return weight.device.type == DEVICE and config.arch_of(weight.device) in MEASURED
+    """Whether anything was measured there: nothing of float64, nor of float32 that is multiplied as such."""
+    rounds = weight.dtype.itemsize == 2 or (weight.dtype == torch.float32 and host.precision(weight.dtype) == "tf32")
+    return rounds and weight.device.type == DEVICE and config.arch_of(weight.device) in MEASURED
 
 
 def serves(weight: Tensor, geometry: Geometry) -> bool:
@@ -66,8 +68,7 @@ def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: 
     """
     if weight.shape[2] > 1 or geometry.stride > 1 or geometry.groups > 1:
         return True
-    # Exact products of float32, and float64's, were not measured.
-    if not _measured(weight) or node.exact or node.dtype == torch.float64:
+    if not _measured(weight):
         return False
     return not fused or node.total * (node.depth + node.out_channels) >= LARGE
 
