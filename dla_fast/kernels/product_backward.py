@@ -21,7 +21,7 @@ order.
 import triton
 import triton.language as tl
 
-from dla_fast.kernels.tile import along, at, dz_of, inside, pixel_range, pre_activation_gradient, tf32
+from dla_fast.kernels.tile import along, at, batch_terms, gradient_of, inside, norm_of, pixel_range, tf32
 
 
 @triton.jit
@@ -50,10 +50,12 @@ def dx_kernel(
         n = begin + tl.arange(0, BN)
         outs = n < out_channels
         offset = pixel + along(n, pixels, CL, I64)[None, :]
-        dz, _ = dz_of(
-            dy, z, residual, offset, inside(rows, outs, EVEN_N), mean, var, gamma, beta, sum_dy, sum_dy_xhat,
-            inverse_count, n, outs, EPS, ACT, SLOPE, ACC,
-        )  # fmt: skip
+        center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
+        tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
+        grad, off = gradient_of(
+            dy, z, residual, offset, inside(rows, outs, EVEN_N), center, scale, shift, ACT, SLOPE, ACC
+        )
+        dz = grad * scale[None, :] - off * tilt[None, :] - drop[None, :]
         weights = w + n[:, None] * depth + (start + k)[None, :]
         right = tl.load(weights, mask=outs[:, None] & (k < own)[None, :], other=0.0)
         dz, right = tf32(dz.to(right.dtype), PRECISION), tf32(right, PRECISION)
@@ -61,10 +63,10 @@ def dx_kernel(
     mask = inside(rows, k < own, EVEN_K)
     if ADD:  # noqa: SIM102, the inner condition is the device's
         if block < blocks[1]:
-            grad, _, _ = pre_activation_gradient(
-                dy, z, residual, pixel + along(k, pixels, CL, I64)[None, :], mask, mean, var, gamma, beta, k, k < own,
-                EPS, ACT, SLOPE, ACC,
-            )  # fmt: skip
+            center, _, scale, shift = norm_of(mean, var, gamma, beta, k, k < own, EPS, ACC)
+            grad, _ = gradient_of(
+                dy, z, residual, pixel + along(k, pixels, CL, I64)[None, :], mask, center, scale, shift, ACT, SLOPE, ACC
+            )
             acc += grad
     to = dx + at(m, pixels, own, CL)[:, None] + along(k, pixels, CL, I64)[None, :]
     tl.store(to, acc.to(dx.dtype.element_ty), mask=mask)
@@ -101,16 +103,21 @@ def weight_kernel(
     weights_mask = outs[:, None] & (k < own)[None, :]
     if DX:
         weights = tf32(tl.load(w + at_weights, mask=weights_mask, other=0.0), PRECISION)
+    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
+    tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
+    if ADD:
+        center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, k < own_of_first, EPS, ACC)
     acc = tl.zeros((BN, BK), ACC)
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
         rows = m < total
         pixel = at(m, pixels, out_channels, CL)[:, None]
-        dz, _ = dz_of(
-            dy, z, residual, pixel + along(n, pixels, CL, I64)[None, :], inside(rows, outs, EVEN_N), mean, var, gamma,
-            beta, sum_dy, sum_dy_xhat, inverse_count, n, outs, EPS, ACT, SLOPE, ACC,
+        grad, off = gradient_of(
+            dy, z, residual, pixel + along(n, pixels, CL, I64)[None, :], inside(rows, outs, EVEN_N), center, scale,
+            shift, ACT, SLOPE, ACC,
         )  # fmt: skip
+        dz = grad * scale[None, :] - off * tilt[None, :] - drop[None, :]
         mask = inside(rows, k < own, EVEN_K)
         offset = at(m, pixels, own, CL)[:, None] + column
         right = tl.load(x + offset, mask=mask, other=0.0)
@@ -121,9 +128,8 @@ def weight_kernel(
             if ADD:
                 # Where the block is not one of input 0, nothing is loaded.
                 of_first = mask & (k < own_of_first)[None, :]
-                grad, _, _ = pre_activation_gradient(
-                    dy, z, residual, pixel + column, of_first, mean, var, gamma, beta, k,
-                    k < own_of_first, EPS, ACT, SLOPE, ACC,
+                grad, _ = gradient_of(
+                    dy, z, residual, pixel + column, of_first, center_k, scale_k, shift_k, ACT, SLOPE, ACC
                 )  # fmt: skip
                 made += grad
             tl.store(dx + offset, made.to(dx.dtype.element_ty), mask=mask & wanted)

@@ -27,12 +27,11 @@ from dla_fast.kernels.tile import (
     activate,
     along,
     at,
-    dz_of,
+    batch_terms,
+    gradient_of,
     inside,
-    per_channel,
+    norm_of,
     pixel_range,
-    pre_activation_gradient,
-    reciprocal_deviation,
 )
 
 # Tiles that a program takes one after the other at most, its sums in registers.
@@ -50,9 +49,8 @@ def tail_kernel(
     cols = c < channels
     mask = inside(m < total, cols, EVEN)
     offset = at(m, pixels, channels, CL)[:, None] + along(c, pixels, CL, I64)[None, :]
-    scale = per_channel(gamma, c, cols, 1.0, ACC) * reciprocal_deviation(per_channel(var, c, cols, 1.0, ACC), EPS)
-    off = tl.load(z + offset, mask=mask, other=0.0).to(ACC) - per_channel(mean, c, cols, 0.0, ACC)[None, :]
-    u = off * scale[None, :] + per_channel(beta, c, cols, 0.0, ACC)[None, :]
+    center, _, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
+    u = (tl.load(z + offset, mask=mask, other=0.0).to(ACC) - center[None, :]) * scale[None, :] + shift[None, :]
     if residual is not None:
         u += tl.load(residual + offset, mask=mask, other=0.0).to(ACC)
     tl.store(y + offset, activate(u, ACT, SLOPE).to(y.dtype.element_ty), mask=mask)
@@ -68,21 +66,20 @@ def reduce_kernel(
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     cols = c < channels
     column = along(c, pixels, CL, I64)[None, :]
+    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
     first = tl.zeros((BM, BN), ACC)
     second = tl.zeros((BM, BN), ACC)
     for tile in range(0, TILES):
         m = pixel_range(group * TILES + tile, BM, I64)
         mask = inside(m < total, cols, EVEN)
         offset = at(m, pixels, channels, CL)[:, None] + column
-        grad, x_hat, _ = pre_activation_gradient(
-            dy, z, residual, offset, mask, mean, var, gamma, beta, c, cols, EPS, ACT, SLOPE, ACC
-        )
+        grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
         first += grad
-        second += grad * x_hat
+        second += grad * off
     # Once a group: what hundreds of values add up to keeps the digits that each of them had.
     to = partial + c * groups + group
     tl.store(to, tl.sum(first.to(tl.float64), 0).to(ACC), mask=cols)
-    tl.store(to + channels * groups, tl.sum(second.to(tl.float64), 0).to(ACC), mask=cols)
+    tl.store(to + channels * groups, (tl.sum(second.to(tl.float64), 0) * rstd).to(ACC), mask=cols)
 
 
 @triton.jit
@@ -113,10 +110,10 @@ def apply_kernel(
     cols = c < channels
     mask = inside(m < total, cols, EVEN)
     offset = at(m, pixels, channels, CL)[:, None] + along(c, pixels, CL, I64)[None, :]
-    value, grad = dz_of(
-        dy, z, residual, offset, mask, mean, var, gamma, beta, sum_dy, sum_dy_xhat, inverse_count, c, cols,
-        EPS, ACT, SLOPE, ACC,
-    )  # fmt: skip
+    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
+    tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, c, cols, ACC)
+    grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
+    value = grad * scale[None, :] - off * tilt[None, :] - drop[None, :]
     tl.store(dz + offset, value.to(dz.dtype.element_ty), mask=mask)
     if du is not None:
         tl.store(du + offset, grad.to(du.dtype.element_ty), mask=mask)

@@ -128,39 +128,41 @@ def moments_of(value, rows, count, ACC: tl.constexpr):
 
 
 @triton.jit
-def pre_activation_gradient(
-    dy, z, residual, offset, mask, mean, var, gamma, beta, c, cols,
-    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Gradient g before the activation of a tile, with x_hat and gamma / sigma. All are zero outside the mask."""
+def norm_of(mean, var, gamma, beta, c, cols, EPS: tl.constexpr, ACC: tl.constexpr):
+    """A norm's coefficients for a block of channels: mean, 1 / sigma, gamma / sigma, beta. To be formed outside loops:
+    a root and a division cost more than all the arithmetic of a value, and nothing hoists them past a store."""
     rstd = reciprocal_deviation(per_channel(var, c, cols, 1.0, ACC), EPS)
     scale = per_channel(gamma, c, cols, 1.0, ACC) * rstd
-    off = tl.load(z + offset, mask=mask, other=0.0).to(ACC) - per_channel(mean, c, cols, 0.0, ACC)[None, :]
-    grad = tl.load(dy + offset, mask=mask, other=0.0).to(ACC)
-    if ACT != "identity":
-        u = off * scale[None, :] + per_channel(beta, c, cols, 0.0, ACC)[None, :]
-        if residual is not None:
-            u += tl.load(residual + offset, mask=mask, other=0.0).to(ACC)
-        grad = tl.where(mask, activate_backward(u, grad, ACT, SLOPE), 0.0)
-    return grad, tl.where(mask, off * rstd[None, :], 0.0), scale
+    return per_channel(mean, c, cols, 0.0, ACC), rstd, scale, per_channel(beta, c, cols, 0.0, ACC)
 
 
 @triton.jit
-def dz_of(
-    dy, z, residual, offset, mask, mean, var, gamma, beta, sum_dy, sum_dy_xhat, inverse_count, c, cols,
-    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """dz = gamma / sigma * (g - mean(g) - x_hat * mean(g * x_hat)) of a tile, and g; both zero outside the mask.
+def batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, c, cols, ACC: tl.constexpr):
+    """What the batch's means of g and g * x_hat take from dz = scale * g - tilt * (z - mean) - drop: (tilt, drop).
 
-    The two means are those of the batch; without sums (frozen statistics) there are none.
+    With frozen statistics there are no sums, and both are zero.
     """
-    grad, x_hat, scale = pre_activation_gradient(
-        dy, z, residual, offset, mask, mean, var, gamma, beta, c, cols, EPS, ACT, SLOPE, ACC
-    )
     if sum_dy is not None:
-        m0 = (tl.load(sum_dy + c, mask=cols, other=0.0).to(tl.float64) * inverse_count).to(ACC)
-        m1 = (tl.load(sum_dy_xhat + c, mask=cols, other=0.0).to(tl.float64) * inverse_count).to(ACC)
-        value = tl.where(mask, grad - m0[None, :] - x_hat * m1[None, :], 0.0)
+        drop = (tl.load(sum_dy + c, mask=cols, other=0.0).to(tl.float64) * inverse_count).to(ACC) * scale
+        tilt = (tl.load(sum_dy_xhat + c, mask=cols, other=0.0).to(tl.float64) * inverse_count).to(ACC) * rstd * scale
     else:
-        value = grad
-    return value * scale[None, :], grad
+        drop, tilt = tl.zeros(c.shape, ACC), tl.zeros(c.shape, ACC)
+    return tilt, drop
+
+
+@triton.jit
+def gradient_of(
+    dy, z, residual, offset, mask, center, scale, shift, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Gradient g before the activation of a tile, and z - mean, by the coefficients of :func:`norm_of`.
+
+    Outside the mask g is zero, z - mean is not.
+    """
+    off = tl.load(z + offset, mask=mask, other=0.0).to(ACC) - center[None, :]
+    grad = tl.load(dy + offset, mask=mask, other=0.0).to(ACC)
+    if ACT != "identity":
+        u = off * scale[None, :] + shift[None, :]
+        if residual is not None:
+            u += tl.load(residual + offset, mask=mask, other=0.0).to(ACC)
+        grad = activate_backward(u, grad, ACT, SLOPE)
+    return grad, off
