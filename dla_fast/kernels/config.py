@@ -20,8 +20,10 @@ import torch
 
 # What the heuristic was worked out for, and what is assumed where no device is there to ask.
 DEFAULT_ARCH = 90
-# Programs that keep a large GPU busy; decides how far a small problem is split.
-PROGRAMS = 264
+# Multiprocessors of a large GPU, an H100 or H200.
+PROCESSORS = 132
+# Programs that keep it busy; decides how far a small problem is split.
+PROGRAMS = 2 * PROCESSORS
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class TileConfig:
         num_warps: warps of a program.
         num_stages: stages of the software pipeline.
         max_registers: registers of a thread that the compiler may use on NVIDIA's GPUs; 0 leaves it the choice.
+        resident: programs that a multiprocessor holds at a time, of kernels that walk tiles.
     """
 
     block_m: int
@@ -43,11 +46,23 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int = 0
+    resident: int = 1
 
     def options(self) -> dict[str, int]:
         """As Triton's compiler takes them."""
         limit = {"maxnreg": self.max_registers} if self.max_registers else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+    @property
+    def carries_moments(self) -> bool:
+        """Whether a forward product has registers left for moments that go from tile to tile.
+
+        A thread has 255: besides its part of the product it keeps three values for each of its channels, of which a
+        warp's layout gives it a quarter.
+        """
+        warps = min(self.num_warps, max(1, self.block_m // 16))
+        product = self.block_m * self.block_n // (32 * self.num_warps)
+        return self.block_m >= 16 and product + 3 * self.block_n * warps // (4 * self.num_warps) <= 160
 
     def __str__(self) -> str:
         tile = "x".join(str(b) for b in (self.block_m, self.block_n, self.block_k) if b)
@@ -143,6 +158,26 @@ def arch_of(device: torch.device) -> int:
         return _assumed
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor
+
+
+@lru_cache(maxsize=256)
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a device; a large GPU's where there is none to ask."""
+    if device.type != "cuda":
+        return PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tiles_per_program(tiles: int, blocks: int, cfg: TileConfig, device: torch.device) -> int:
+    """Tiles of pixels that a program walks, so that all programs are resident at a time.
+
+    Args:
+        tiles: of pixels.
+        blocks: of channels, each of which has programs of its own.
+        cfg: how many fit on a multiprocessor.
+        device: the tensors'.
+    """
+    return max(1, math.ceil(tiles * blocks / (processors_of(device) * cfg.resident)))
 
 
 def power_of_two(n: int, least: int, most: int) -> int:

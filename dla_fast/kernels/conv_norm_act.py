@@ -41,8 +41,11 @@ class _Plan:
         ready: whether every tensor already lies as the kernel takes it.
         cfg: tiles.
         grid: programs.
-        shapes: of the inputs: heights, widths, channels, starts.
+        order: numbers of the inputs as the kernel takes them: those that it upsamples come last.
+        shapes: of the inputs, in that order: heights, widths, channels, starts.
         sizes: the kernel's integers.
+        groups: of pixels, each of which leaves moments behind.
+        group_size: pixels of a group, the last of which has fewer.
         constexprs: by name.
         memo: what :func:`launch.launch` keeps.
     """
@@ -53,8 +56,11 @@ class _Plan:
     ready: bool
     cfg: config.TileConfig
     grid: tuple[int]
+    order: tuple[int, ...]
     shapes: tuple[Any, Any, tuple[int, ...], tuple[int, ...]]
     sizes: tuple[int, ...]
+    groups: int
+    group_size: int
     constexprs: dict[str, Any]
     memo: launch.Memo = field(default_factory=launch.Memo)
 
@@ -66,8 +72,9 @@ class _Plan:
         factors: tuple[int, ...],
         geometry: Geometry,
         epilogue: dict[str, Any],
+        moments: bool,
     ) -> _Plan:
-        """Plan a node.
+        """Plan a node: its inference, or without an epilogue its stage, with moments or without.
 
         Raises:
             ValueError: no inputs, or channels that do not add up to the weight's.
@@ -83,6 +90,14 @@ class _Plan:
         kind, depth = "forward" if flat else "merge", node.depth * kernel**2
         cfg = config.choose(kind, node.total, depth, node.out_channels, node.dtype, node.arch, node.step)
         arranged = _even_taps(weight)
+        order = tuple(sorted(range(len(xs)), key=lambda i: on_load[i] > 1))
+        taken = [i for i in order if on_load[i] == 1]
+        steps = max(1, sum(triton.cdiv(node.channels[i], cfg.block_k) for i in taken)) * kernel**2
+        tiles, blocks = triton.cdiv(node.total, cfg.block_m), triton.cdiv(node.out_channels, cfg.block_n)
+        per_program = config.tiles_per_program(tiles, blocks, cfg, node.device)
+        programs = triton.cdiv(tiles, per_program)
+        carried = moments and cfg.carries_moments
+        constexprs = node.constexprs(cfg) | {"EVEN_M": node.total % cfg.block_m == 0, "ALIGN": node.alignment}
         return _Plan(
             node=node,
             before=before,
@@ -92,21 +107,25 @@ class _Plan:
             and all(host.arranged(x, node.channels_last) is x for x in xs)
             and all(up.is_contiguous() for up in up_weights),
             cfg=cfg,
-            grid=(triton.cdiv(node.total, cfg.block_m) * triton.cdiv(node.out_channels, cfg.block_n),),
+            grid=(programs * blocks,),
+            order=order,
             shapes=(
-                tuple(int(x.shape[2]) for x in xs) if upsamples else None,
-                tuple(int(x.shape[3]) for x in xs) if upsamples else None,
-                node.channels,
-                node.starts,
+                tuple(int(xs[i].shape[2]) for i in order) if upsamples else None,
+                tuple(int(xs[i].shape[3]) for i in order) if upsamples else None,
+                tuple(node.channels[i] for i in order),
+                tuple(node.starts[i] for i in order),
             ),
             sizes=(
                 *(node.total, height, width, node.out_channels),
                 *(arranged.stride(0), arranged.stride(1), arranged.stride(3) if kernel > 1 else 1),
+                *(steps, per_program),
             ),
-            constexprs=node.constexprs(cfg)
-            | {"FACTORS": on_load, "KERNEL": kernel, "STRIDE": stride}
+            groups=programs if carried else tiles,
+            group_size=cfg.block_m * (per_program if carried else 1),
+            constexprs={name: constexprs[name] for name in _ORDER}
+            | {"FACTORS": tuple(on_load[i] for i in order), "PLAIN": len(taken), "KERNEL": kernel, "STRIDE": stride}
             | {"DILATION": geometry.dilation if kernel > 1 else 1}
-            | epilogue,
+            | (epilogue or {"WARPS": min(cfg.num_warps, max(1, cfg.block_m // 16)) if carried else 0}),
         )
 
     def launch(
@@ -125,7 +144,8 @@ class _Plan:
         tensors = (*maps, weight, *operands)
         if self.on_load is not None:
             kernels = iter(up_weights)
-            ups = tuple([next(kernels) if factor > 1 else None for factor in self.on_load])
+            given = [next(kernels) if factor > 1 else None for factor in self.on_load]
+            maps, ups = tuple([maps[i] for i in self.order]), tuple([given[i] for i in self.order])
             tensors += ups
         args = (maps, ups, *self.shapes, weight, *operands, *self.sizes)
         launch.launch(kernel, self.grid, args, self.constexprs, self.cfg, self.memo, tensors)
@@ -137,6 +157,9 @@ def _even_taps(weight: Tensor) -> Tensor:
     near = sum(stride * (size - 1) for stride, size in zip(weight.stride(), weight.shape, strict=True)) < _LARGE
     return weight if even and near else weight.contiguous()
 
+
+# The kernels' constexprs of tiles and layout, in order.
+_ORDER = ("BM", "BN", "BK", "CL", "EVEN_M", "EVEN_K", "EVEN_N", "PRECISION", "ACC", "I64", "ALIGN")
 
 # A call's plan by what it depends on, so that the next such call only fills in its tensors; None: it is the library's.
 _plans: dict[Any, _Plan | None] = {}
@@ -176,7 +199,10 @@ def _plan(
         _plans.clear()
     steps, options = Geometry(*geometry), host.epilogue(*epilogue) if epilogue else {}
     served = not library.serves(weight, steps)
-    plan = _plans[key] = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options) if served else None
+    plan = None
+    if served:
+        plan = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options, not epilogue and operands)
+    _plans[key] = plan
     return plan
 
 
@@ -299,14 +325,13 @@ def conv_norm_act_stage(
     if plan is None:
         z = _convolved(xs, up_weights, weight, factors, geometry)
         return (z, *(moments.of(z, running) if moments_wanted else host.vectors(z, 0)))
-    node, cfg = plan.node, plan.cfg
+    node = plan.node
     z = node.output(weight)
     mean, var = host.vectors(z, node.out_channels if moments_wanted else 0)
-    tiles = triton.cdiv(node.total, cfg.block_m)
-    partial = mean.new_empty(3, node.out_channels, tiles) if moments_wanted else None
+    partial = mean.new_empty(3, node.out_channels, plan.groups) if moments_wanted else None
     plan.launch(stage_kernel, xs, up_weights, weight, (z, partial))
     if partial is not None:
-        moments.finalise(partial, node.total, cfg.block_m, mean, var, running)
+        moments.finalise(partial, node.total, plan.group_size, mean, var, running)
     return z, mean, var
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -198,6 +199,11 @@ class Node:
         # A tile may reach past the last pixel before its mask says so.
         most = max(self.total, self.images * self.sides[0] * self.sides[1])
         return (most + 1024) * max(*self.channels, self.out_channels) >= _LARGE
+
+    @property
+    def alignment(self) -> int:
+        """Pixels in a row that always lie side by side, and start at a multiple of as many: for 16 bytes at most."""
+        return math.gcd(self.pixels, 16 // self.dtype.itemsize)
 
     def arrange(self, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The inputs in the node's layout."""
