@@ -92,10 +92,14 @@ def chosen(xs, channels, starts, i, PLAIN: tl.constexpr):
 
 @triton.jit
 def load_weights(
-    w, n, k, tap, kin, outs, stride_n, stride_k, stride_t, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr
+    w, n, k, tap, kin, outs, stride_n, stride_k, stride_t,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, KERNEL: tl.constexpr,
 ):  # fmt: skip
     """Columns k of the weight's rows n, as (k, n)."""
-    weights = w + n[None, :] * stride_n + k[:, None] * stride_k + tap * stride_t
+    weights = w + n[None, :] * stride_n + k[:, None] * stride_k
+    # Nothing would know that the only tap is 0, and where a weight begins.
+    if KERNEL > 1:
+        weights += tap * stride_t
     if EVEN_K and EVEN_N:
         values = tl.load(weights)
     else:
@@ -129,7 +133,7 @@ def add_step(
         there = ((taps >> tap) & 1) != 0
         values = tl.load(address, mask=inside(there, kin, EVEN_K), other=0.0)
     right = load_weights(
-        w, n, start + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N
+        w, n, start + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N, KERNEL
     )  # fmt: skip
     return tl.dot(tf32(values, PRECISION), tf32(right, PRECISION), acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -182,7 +186,7 @@ def add_upsampled(
                     CL, EVEN_K, I64, FACTORS[i], ACC,
                 )  # fmt: skip
                 right = load_weights(
-                    w, n, starts[i] + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N
+                    w, n, starts[i] + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N, KERNEL
                 )  # fmt: skip
                 values, right = tf32(values, PRECISION), tf32(right, PRECISION)
                 acc = tl.dot(values, right, acc, input_precision=PRECISION, out_dtype=ACC)
