@@ -243,7 +243,7 @@ def test_launches():
     with launch.count() as names:
         node.call(leaves, node.buffers).sum().backward()
     assert names[:3] == ["stage_kernel", "finalise_kernel", "tail_kernel"]
-    assert names[3:6] == ["reduce_kernel", "reduce_sum_kernel", "weight_kernel"]
+    assert names[3:6] == ["reduce_kernel", "reduce_sum_kernel", "fused_kernel"]
 
 
 def test_one_input_as_every_layout_of_a_weight_has_it():

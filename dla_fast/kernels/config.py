@@ -220,26 +220,30 @@ def _merge(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
 def _backward(
     kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int, channels_last: bool, exact: bool
 ) -> TileConfig:
-    """Tiles of the backward products; block_n of ``fused`` must hold every output channel."""
+    """Tiles of the backward products; block_n of ``fused`` must hold every output channel, block_n of ``dx`` is the
+    part of them that is formed at a time."""
+    half, slow = dtype.itemsize == 2, dtype == torch.float64 or exact
     if kernel == "fused":
-        block_n = power_of_two(n, 16, 1024)
-        half = dtype.itemsize == 2
         # Warpgroup instructions want 64 pixels; others leave more of a thread's registers to the accumulators.
-        block_m = power_of_two(m, 16, 64 if arch >= 90 and (half or block_n <= 64) else 32)
-        return TileConfig(block_m, block_n, min(step, 64), 8, 2)
-    if dtype == torch.float64 or exact:
+        block_m = power_of_two(m, 16, 64 if arch >= 90 and half else 32)
+        return TileConfig(block_m, power_of_two(n, 16, 1024), min(step, 64), 8, 2)
+    if slow:
         return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 32), min(step, 32), 4, 1)
-    half = dtype.itemsize == 2
     if kernel == "dx":
-        block_m = power_of_two(m, 16, 128 if arch >= 90 and half else 64)
-        return TileConfig(block_m, power_of_two(n, 16, 32), min(step, 128), 8, 2)
+        block_m = power_of_two(m, 16, 64 if arch >= 90 and half else 32)
+        return TileConfig(block_m, power_of_two(n, 16, 64), min(step, 64), 4, 3)
     # A contiguous map's tile is turned round in registers.
     most = 128 if channels_last else 64
-    return TileConfig(power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, most), min(step, most), 8, 2)
+    return TileConfig(power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, most), min(step, most), 8, 3)
+
+
+def holds_dz(n: int, dtype: torch.dtype, exact: bool = False) -> bool:
+    """Whether a tile of dz with all its channels fits a program: four parts of the width that is chosen for dx."""
+    return n <= (128 if dtype == torch.float64 or exact else 256)
 
 
 def fits_fused(k: int, n: int, dtype: torch.dtype, exact: bool = False) -> bool:
-    """Whether one pass may make dx and dW: a tile's dW and dz must stay in registers and shared memory."""
+    """Whether one pass may make dx and dW: all of dW and a tile's dz must stay in registers and shared memory."""
     most = 32 if dtype == torch.float64 or exact else 256 if dtype.itemsize == 2 else 128
     return n <= most and n * k * 4 <= 128 * 1024
 
@@ -308,6 +312,13 @@ def merge(groups: int, channels: int) -> TileConfig:
     # In double: more than four values a thread would not stay in registers.
     at_once = power_of_two(groups, 1, 512)
     return TileConfig(at_once, power_of_two(channels, 1, min(32, 512 // at_once)), 0, 4, 1)
+
+
+@lru_cache(maxsize=1024)
+def weight_sum(size: int, ranges: int) -> TileConfig:
+    """For adding up parts of dW: block_m values, and block_n ranges at once, so that their loads overlap."""
+    block_m = power_of_two(size, 1, 256)
+    return TileConfig(block_m, power_of_two(ranges, 1, 16), 0, 4, 1)
 
 
 @lru_cache(maxsize=4096)

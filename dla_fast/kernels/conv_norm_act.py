@@ -97,7 +97,6 @@ class _Plan:
         per_program = config.tiles_per_program(tiles, blocks, cfg, node.device)
         programs = triton.cdiv(tiles, per_program)
         carried = moments and cfg.carries_moments
-        constexprs = node.constexprs(cfg) | {"EVEN_M": node.total % cfg.block_m == 0, "ALIGN": node.alignment}
         return _Plan(
             node=node,
             before=before,
@@ -122,7 +121,7 @@ class _Plan:
             ),
             groups=programs if carried else tiles,
             group_size=cfg.block_m * (per_program if carried else 1),
-            constexprs={name: constexprs[name] for name in _ORDER}
+            constexprs=node.tile(cfg)
             | {"FACTORS": tuple(on_load[i] for i in order), "PLAIN": len(taken), "KERNEL": kernel, "STRIDE": stride}
             | {"DILATION": geometry.dilation if kernel > 1 else 1}
             | (epilogue or {"WARPS": min(cfg.num_warps, max(1, cfg.block_m // 16)) if carried else 0}),
@@ -157,9 +156,6 @@ def _even_taps(weight: Tensor) -> Tensor:
     near = sum(stride * (size - 1) for stride, size in zip(weight.stride(), weight.shape, strict=True)) < _LARGE
     return weight if even and near else weight.contiguous()
 
-
-# The kernels' constexprs of tiles and layout, in order.
-_ORDER = ("BM", "BN", "BK", "CL", "EVEN_M", "EVEN_K", "EVEN_N", "PRECISION", "ACC", "I64", "ALIGN")
 
 # A call's plan by what it depends on, so that the next such call only fills in its tensors; None: it is the library's.
 _plans: dict[Any, _Plan | None] = {}

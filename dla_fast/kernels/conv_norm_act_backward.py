@@ -17,10 +17,10 @@ import triton
 from torch import Tensor
 
 from dla_fast.kernels import config, examples, host, launch, library
-from dla_fast.kernels.product_backward import dx_kernel, weight_kernel, weight_sum_kernel
+from dla_fast.kernels.product_backward import dx_kernel, fused_kernel, weight_kernel, weight_sum_kernel
 from dla_fast.kernels.tail import tail_backward_apply
 from dla_fast.kernels.upsample import upsample_backward
-from dla_fast.ops.layout import empty_like_layout
+from dla_fast.ops.layout import accumulation_dtype, empty_like_layout
 
 
 def _blocks(channels: Sequence[int], size: int) -> tuple[int, ...]:
@@ -60,68 +60,115 @@ class _Operands(NamedTuple):
         return tuple([values[i] for i in self.order if which is None or i in which])
 
 
-def _dx(operands: _Operands, dxs: list[Tensor], need_dx: Sequence[bool]) -> None:
+def _dx(operands: _Operands, dxs: list[Tensor], need_dx: Sequence[bool], dz: Tensor | None) -> None:
+    """The inputs' gradients, and dz where it is given."""
     node = operands.node
     cfg = _choose("dx", node)
     wanted = [i for i, needed in enumerate(need_dx) if needed]
     given, channels, starts = (operands.of_inputs(v, wanted) for v in (dxs, node.channels, node.starts))
     blocks = _blocks(channels, cfg.block_k)
-    args = (given, channels, starts, blocks, *operands.maps, *operands.norm, *operands.sums)
+    dy, z, residual, weight = operands.maps
+    args = (given, channels, starts, blocks, dy, z, dz, residual, weight, *operands.norm, *operands.sums)
     sizes = (node.total, node.pixels, node.out_channels, node.depth, blocks[-1])
-    grid = (triton.cdiv(node.total, cfg.block_m) * blocks[-1],)
-    launch.launch(dx_kernel, grid, (*args, *sizes), node.constexprs(cfg) | operands.constexprs, cfg)
+    constexprs = node.tile(cfg) | {"CHUNKS": triton.cdiv(node.out_channels, cfg.block_n)} | operands.constexprs
+    launch.launch(dx_kernel, (triton.cdiv(node.total, cfg.block_m),), (*args, *sizes), constexprs, cfg)
 
 
-def _weight(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dw: Tensor) -> None:
-    """dW, and with ``need_dx`` the inputs' gradients."""
-    node = operands.node
-    cfg = _choose("fused" if any(need_dx) else "dw", node)
-    channels, starts = operands.of_inputs(node.channels), operands.of_inputs(node.starts)
-    blocks = _blocks(channels, cfg.block_k)
+class _Ranges(NamedTuple):
+    """How pixels are shared among the programs that add up dW, and where their parts go.
+
+    Attributes:
+        count: of ranges.
+        tiles: of a range.
+        out: (N, K) of the only range, or (ranges, N * K).
+    """
+
+    count: int
+    tiles: int
+    out: Tensor
+
+    @staticmethod
+    def of(node: host.Node, cfg: config.TileConfig, programs: int, dw: Tensor) -> _Ranges:
+        """Ranges of ``programs`` programs each, so that all are resident at a time."""
+        tiles = triton.cdiv(node.total, cfg.block_m)
+        resident = config.processors_of(node.device) * cfg.resident
+        each = triton.cdiv(tiles, max(1, min(tiles, resident // programs)))
+        count = triton.cdiv(tiles, each)
+        direct = count == 1 and dw.is_contiguous()
+        return _Ranges(count, each, dw if direct else dw.new_empty(count, dw.numel(), dtype=accumulation_dtype(dw.dtype)))
+
+    def add_up(self, dw: Tensor, acc: Any) -> None:
+        """dW from its parts, in order."""
+        if self.out is dw:
+            return
+        size = dw.numel()
+        rows = dw if dw.is_contiguous() else dw.new_empty(dw.shape)
+        cfg = config.weight_sum(size, self.count)
+        constexprs = {"B": cfg.block_m, "R": cfg.block_n, "ACC": acc}
+        args = (self.out, rows, size, self.count)
+        launch.launch(weight_sum_kernel, (triton.cdiv(size, cfg.block_m),), args, constexprs, cfg)
+        if rows is not dw:
+            dw.copy_(rows)
+
+
+def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor) -> Tensor:
+    """dW, a product of dz and the inputs."""
+    dw = torch.empty_like(weight)
+    if node.total == 0:
+        return dw.zero_()
+    cfg = _choose("dw", node)
+    blocks = _blocks(node.channels, cfg.block_k)
     programs = blocks[-1] * triton.cdiv(node.out_channels, cfg.block_n)
-    tiles = triton.cdiv(node.total, cfg.block_m)
-    per_range = triton.cdiv(tiles, max(1, min(tiles, config.PROGRAMS // 2 // programs)))
-    ranges = triton.cdiv(tiles, per_range)
-    size = dw.numel()
-    rows = dw if dw.is_contiguous() else dw.new_empty(dw.shape)
-    # A single range is the gradient itself.
-    out = rows if ranges == 1 else operands.norm.mean.new_empty(ranges, size)
-    mask = sum(1 << i for i, needed in enumerate(operands.of_inputs(need_dx)) if needed)
+    ranges = _Ranges.of(node, cfg, programs, dw)
+    sizes = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
+    args = (tuple(xs), node.channels, node.starts, blocks, dz, ranges.out, *sizes)
+    launch.launch(weight_kernel, (programs, ranges.count), args, node.tile(cfg), cfg)
+    ranges.add_up(dw, node.acc)
+    return dw
+
+
+def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dw: Tensor) -> None:
+    """dW and the inputs' gradients in one launch."""
+    node = operands.node
+    cfg = _choose("fused", node)
+    channels, starts, needed = (operands.of_inputs(v) for v in (node.channels, node.starts, need_dx))
+    ranges = _Ranges.of(node, cfg, 1, dw)
+    sizes = tuple(config.power_of_two(c, 16, 1024) for c in channels)
     # Something must stand where no gradient is written.
-    targets = [dx if needed else x for x, dx, needed in zip(xs, dxs, need_dx, strict=True)]
-    of_inputs = (operands.of_inputs(xs), operands.of_inputs(targets), channels, starts, blocks)
-    sizes = (node.total, node.pixels, node.out_channels, node.depth, per_range)
-    args = (*of_inputs, *operands.maps, out, *operands.norm, *operands.sums, *sizes)
-    constexprs = node.constexprs(cfg) | {"DX": mask} | operands.constexprs
-    constexprs["ADD"] = bool(mask) and constexprs["ADD"]
-    launch.launch(weight_kernel, (programs, ranges), args, constexprs, cfg)
-    if ranges > 1:
-        summed = config.TileConfig(min(1024, config.power_of_two(size, 1, 1024)), 1)
-        grid = (triton.cdiv(size, summed.block_m),)
-        launch.launch(
-            weight_sum_kernel, grid, (out, rows, size, ranges), {"B": summed.block_m, "ACC": node.acc}, summed
-        )
-    if rows is not dw:
-        dw.copy_(rows)
+    targets = [dx if wanted else x for x, dx, wanted in zip(xs, dxs, need_dx, strict=True)]
+    of_inputs = (operands.of_inputs(xs), operands.of_inputs(targets), channels, starts)
+    integers = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
+    args = (*of_inputs, *operands.maps, ranges.out, *operands.norm, *operands.sums, *integers)
+    constexprs = {name: value for name, value in node.tile(cfg).items() if name not in ("BK", "EVEN_K")}
+    constexprs |= {"SIZES": sizes, "EVEN": _bits(c == s for c, s in zip(channels, sizes, strict=True))}
+    launch.launch(
+        fused_kernel, (ranges.count,), args, constexprs | {"DX": _bits(needed)} | operands.constexprs, cfg
+    )
+    ranges.add_up(dw, node.acc)
+
+
+def _bits(flags: Iterable[bool]) -> int:
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
 
 
 def _products(
     operands: _Operands, xs: Sequence[Tensor], weight: Tensor, need_dx: Sequence[bool], need_dw: bool, fused: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of a 1 x 1 node's inputs and weight: one launch for small nodes or for dx alone, at most three."""
+    """Gradients of a 1 x 1 node's inputs and weight: one launch for dx alone, two of a small node, three of any other."""
     node = operands.node
     dxs = [
         empty_like_layout(x, x.shape, node.channels_last) if needed else x.new_empty(0)
         for x, needed in zip(xs, need_dx, strict=True)
     ]
-    dw = torch.empty_like(weight) if need_dw else weight.new_empty(0)
-    if node.total == 0:
-        return dxs, dw.zero_()
-    if any(need_dx) and not fused:
-        _dx(operands, dxs, need_dx)
-    if need_dw:
-        _weight(operands, xs, dxs, need_dx if fused else [False] * len(xs), dw)
-    return dxs, dw
+    if fused:
+        dw = torch.empty_like(weight)
+        if node.total == 0:
+            return dxs, dw.zero_()
+        _fused(operands, xs, dxs, need_dx, dw)
+        return dxs, dw
+    dz = empty_like_layout(operands.maps[1], node.output_sizes, node.channels_last) if need_dw else None
+    _dx(operands, dxs, need_dx, dz)
+    return dxs, weight.new_empty(0) if dz is None else _weight(node, xs, dz, weight)
 
 
 def conv_norm_act_backward(
@@ -201,7 +248,8 @@ def conv_norm_act_backward(
     dresidual = z.new_empty(0)
     node = host.Node.of(full, weight, None, *geometry)
     fused = need_dw and any(need) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
-    if not need_dresidual and not library.serves_backward(node, weight, geometry, fused):
+    served = need_dresidual or library.serves_backward(node, weight, geometry, fused)
+    if any(need) and not served:
         first = max(residual_input, 0)
         operands = _Operands(
             node=node,
@@ -217,7 +265,10 @@ def conv_norm_act_backward(
         dz, grad = tail_backward_apply(
             dy, z, *norm, added, sum_dy, sum_dy_xhat, count, eps, act, slope, adds or need_dresidual
         )
-        dxs, dw = library.gradients(dz, full, weight, geometry, need, need_dw, cl)
+        if served:
+            dxs, dw = library.gradients(dz, full, weight, geometry, need, need_dw, cl)
+        else:
+            dxs, dw = [x.new_empty(0) for x in xs], _weight(node, full, dz, weight) if need_dw else weight.new_empty(0)
         if adds:
             dxs[residual_input] += grad
         if need_dresidual:

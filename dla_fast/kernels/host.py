@@ -213,18 +213,20 @@ class Node:
         """A new tensor of the node's output."""
         return empty_like_layout(like, self.output_sizes, self.channels_last)
 
-    def constexprs(self, cfg: config.TileConfig) -> dict[str, Any]:
-        """Those of every kernel that multiplies."""
+    def tile(self, cfg: config.TileConfig) -> dict[str, Any]:
+        """The constexprs of every kernel that multiplies, in order."""
         return {
             "BM": cfg.block_m,
             "BN": cfg.block_n,
             "BK": cfg.block_k,
             "CL": self.channels_last,
-            "EVEN_K": all(c % cfg.block_k == 0 for c in self.channels),
+            "EVEN_M": self.total % cfg.block_m == 0,
+            "EVEN_K": cfg.block_k > 0 and all(c % cfg.block_k == 0 for c in self.channels),
             "EVEN_N": self.out_channels % cfg.block_n == 0,
             "PRECISION": self.precision,
             "ACC": self.acc,
             "I64": self.large,
+            "ALIGN": self.alignment,
         }
 
 

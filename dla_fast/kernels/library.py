@@ -68,6 +68,8 @@ def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: 
     """
     if weight.shape[2] > 1 or geometry.stride > 1 or geometry.groups > 1:
         return True
+    if not fused and not config.holds_dz(node.out_channels, node.dtype, node.exact):
+        return True
     if not _measured(weight):
         return False
     return not fused or node.total * (node.depth + node.out_channels) >= LARGE

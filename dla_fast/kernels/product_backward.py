@@ -1,18 +1,18 @@
 """Backward of a 1 x 1 node's product: dx_i = W_i^T dz (+ g for the residual's input), dW_i = dz^T x_i.
 
-M pixels over all images, K = sum of the inputs' channels C_i, N output channels, b bytes a value. dz is formed tile by
-tile from dy and z, and never stored.
+M pixels over all images, K = sum of the inputs' channels C_i, N output channels, b bytes a value. dz is formed once a
+value, from dy and z; every channel's coefficients are formed once a program, outside loops.
 
-``weight_kernel`` with DX makes both: a program owns a block of an input's channels and walks a range of pixels, its
-part of dW in registers. It reads dy and z (2N) and x_i (K), writes dx_i (K): 2N + 2K values a pixel, since the programs
-of a range run side by side and dy and z come from memory once; 4KN flops. It needs all N channels of dz in a tile.
-For larger nodes ``dx_kernel`` reads 2N and writes K, and ``weight_kernel`` without DX reads 2N + K; 2KN flops each.
-A residual adds its read (N) to each pass that does not read it anyway. ``weight_sum_kernel`` adds the ranges' dW in
-order.
+``fused_kernel`` makes all of it: a program walks a range of pixels with the whole of dW in registers, and dz is never
+stored. It reads dy and z (2N) and the inputs (K), writes their gradients (K): 2N + 2K values a pixel, 4KN flops.
+For larger nodes ``dx_kernel`` takes a tile of pixels, forms all channels of dz, writes it, and goes over all blocks of
+input channels: 2N read, N + K written, 2KN flops; ``weight_kernel`` is then a plain product of dz and the inputs, cut
+into ranges of pixels: N + K read, 2KN flops. 4N + 2K together. A residual adds its read (N) to the pass that forms dz.
+``weight_sum_kernel`` adds the ranges' dW in order.
 
-- dy, z, residual: (M, N) channels_last, or (images, N, pixels) contiguous, as CL says; xs[i], dxs[i] the same with C_i
-  channels, in any order, starts[i] being the first of their columns of w; with ADD the first of them is the residual.
-  Only inputs that need it are among the dxs of ``dx_kernel``
+- dy, z, dz, residual: (M, N) channels_last, or (images, N, pixels) contiguous, as CL says; xs[i], dxs[i] the same with
+  C_i channels, in any order, starts[i] being the first of their columns of w; with ADD the first of them is the
+  residual. Only inputs that need it are among the dxs of ``dx_kernel``
 - w, dw: (N, K), K contiguous; partial: (ranges, N, K), accumulation dtype
 - mean, var, gamma, beta, sum_dy, sum_dy_xhat: (N,); all but the first two may be None
 - blocks[i]: number of the first block of channels of input i; one more entry says how many blocks there are
@@ -21,126 +21,180 @@ order.
 import triton
 import triton.language as tl
 
-from dla_fast.kernels.tile import along, at, batch_terms, gradient_of, inside, norm_of, pixel_range, tf32
+from dla_fast.kernels.tile import along, at, batch_terms, fetch, gradient_of, inside, norm_of, pixel_range, tf32
+
+
+@triton.jit
+def rows_of(m, pixels, channels, CL: tl.constexpr, ALIGN: tl.constexpr):
+    """Offset of channel 0 at each pixel of a tile; ALIGN pixels lie side by side, from a multiple of it on."""
+    row = at(m, pixels, channels, CL)
+    if not CL:
+        row = tl.max_contiguous(tl.multiple_of(row, ALIGN), ALIGN)
+    return row[:, None]
+
+
+@triton.jit
+def input_of(xs, channels, starts, blocks, block):
+    """The input that a block of channels belongs to: itself, its channels, its first column of w, its first block."""
+    x, own, start, first = xs[0], channels[0], starts[0], 0
+    for i in tl.static_range(1, len(xs)):
+        if block >= blocks[i]:
+            x = xs[i]
+        own = tl.where(block >= blocks[i], channels[i], own)
+        start = tl.where(block >= blocks[i], starts[i], start)
+        first = tl.where(block >= blocks[i], blocks[i], first)
+    return x, own, start, first
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+    """An empty sum; a shape of a tuple's elements would be none that the compiler knows."""
+    return tl.zeros((ROWS, COLUMNS), ACC)
 
 
 @triton.jit
 def dx_kernel(
-    dxs, channels, starts, blocks, dy, z, residual, w, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
+    dxs, channels, starts, blocks, dy, z, dz, residual, w, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
     inverse_count: tl.float64, total, pixels, out_channels, depth, count,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    ALIGN: tl.constexpr, CHUNKS: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0) % count
-    m = pixel_range(tl.program_id(0) // count, BM, I64)
+    m = pixel_range(tl.program_id(0), BM, I64)
     rows = m < total
-    dx = dxs[0]
-    own, start, first = channels[0], starts[0], 0
-    for i in tl.static_range(1, len(dxs)):
-        if block >= blocks[i]:
-            dx = dxs[i]
-        own = tl.where(block >= blocks[i], channels[i], own)
-        start = tl.where(block >= blocks[i], starts[i], start)
-        first = tl.where(block >= blocks[i], blocks[i], first)
-    k = (block - first) * BK + tl.arange(0, BK)
-    pixel = at(m, pixels, out_channels, CL)[:, None]
-    acc = tl.zeros((BM, BK), ACC)
-    for begin in range(0, out_channels, BN):
-        n = begin + tl.arange(0, BN)
+    row = rows_of(m, pixels, out_channels, CL, ALIGN)
+    parts = ()
+    for chunk in tl.static_range(CHUNKS):
+        n = chunk * BN + tl.arange(0, BN)
         outs = n < out_channels
-        offset = pixel + along(n, pixels, CL, I64)[None, :]
         center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
         tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
-        grad, off = gradient_of(
-            dy, z, residual, offset, inside(rows, outs, EVEN_N), center, scale, shift, ACT, SLOPE, ACC
-        )
-        dz = grad * scale[None, :] - off * tilt[None, :] - drop[None, :]
-        weights = w + n[:, None] * depth + (start + k)[None, :]
-        right = tl.load(weights, mask=outs[:, None] & (k < own)[None, :], other=0.0)
-        dz, right = tf32(dz.to(right.dtype), PRECISION), tf32(right, PRECISION)
-        acc = tl.dot(dz, right, acc, input_precision=PRECISION, out_dtype=ACC)
-    mask = inside(rows, k < own, EVEN_K)
-    if ADD:  # noqa: SIM102, the inner condition is the device's
-        if block < blocks[1]:
-            center, _, scale, shift = norm_of(mean, var, gamma, beta, k, k < own, EPS, ACC)
-            grad, _ = gradient_of(
-                dy, z, residual, pixel + along(k, pixels, CL, I64)[None, :], mask, center, scale, shift, ACT, SLOPE, ACC
-            )
-            acc += grad
-    to = dx + at(m, pixels, own, CL)[:, None] + along(k, pixels, CL, I64)[None, :]
-    tl.store(to, acc.to(dx.dtype.element_ty), mask=mask)
+        offset = row + along(n, pixels, CL, I64)[None, :]
+        mask = None if EVEN_M and EVEN_N else inside(rows, outs, EVEN_N)
+        grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
+        part = (grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty)
+        if dz is not None:
+            tl.store(dz + offset, part, mask=mask)
+        parts = parts + (tf32(part, PRECISION),)
+    for block in range(0, count):
+        dx, own, start, first = input_of(dxs, channels, starts, blocks, block)
+        k = (block - first) * BK + tl.arange(0, BK)
+        kin = k < own
+        acc = tl.zeros((BM, BK), ACC)
+        for chunk in tl.static_range(CHUNKS):
+            weights = w + (chunk * BN + tl.arange(0, BN))[:, None] * depth + (start + k)[None, :]
+            if EVEN_N and EVEN_K:
+                right = tl.load(weights)
+            else:
+                there = (chunk * BN + tl.arange(0, BN))[:, None] < out_channels
+                right = tl.load(weights, mask=there & kin[None, :], other=0.0)
+            acc = tl.dot(parts[chunk], tf32(right, PRECISION), acc, input_precision=PRECISION, out_dtype=ACC)
+        of_input = None if EVEN_M and EVEN_K else inside(rows, kin, EVEN_K)
+        if ADD:  # noqa: SIM102, the inner condition is the device's
+            if block < blocks[1]:
+                center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, kin, EPS, ACC)
+                of_first = row + along(k, pixels, CL, I64)[None, :]
+                acc += gradient_of(
+                    dy, z, residual, of_first, of_input, center_k, scale_k, shift_k, ACT, SLOPE, ACC
+                )[0]  # fmt: skip
+        to = dx + rows_of(m, pixels, own, CL, ALIGN) + along(k, pixels, CL, I64)[None, :]
+        tl.store(to, acc.to(dx.dtype.element_ty), mask=of_input)
 
 
 @triton.jit
 def weight_kernel(
-    xs, dxs, channels, starts, blocks, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
-    inverse_count: tl.float64, total, pixels, out_channels, depth, tiles_per_range,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    DX: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+    xs, channels, starts, blocks, dz, dw, total, pixels, out_channels, depth, tiles_per_range,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """DX: bit i says that input i needs its gradient; 0 for none."""
     outs_blocks = tl.cdiv(out_channels, BN)
     block = tl.program_id(0) // outs_blocks
     n = tl.program_id(0) % outs_blocks * BN + tl.arange(0, BN)
     outs = n < out_channels
-    x, dx = xs[0], dxs[0]
-    own, start, first = channels[0], starts[0], 0
-    wanted = tl.full((), (DX & 1) != 0, tl.int1)
-    for i in tl.static_range(1, len(xs)):
-        if block >= blocks[i]:
-            x = xs[i]
-            dx = dxs[i]
-        own = tl.where(block >= blocks[i], channels[i], own)
-        start = tl.where(block >= blocks[i], starts[i], start)
-        first = tl.where(block >= blocks[i], blocks[i], first)
-        wanted = tl.where(block >= blocks[i], ((DX >> i) & 1) != 0, wanted)
+    x, own, start, first = input_of(xs, channels, starts, blocks, block)
     k = (block - first) * BK + tl.arange(0, BK)
-    own_of_first = tl.where(block < blocks[1], own, 0)
-    column = along(k, pixels, CL, I64)[None, :]
-    at_weights = n[:, None] * depth + (start + k)[None, :]
-    weights_mask = outs[:, None] & (k < own)[None, :]
-    if DX:
-        weights = tf32(tl.load(w + at_weights, mask=weights_mask, other=0.0), PRECISION)
-    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
-    tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
-    if ADD:
-        center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, k < own_of_first, EPS, ACC)
     acc = tl.zeros((BN, BK), ACC)
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
         rows = m < total
-        pixel = at(m, pixels, out_channels, CL)[:, None]
-        grad, off = gradient_of(
-            dy, z, residual, pixel + along(n, pixels, CL, I64)[None, :], inside(rows, outs, EVEN_N), center, scale,
-            shift, ACT, SLOPE, ACC,
-        )  # fmt: skip
-        dz = grad * scale[None, :] - off * tilt[None, :] - drop[None, :]
-        mask = inside(rows, k < own, EVEN_K)
-        offset = at(m, pixels, own, CL)[:, None] + column
-        right = tl.load(x + offset, mask=mask, other=0.0)
-        dz, right = tf32(dz.to(right.dtype), PRECISION), tf32(right, PRECISION)
-        acc = tl.dot(tl.trans(dz), right, acc, input_precision=PRECISION, out_dtype=ACC)
-        if DX:
-            made = tl.dot(dz, weights, input_precision=PRECISION, out_dtype=ACC)
-            if ADD:
-                # Where the block is not one of input 0, nothing is loaded.
-                of_first = mask & (k < own_of_first)[None, :]
-                grad, _ = gradient_of(
-                    dy, z, residual, pixel + column, of_first, center_k, scale_k, shift_k, ACT, SLOPE, ACC
-                )  # fmt: skip
-                made += grad
-            tl.store(dx + offset, made.to(dx.dtype.element_ty), mask=mask & wanted)
-    to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth + at_weights
-    tl.store(to, acc.to(dw.dtype.element_ty), mask=weights_mask)
+        left = dz + rows_of(m, pixels, out_channels, CL, ALIGN) + along(n, pixels, CL, I64)[None, :]
+        right = x + rows_of(m, pixels, own, CL, ALIGN) + along(k, pixels, CL, I64)[None, :]
+        a = fetch(left, None if EVEN_M and EVEN_N else inside(rows, outs, EVEN_N))
+        b = fetch(right, None if EVEN_M and EVEN_K else inside(rows, k < own, EVEN_K))
+        a, b = tl.trans(tf32(a, PRECISION)), tf32(b, PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth + n[:, None] * depth + (start + k)[None, :]
+    tl.store(to, acc.to(dw.dtype.element_ty), mask=outs[:, None] & (k < own)[None, :])
 
 
 @triton.jit
-def weight_sum_kernel(partial, dw, size, ranges, B: tl.constexpr, ACC: tl.constexpr):
+def fused_kernel(
+    xs, dxs, channels, starts, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
+    inverse_count: tl.float64, total, pixels, out_channels, depth, tiles_per_range,
+    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr,
+    EVEN: tl.constexpr, DX: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+):  # fmt: skip
+    """SIZES[i]: a power of two not below the channels of input i; bit i of EVEN says that it is just that many, bit i
+    of DX that the input needs its gradient."""
+    n = tl.arange(0, BN)
+    outs = n < out_channels
+    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
+    tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
+    accs, weights = (), ()
+    for i in tl.static_range(len(xs)):
+        k = tl.arange(0, SIZES[i])
+        accs = accs + (zeros(BN, SIZES[i], ACC),)
+        columns = w + n[:, None] * depth + (starts[i] + k)[None, :]
+        taken = tl.load(columns, mask=outs[:, None] & (k < channels[i])[None, :], other=0.0)
+        weights = weights + (tf32(taken, PRECISION),)
+    if ADD:
+        own = tl.arange(0, SIZES[0])
+        center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, own, own < channels[0], EPS, ACC)
+    begin = tl.program_id(0) * tiles_per_range
+    for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
+        m = pixel_range(tile, BM, I64)
+        rows = m < total
+        row = rows_of(m, pixels, out_channels, CL, ALIGN)
+        mask = None if EVEN_M and EVEN_N else inside(rows, outs, EVEN_N)
+        offset = row + along(n, pixels, CL, I64)[None, :]
+        grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
+        dz = (grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty)
+        dz = tf32(dz, PRECISION)
+        made = ()
+        for i in tl.static_range(len(xs)):
+            k = tl.arange(0, SIZES[i])
+            of_input = None if EVEN_M and (EVEN >> i) & 1 else inside(rows, k < channels[i], (EVEN >> i) & 1)
+            at_input = rows_of(m, pixels, channels[i], CL, ALIGN) + along(k, pixels, CL, I64)[None, :]
+            x = tf32(fetch(xs[i] + at_input, of_input), PRECISION)
+            made = made + (tl.dot(tl.trans(dz), x, accs[i], input_precision=PRECISION, out_dtype=ACC),)
+            if (DX >> i) & 1:
+                dx = tl.dot(dz, weights[i], input_precision=PRECISION, out_dtype=ACC)
+                if ADD and i == 0:
+                    passed, _ = gradient_of(
+                        dy, z, residual, row + along(k, pixels, CL, I64)[None, :], of_input, center_k, scale_k, shift_k,
+                        ACT, SLOPE, ACC,
+                    )  # fmt: skip
+                    dx += passed
+                tl.store(dxs[i] + at_input, dx.to(dxs[i].dtype.element_ty), mask=of_input)
+        accs = made
+    to = dw + tl.program_id(0).to(tl.int64) * out_channels * depth + n[:, None] * depth
+    for i in tl.static_range(len(xs)):
+        k = tl.arange(0, SIZES[i])
+        columns = to + (starts[i] + k)[None, :]
+        tl.store(columns, accs[i].to(dw.dtype.element_ty), mask=outs[:, None] & (k < channels[i])[None, :])
+
+
+@triton.jit
+def weight_sum_kernel(partial, dw, size, ranges, B: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr):
     i = tl.program_id(0) * B + tl.arange(0, B)
-    acc = tl.zeros((B,), ACC)
-    for r in range(0, ranges):
-        acc += tl.load(partial + tl.full((), size, tl.int64) * r + i, mask=i < size, other=0.0)
-    tl.store(dw + i, acc.to(dw.dtype.element_ty), mask=i < size)
+    acc = tl.zeros((R, B), ACC)
+    for first in range(0, ranges, R):
+        r = first + tl.arange(0, R)
+        at_range = partial + r.to(tl.int64)[:, None] * size + i[None, :]
+        acc += tl.load(at_range, mask=(r < ranges)[:, None] & (i < size)[None, :], other=0.0)
+    tl.store(dw + i, tl.sum(acc, 0).to(dw.dtype.element_ty), mask=i < size)

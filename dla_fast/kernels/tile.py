@@ -49,6 +49,16 @@ def inside(rows, cols, EVEN: tl.constexpr):
 
 
 @triton.jit
+def fetch(pointer, mask):
+    """A tile's values, zero outside the mask; None for a mask that would leave nothing out."""
+    if mask is None:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
 def per_channel(pointer, c, mask, other: tl.constexpr, ACC: tl.constexpr):
     """A vector's values for a block of channels; ``other`` where there is no vector."""
     if pointer is None:
@@ -158,11 +168,11 @@ def gradient_of(
 
     Outside the mask g is zero, z - mean is not.
     """
-    off = tl.load(z + offset, mask=mask, other=0.0).to(ACC) - center[None, :]
-    grad = tl.load(dy + offset, mask=mask, other=0.0).to(ACC)
+    off = fetch(z + offset, mask).to(ACC) - center[None, :]
+    grad = fetch(dy + offset, mask).to(ACC)
     if ACT != "identity":
         u = off * scale[None, :] + shift[None, :]
         if residual is not None:
-            u += tl.load(residual + offset, mask=mask, other=0.0).to(ACC)
+            u += fetch(residual + offset, mask).to(ACC)
         grad = activate_backward(u, grad, ACT, SLOPE)
     return grad, off
