@@ -149,7 +149,7 @@ def _products(text: str) -> list[tuple[int, str]]:
     return found
 
 
-def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+def cuda_resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of local memory) of a thread, as the toolkit's own reader reports them."""
     reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -190,7 +190,7 @@ def compile_one(s: Any, target: Target) -> Result:
         made = triton.compile(source(s), target=target.gpu(), options=options)
         if target.backend == "cuda":
             code = made.asm["ptx"]
-            result.registers, result.spilled = _cuda_resources(made.asm["cubin"])
+            result.registers, result.spilled = cuda_resources(made.asm["cubin"])
         else:
             code = made.asm["amdgcn"]
             result.registers, result.spilled = _hip_resources(code)

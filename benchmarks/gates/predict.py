@@ -1,0 +1,264 @@
+"""``python -m benchmarks.gates.predict``: the time of every node and pass on a GPU that is not here, and its floor's share.
+
+Nothing is measured: kernels are compiled, their machine code is followed with the launch's real arguments, and the model
+of :mod:`benchmarks.gates.model` makes a time of it. ``--loops`` shows every launch; ``--beside gpu.json`` puts a run on
+a GPU beside the predictions. Exits 1 where a share is under its line (:mod:`benchmarks.gates.lines`).
+"""
+
+from __future__ import annotations
+
+import os
+
+# Triton reads it when it is imported: the interpreter cannot compile.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gates import plan
+from benchmarks.gates.launches import Features, features
+from benchmarks.gates.lines import line_of
+from benchmarks.gates.model import MACHINES, Machine, Time, library_time, predict
+
+CACHE = Path(__file__).resolve().parents[1] / "out" / "aot" / "features"
+# Kernels whose share is asked for by themselves: kernel -> pass. What else a pass launches is told apart by its name.
+PASSES = {
+    "tail_kernel": "tail",
+    "apply_kernel": "apply",
+    "reduce_kernel": "reduce",
+    "moments_kernel": "moments",
+    "upsample_kernel": "upsample",
+    "backward_kernel": "upsample_backward",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted time beside its floor.
+
+    Attributes:
+        op: the op and its shapes.
+        kernels: what is launched, in order; the library's kernels in brackets.
+        what: the pass: ``"forward"``, ``"backward"``, ``"inference"``, ``"merge"``, ``"tail"``, ``"apply"``,
+            ``"reduce"``, ``"moments"``, ``"upsample"``, ``"upsample_backward"``; ``"forward: stage_kernel"`` for a part
+            without a line of its own.
+        layout: ``"channels_last"`` or ``"contiguous"``.
+        dtype: ``"bfloat16"`` and so on.
+        batch: images.
+        height: rows of the output.
+        share: floor over time.
+        us: microseconds.
+        floor_us: of the floor; of a 3 x 3 merge the bare convolution's.
+        bound: what the longest of its launches waits for.
+        library: whether the library does part of it.
+        goal: the share that is aimed at, None where none is.
+        line: the share that must hold.
+    """
+
+    op: str
+    kernels: list[str]
+    what: str
+    layout: str
+    dtype: str
+    batch: int
+    height: int
+    share: float
+    us: float
+    floor_us: float
+    bound: str
+    library: bool
+    goal: float | None
+    line: float | None
+
+    @property
+    def under(self) -> bool:
+        """Whether it is under its line."""
+        return self.line is not None and self.share < self.line
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: ``pass`` for ``what``."""
+        found = asdict(self)
+        found["pass"] = found.pop("what")
+        return found
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A step of a pass: what it is, its features where it is a launch, its time."""
+
+    name: str
+    features: Features | None
+    time: Time
+
+
+def timed(work: plan.Work, machine: Machine, cache: Path | None) -> list[Predicted]:
+    """Every step of a pass with its predicted time."""
+    found = []
+    for step in plan.steps(work):
+        if isinstance(step, plan.LibraryCall):
+            found.append(Predicted(f"[{step.name}]", None, library_time(step.bytes, step.flops, machine)))
+        else:
+            f = features(step, work.unit.dtype, machine.memory, cache)
+            found.append(Predicted(f.kernel, f, predict(f, machine)))
+    return found
+
+
+def predictions(work: plan.Work, steps: Sequence[Predicted], machine: Machine) -> list[Prediction]:
+    """The prediction of a pass, and of each of its kernels that has a floor."""
+    unit, case = work.unit, work.unit.case
+
+    def made(what: str, some: Sequence[Predicted], floor: float) -> Prediction:
+        seconds = sum(s.time.total for s in some)
+        longest = max(some, key=lambda s: s.time.total)
+        line = line_of(what, unit.layout, case.height)
+        return Prediction(
+            op=unit.label,
+            kernels=[s.name for s in some],
+            what=what,
+            layout=unit.layout,
+            dtype=str(unit.dtype).removeprefix("torch."),
+            batch=unit.batch,
+            height=case.height,
+            share=round(floor / seconds, 4),
+            us=round(1e6 * seconds, 2),
+            floor_us=round(1e6 * floor, 2),
+            bound=longest.time.bound if len(some) == 1 else f"{longest.name}: {longest.time.bound}",
+            library=any(s.features is None for s in some),
+            goal=line.goal if line else None,
+            line=line.line if line else None,
+        )
+
+    found = []
+    if work.kind != "maps":
+        bytes_, flops = plan.floor_of(work)
+        floor = max(bytes_ / machine.copy, flops / machine.matrix)
+        if work.kind == "merge":
+            floor = library_time(bytes_, flops, machine).total
+        found.append(made(work.kind, steps, floor))
+    if work.kind != "merge":
+        floors = unit.floors([s.name for s in steps])
+        for step in steps:
+            if step.name in floors and len(steps) > 1 or work.kind == "maps" and step.name in floors:
+                what = PASSES.get(step.name, f"{work.mode}: {step.name}")
+                if case.op == "upsample_add":
+                    what = "upsample_add"
+                found.append(made(what, [step], floors[step.name] * unit.dtype.itemsize / machine.copy))
+    return found
+
+
+_works: list[plan.Work] = []
+
+
+def _start() -> None:
+    _works.extend(plan.works())
+
+
+def _work(at: int, machine: Machine, cache: Path | None) -> list[Predicted]:
+    return timed(_works[at], machine, cache)
+
+
+def every(
+    machine: Machine, cache: Path | None = CACHE, only: str = "", jobs: int = 2
+) -> list[tuple[plan.Work, list[Predicted], list[Prediction]]]:
+    """Everything that is predicted, compiled and followed where no features are kept of it."""
+    works = plan.works()
+    chosen = [i for i, w in enumerate(works) if only in w.label]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        if jobs > 1 and len(chosen) > 1:
+            with ProcessPoolExecutor(jobs, get_context("spawn"), _start) as pool:
+                n = len(chosen)
+                made = list(pool.map(_work, chosen, [machine] * n, [cache] * n))
+        else:
+            made = [timed(works[i], machine, cache) for i in chosen]
+    return [(works[i], steps, predictions(works[i], steps, machine)) for i, steps in zip(chosen, made, strict=True)]
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of words."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def table(found: Iterable[Prediction]) -> str:
+    """A line for each prediction."""
+    lines = [["op", "pass", "layout", "batch", "us", "floor us", "share", "goal", "line", "bound by", ""]]
+    for p in found:
+        figures = [f"{p.us:.1f}", f"{p.floor_us:.1f}", _share(p.share), _share(p.goal), _share(p.line)]
+        verdict = "UNDER" if p.under else "library" if p.library else ""
+        lines.append([p.op, p.what, p.layout, str(p.batch), *figures, p.bound, verdict])
+    return aligned(lines)
+
+
+def launches_table(found: Iterable[tuple[plan.Work, list[Predicted], list[Prediction]]]) -> str:
+    """A line for each launch: what of it decides its time; the loops of its machine code below."""
+    lines = []
+    for work, steps, made in found:
+        lines.append(f"{work.label}: " + "; ".join(f"{p.what} {p.us:.1f} us, {p.share:.0%}" for p in made))
+        for step in steps:
+            parts = {"latency": step.time.latency, **step.time.parts}
+            times = " ".join(f"{k} {1e6 * v:.1f}" for k, v in sorted(parts.items(), key=lambda x: -x[1]) if v > 1e-7)
+            lines.append(f"  {step.name}: {1e6 * step.time.total:.1f} us = {times}")
+            f = step.features
+            if f is not None:
+                lines.append(
+                    f"    {f.programs} programs of {f.warps} warps, {f.resident} a processor: {f.registers} registers, "
+                    f"{f.shared} bytes shared; {f.issued} instructions in {f.cycles:.0f} cycles; 128-bit {f.wide:.0%}; "
+                    f"{f.bytes / 1e6:.1f} MB, {f.asked / 1e6:.1f} MB of the cache"
+                )
+                lines += [
+                    f"      loop of {int(times_)} + 1: {n:.0f} instructions a time, {wide:.0f} of {all_:.0f} accesses 128-bit"
+                    for times_, n, wide, all_ in f.loops
+                ]
+                lines.append("      " + " ".join(f"{k} {v}" for k, v in sorted(f.counts.items())))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Predict, print, and judge: 0 when every share holds its line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates.predict", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="what has this in its name, shapes, layout or pass")
+    parser.add_argument("--loops", action="store_true", help="every launch, with its loops")
+    parser.add_argument("--machine", default="H200", choices=list(MACHINES))
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    args = parser.parse_args(arguments)
+
+    start = time.perf_counter()
+    found = every(MACHINES[args.machine], args.cache, args.only, args.jobs)
+    if not found:
+        print("predict: nothing was chosen", file=sys.stderr)
+        return 2
+    if args.loops:
+        print(launches_table(found), end="\n\n")
+    flat = [p for *_, made in found for p in made]
+    print(table(flat))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([p.to_dict() for p in flat], indent=1) + "\n", encoding="utf-8")
+    under = [p for p in flat if p.under]
+    judged = [p for p in flat if p.line is not None]
+    reached = sum(p.share >= (p.goal or 0.0) for p in judged)
+    print(
+        f"predict: {len(judged) - len(under)} of {len(judged)} shares hold their line, {reached} reach their goal, on an "
+        f"{args.machine} by the model ({time.perf_counter() - start:.0f} s)"
+    )
+    return 1 if under else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
