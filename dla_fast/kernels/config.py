@@ -249,13 +249,15 @@ def fits_fused(k: int, n: int, dtype: torch.dtype, exact: bool = False) -> bool:
 
 
 def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> TileConfig:
-    """Passes over every value: tiles that are long along memory."""
-    values = 2048 if dtype == torch.float64 else 4096
+    """Passes over every value: tiles that are long along memory, up to four accesses of 16 bytes a thread at once."""
+    values = 8192 // dtype.itemsize
+    while values > 2048 // dtype.itemsize and m * n < PROGRAMS * values:
+        values //= 2
     if channels_last:
-        block_n = power_of_two(n, 1, 64)
-        return TileConfig(power_of_two(m, 1, values // block_n), block_n, 0, 8, 1)
+        block_m = power_of_two(m, 1, values // power_of_two(n, 1, 64))
+        return TileConfig(block_m, power_of_two(n, 1, values // block_m), 0, 4, 1)
     block_m = power_of_two(m, 1, 512)
-    return TileConfig(block_m, power_of_two(n, 1, values // block_m), 0, 4, 1)
+    return TileConfig(block_m, power_of_two(n, 1, max(1, values // block_m)), 0, 4, 1)
 
 
 def _upsample(kernel: str, m: int, n: int, channels_last: bool, dtype: torch.dtype) -> TileConfig:
@@ -307,11 +309,19 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
 
 
 @lru_cache(maxsize=1024)
-def merge(groups: int, channels: int) -> TileConfig:
-    """For adding up partial results: block_m groups at once, and block_n channels where there are few groups."""
-    # In double: more than four values a thread would not stay in registers.
-    at_once = power_of_two(groups, 1, 512)
-    return TileConfig(at_once, power_of_two(channels, 1, min(32, 512 // at_once)), 0, 4, 1)
+def merge(groups: int, channels: int, operands: int = 1) -> TileConfig:
+    """For adding up partial results: block_m groups at once, all of them if they fit, and block_n channels.
+
+    Few steps, since each waits for memory; a thread holds eight values in double of each of three operands.
+    """
+    most = 2048 if operands > 1 else 4096
+    at_once = power_of_two(groups, 1, most)
+    block_n = power_of_two(channels, 1, max(1, min(8, most // at_once)))
+    # A GPU has room for more programs than there are blocks of eight channels.
+    while block_n > 1 and channels < block_n * PROGRAMS:
+        block_n //= 2
+    values = at_once * block_n
+    return TileConfig(at_once, block_n, 0, 8 if values >= 2048 else 4 if values >= 256 else 1, 1)
 
 
 @lru_cache(maxsize=1024)

@@ -232,7 +232,18 @@ class Node:
 
 @dataclass(frozen=True)
 class Map:
-    """Sizes and layout of one (N, C, H, W) tensor for the passes over its values."""
+    """Sizes and layout of one (N, C, H, W) tensor for the passes over its values.
+
+    Attributes:
+        total: pixels over all images.
+        pixels: of an image.
+        channels: as the kernels walk them.
+        channels_last: layout, as the kernels walk it.
+        dtype: of the tensor.
+        cfg: the passes' tile.
+        arch: the device's architecture.
+        span: neighbours along ``channels`` that are one channel of the norm.
+    """
 
     total: int
     pixels: int
@@ -240,6 +251,8 @@ class Map:
     channels_last: bool
     dtype: torch.dtype
     cfg: config.TileConfig
+    arch: int
+    span: int = 1
 
     @staticmethod
     def of(z: Tensor, channels_last: bool | None = None) -> Map:
@@ -247,8 +260,19 @@ class Map:
         images, channels, height, width = z.shape
         cl = is_channels_last(z) if channels_last is None else channels_last
         total = images * height * width
-        cfg = config.choose("elementwise", total, 0, channels, z.dtype, config.arch_of(z.device), 0, cl)
-        return Map(total, height * width, channels, cl, z.dtype, cfg)
+        arch = config.arch_of(z.device)
+        cfg = config.choose("elementwise", total, 0, channels, z.dtype, arch, 0, cl)
+        return Map(total, height * width, channels, cl, z.dtype, cfg, arch)
+
+    def flat(self) -> Map:
+        """The same map for a pass without sums: a contiguous image whose rows of pixels end in the middle of 16 bytes is
+        one row of all its values, as if each were a channel. Norms are then gathered, and loads are wide."""
+        plane, wide = self.channels * self.pixels, 16 // self.dtype.itemsize
+        if self.channels_last or self.pixels % wide == 0 or plane % 16:
+            return self
+        images = self.total // self.pixels
+        cfg = config.choose("elementwise", images, 0, plane, self.dtype, self.arch, 0, True)
+        return Map(images, 1, plane, True, self.dtype, cfg, self.arch, self.pixels)
 
     @property
     def tiles(self) -> int:
@@ -261,9 +285,24 @@ class Map:
         return -(-self.channels // self.cfg.block_n)
 
     @property
+    def parts(self) -> int:
+        """In how many steps a tile is added up: a thread's sums are of one access's width, its loads of all steps."""
+        access = 32 * self.cfg.num_warps * 16 // self.dtype.itemsize
+        return min(config.power_of_two(self.cfg.block_m * self.cfg.block_n // access, 1, 4), self.cfg.block_m)
+
+    @property
     def large(self) -> bool:
         """Whether an offset passes 32 bits."""
         return (self.total + 1024) * self.channels >= _LARGE
+
+    def each(self, most: int) -> int:
+        """Tiles that a program takes one after the other: as many as leave every processor eight programs."""
+        return max(1, min(self.tiles * self.blocks // (4 * config.PROGRAMS), most))
+
+    def grid(self, each: int) -> tuple[int, int]:
+        """Programs for so many tiles each, as ``program_of`` reads it."""
+        groups = -(-self.tiles // each)
+        return (self.blocks, groups) if self.channels_last else (groups, self.blocks)
 
     def constexprs(self) -> dict[str, Any]:
         """Those of every pass."""
@@ -274,6 +313,7 @@ class Map:
             "EVEN": self.channels % self.cfg.block_n == 0,
             "ACC": accumulator(self.dtype),
             "I64": self.large,
+            "ALIGN": 1 if self.channels_last else math.gcd(self.pixels, 16),
         }
 
 

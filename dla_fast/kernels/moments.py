@@ -20,39 +20,49 @@ import triton.language as tl
 from torch import Tensor
 
 from dla_fast.kernels import config, examples, host, launch
-from dla_fast.kernels.tile import along, at, inside, pixel_range
+from dla_fast.kernels.tile import along, at, inside, multiple, pixel_range, program_of, read
 
-# Tiles that a program takes one after the other: fewer partial results, which cost bytes of their own.
-_TILES_PER_GROUP = 8
+# Tiles that a program takes one after the other at most, its sums in registers.
+_TILES_PER_GROUP = 16
 
 
 @triton.jit
 def moments_kernel(
-    z, partial, total, pixels, channels, groups,
+    z, partial, total, pixels, channels, groups, each,
     BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    TILES: tl.constexpr,
+    ALIGN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    if I64:
-        group = group.to(tl.int64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    group, block = program_of(CL)
+    c = block * BN + tl.arange(0, BN)
     cols = c < channels
-    column = along(c, pixels, CL, I64)[None, :]
-    # Sums are taken around the mean of the group's first tile: any value near the others would do.
-    m = pixel_range(group * TILES, BM, I64)
+    column = along(c, pixels, CL, I64, ALIGN)[None, :]
+    total = multiple(total, ALIGN)
+    PART: tl.constexpr = BM // PARTS
+    start = group * each
+    last = tl.minimum(start + each, total // BM)
+    # Sums are taken around the mean of the group's first pixels: any value near the others would do.
+    m = pixel_range(start * PARTS, PART, I64)
     rows = m < total
-    first = tl.load(z + at(m, pixels, channels, CL)[:, None] + column, mask=inside(rows, cols, EVEN), other=0.0).to(ACC)
-    shift = tl.sum(first, 0) / tl.minimum(total - group * TILES * BM, BM).to(ACC)
-    off = tl.where(rows[:, None], first - shift[None, :], 0.0)
-    rest = off
-    squares = off * off
-    for tile in range(1, TILES):
-        m = pixel_range(group * TILES + tile, BM, I64)
-        rows = m < total
-        value = tl.load(z + at(m, pixels, channels, CL)[:, None] + column, mask=inside(rows, cols, EVEN), other=0.0)
-        off = tl.where(rows[:, None], value.to(ACC) - shift[None, :], 0.0)
-        rest += off
-        squares += off * off
+    value = read(z + at(m, pixels, channels, CL, ALIGN)[:, None] + column, inside(rows, cols, EVEN), ACC)
+    shift = tl.sum(value, 0) / tl.sum(rows.to(tl.int32), 0).to(ACC)
+    rest = tl.zeros((PART, BN), ACC)
+    squares = tl.zeros((PART, BN), ACC)
+    for tile in range(start, last):
+        for part in tl.static_range(PARTS):
+            m = pixel_range(tile * PARTS + part, PART, I64)
+            mask = inside(m < total, cols, EVEN, True)
+            off = read(z + at(m, pixels, channels, CL, ALIGN)[:, None] + column, mask, ACC) - shift[None, :]
+            rest += off
+            squares += off * off
+    # The last tile of all, where it is not a whole one.
+    if (last < start + each) & (last * BM < total):
+        for part in range(PARTS):
+            m = pixel_range(last * PARTS + part, PART, I64)
+            rows = m < total
+            value = read(z + at(m, pixels, channels, CL, ALIGN)[:, None] + column, inside(rows, cols, EVEN), ACC)
+            off = tl.where(rows[:, None], value - shift[None, :], 0.0)
+            rest += off
+            squares += off * off
     to = partial + c * groups + group
     tl.store(to, shift, mask=cols)
     tl.store(to + channels * groups, tl.sum(squares, 0), mask=cols)
@@ -60,34 +70,51 @@ def moments_kernel(
 
 
 @triton.jit
+def group_of(partial, c, cols, g, plane, total, channels, groups, size):
+    """A block of partial moments, in double: shift, M2, rest, the groups' pixels, and 1 / those.
+
+    Channels and groups that are none have no pixels. All groups but the last are alike, so that nothing is divided here.
+    """
+    mask = cols[:, None] & (g < groups)[None, :]
+    at = partial + c[:, None] * groups + g[None, :]
+    shift, m2 = tl.load(at, mask=mask, other=0.0), tl.load(at + plane, mask=mask, other=0.0)
+    rest = tl.load(at + 2 * plane, mask=mask, other=0.0)
+    full = tl.full((), 0.0, tl.float64) + size
+    left = tl.full((), 0.0, tl.float64) + total - (groups - 1.0) * full
+    count = tl.where(g < groups - 1, full, tl.where(g < groups, left, 0.0))
+    share = tl.where(g < groups - 1, 1.0 / full, 1.0 / left)
+    return shift.to(tl.float64), m2.to(tl.float64), rest.to(tl.float64), count[None, :], share[None, :]
+
+
+@triton.jit
 def finalise_kernel(
     partial, mean, var, bias, running_mean, running_var, momentum: tl.float64, total, channels, groups, size,
-    BC: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     cols = c < channels
     plane = channels * groups
     many = tl.full((), 0.0, tl.float64) + total
-    sums = tl.zeros((BC, BT), tl.float64)
-    for first in range(0, groups, BT):
-        g = first + tl.arange(0, BT)
-        mask = cols[:, None] & (g < groups)[None, :]
-        at = partial + c[:, None] * groups + g[None, :]
-        count = tl.minimum(total - g.to(tl.int64) * size, size).to(tl.float64)[None, :]
-        shift = tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        sums += tl.where(mask, count * shift + tl.load(at + 2 * plane, mask=mask, other=0.0).to(tl.float64), 0.0)
-    mu = tl.sum(sums, 1) / many
-    sums = tl.zeros((BC, BT), tl.float64)
-    for first in range(0, groups, BT):
-        g = first + tl.arange(0, BT)
-        mask = cols[:, None] & (g < groups)[None, :]
-        at = partial + c[:, None] * groups + g[None, :]
-        count = tl.where(g < groups, tl.minimum(total - g.to(tl.int64) * size, size), 1).to(tl.float64)[None, :]
-        shift = tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        m2 = tl.load(at + plane, mask=mask, other=0.0).to(tl.float64)
-        rest = tl.load(at + 2 * plane, mask=mask, other=0.0).to(tl.float64)
-        off = shift + rest / count - mu[:, None]
-        sums += tl.where(mask, m2 - rest * rest / count + count * off * off, 0.0)
+    if ONCE:
+        # All groups at once, which stay in registers.
+        g = tl.arange(0, BT)
+        shift, m2, rest, count, share = group_of(partial, c, cols, g, plane, total, channels, groups, size)
+        mu = tl.sum(count * shift + rest, 1) / many
+        off = shift + rest * share - mu[:, None]
+        sums = m2 - rest * rest * share + count * off * off
+    else:
+        sums = tl.zeros((BC, BT), tl.float64)
+        for first in range(0, groups, BT):
+            g = first + tl.arange(0, BT)
+            shift, m2, rest, count, share = group_of(partial, c, cols, g, plane, total, channels, groups, size)
+            sums += count * shift + rest
+        mu = tl.sum(sums, 1) / many
+        sums = tl.zeros((BC, BT), tl.float64)
+        for first in range(0, groups, BT):
+            g = first + tl.arange(0, BT)
+            shift, m2, rest, count, share = group_of(partial, c, cols, g, plane, total, channels, groups, size)
+            off = shift + rest * share - mu[:, None]
+            sums += m2 - rest * rest * share + count * off * off
     sigma2 = tl.sum(sums, 1) / many
     # A maximum that lets NaN through.
     sigma2 = tl.where(sigma2 < 0, 0.0, sigma2)
@@ -125,12 +152,13 @@ def finalise(partial: Tensor, total: int, size: int, mean: Tensor, var: Tensor, 
         mean.zero_()
         var.zero_()
         return
-    cfg = config.merge(groups, channels)
+    cfg = config.merge(groups, channels, 3)
+    constexprs = {"BC": cfg.block_n, "BT": cfg.block_m, "ONCE": groups <= cfg.block_m}
     bias, *moved = host.dense(running.bias, running.mean, running.var)
     args = (partial, mean, var, bias, *moved, float(running.momentum))
     grid = (triton.cdiv(channels, cfg.block_n),)
     sizes = (total, channels, groups, size)
-    launch.launch(finalise_kernel, grid, (*args, *sizes), {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
+    launch.launch(finalise_kernel, grid, (*args, *sizes), constexprs, cfg)
     for given, after in zip((running.mean, running.var), moved, strict=True):
         if given is not None and after is not None and after is not given:
             given.copy_(after)
@@ -141,16 +169,12 @@ def of(z: Tensor, running: host.Running) -> tuple[Tensor, Tensor]:
     shape = host.Map.of(z)
     z = host.arranged(z, shape.channels_last)
     mean, var = host.vectors(z, shape.channels)
-    groups = triton.cdiv(shape.tiles, _TILES_PER_GROUP)
+    each = shape.each(_TILES_PER_GROUP)
+    groups = triton.cdiv(shape.tiles, each)
     partial = mean.new_empty(3, shape.channels, groups)
-    launch.launch(
-        moments_kernel,
-        (groups, shape.blocks),
-        (z, partial, shape.total, shape.pixels, shape.channels, groups),
-        shape.constexprs() | {"TILES": min(_TILES_PER_GROUP, max(shape.tiles, 1))},
-        shape.cfg,
-    )
-    finalise(partial, shape.total, _TILES_PER_GROUP * shape.cfg.block_m, mean, var, running)
+    args = (z, partial, shape.total, shape.pixels, shape.channels, groups, each)
+    launch.launch(moments_kernel, shape.grid(each), args, shape.constexprs() | {"PARTS": shape.parts}, shape.cfg)
+    finalise(partial, shape.total, each * shape.cfg.block_m, mean, var, running)
     return mean, var
 
 

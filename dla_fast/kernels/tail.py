@@ -30,52 +30,95 @@ from dla_fast.kernels.tile import (
     batch_terms,
     gradient_of,
     inside,
+    multiple,
     norm_of,
     pixel_range,
+    program_of,
+    read,
 )
 
-# Tiles that a program takes one after the other at most, its sums in registers.
+# Tiles that a program takes one after the other at most: its coefficients are formed once.
+_TILES = 8
+# The same of the reduction, which keeps its sums in registers.
 _TILES_PER_GROUP = 16
 
 
 @triton.jit
-def tail_kernel(
-    z, y, residual, mean, var, gamma, beta, total, pixels, channels,
-    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+def tail_tile(
+    z, y, residual, tile, column, cols, center, scale, shift, total, pixels, channels,
+    BM: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    m = pixel_range(tl.program_id(0), BM, I64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    cols = c < channels
-    mask = inside(m < total, cols, EVEN)
-    offset = at(m, pixels, channels, CL)[:, None] + along(c, pixels, CL, I64)[None, :]
-    center, _, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
-    u = (tl.load(z + offset, mask=mask, other=0.0).to(ACC) - center[None, :]) * scale[None, :] + shift[None, :]
+    m = pixel_range(tile, BM, I64)
+    mask = inside(m < total, cols, EVEN, WHOLE)
+    offset = at(m, pixels, channels, CL, ALIGN)[:, None] + column
+    u = (read(z + offset, mask, ACC) - center[None, :]) * scale[None, :] + shift[None, :]
     if residual is not None:
-        u += tl.load(residual + offset, mask=mask, other=0.0).to(ACC)
+        u += read(residual + offset, mask, ACC)
     tl.store(y + offset, activate(u, ACT, SLOPE).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def reduce_kernel(
-    dy, z, residual, partial, mean, var, gamma, beta, total, pixels, channels, groups,
+def tail_kernel(
+    z, y, residual, mean, var, gamma, beta, total, pixels, channels, span, each,
     BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, TILES: tl.constexpr,
+    ALIGN: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    group, block = program_of(CL)
+    c = block * BN + tl.arange(0, BN)
     cols = c < channels
-    column = along(c, pixels, CL, I64)[None, :]
+    column = along(c, pixels, CL, I64, ALIGN)[None, :]
+    total = multiple(total, ALIGN)
+    center, _, scale, shift = norm_of(mean, var, gamma, beta, c // span, cols, EPS, ACC)
+    first = group * each
+    last = tl.minimum(first + each, total // BM)
+    for tile in range(first, last):
+        tail_tile(
+            z, y, residual, tile, column, cols, center, scale, shift, total, pixels, channels,
+            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, True,
+        )  # fmt: skip
+    # The last tile of all, where it is not a whole one.
+    if (last < first + each) & (last * BM < total):
+        tail_tile(
+            z, y, residual, last, column, cols, center, scale, shift, total, pixels, channels,
+            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def reduce_kernel(
+    dy, z, residual, partial, mean, var, gamma, beta, total, pixels, channels, groups, each,
+    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    ALIGN: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    group, block = program_of(CL)
+    c = block * BN + tl.arange(0, BN)
+    cols = c < channels
+    column = along(c, pixels, CL, I64, ALIGN)[None, :]
+    total = multiple(total, ALIGN)
     center, rstd, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
-    first = tl.zeros((BM, BN), ACC)
-    second = tl.zeros((BM, BN), ACC)
-    for tile in range(0, TILES):
-        m = pixel_range(group * TILES + tile, BM, I64)
-        mask = inside(m < total, cols, EVEN)
-        offset = at(m, pixels, channels, CL)[:, None] + column
-        grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
-        first += grad
-        second += grad * off
+    PART: tl.constexpr = BM // PARTS
+    first = tl.zeros((PART, BN), ACC)
+    second = tl.zeros((PART, BN), ACC)
+    start = group * each
+    last = tl.minimum(start + each, total // BM)
+    for tile in range(start, last):
+        for part in tl.static_range(PARTS):
+            m = pixel_range(tile * PARTS + part, PART, I64)
+            offset = at(m, pixels, channels, CL, ALIGN)[:, None] + column
+            mask = inside(m < total, cols, EVEN, True)
+            grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
+            first += grad
+            second += grad * off
+    # The last tile of all, where it is not a whole one.
+    if (last < start + each) & (last * BM < total):
+        for part in range(PARTS):
+            m = pixel_range(last * PARTS + part, PART, I64)
+            offset = at(m, pixels, channels, CL, ALIGN)[:, None] + column
+            mask = inside(m < total, cols, EVEN)
+            grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
+            first += grad
+            second += grad * off
     # Once a group: what hundreds of values add up to keeps the digits that each of them had.
     to = partial + c * groups + group
     tl.store(to, tl.sum(first.to(tl.float64), 0).to(ACC), mask=cols)
@@ -92,31 +135,58 @@ def reduce_sum_kernel(partial, sum_dy, sum_dy_xhat, channels, groups, BC: tl.con
         g = start + tl.arange(0, BT)
         mask = cols[:, None] & (g < groups)[None, :]
         at = partial + c[:, None] * groups + g[None, :]
-        first += tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        second += tl.load(at + channels * groups, mask=mask, other=0.0).to(tl.float64)
+        one = tl.load(at, mask=mask, other=0.0)
+        other = tl.load(at + channels * groups, mask=mask, other=0.0)
+        first += one.to(tl.float64)
+        second += other.to(tl.float64)
     tl.store(sum_dy + c, tl.sum(first, 1).to(sum_dy.dtype.element_ty), mask=cols)
     tl.store(sum_dy_xhat + c, tl.sum(second, 1).to(sum_dy_xhat.dtype.element_ty), mask=cols)
 
 
 @triton.jit
-def apply_kernel(
-    dy, z, residual, dz, du, mean, var, gamma, beta, sum_dy, sum_dy_xhat, inverse_count: tl.float64,
-    total, pixels, channels,
-    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+def apply_tile(
+    dy, z, residual, dz, du, tile, column, cols, center, scale, shift, tilt, drop, total, pixels, channels,
+    BM: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    m = pixel_range(tl.program_id(0), BM, I64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    cols = c < channels
-    mask = inside(m < total, cols, EVEN)
-    offset = at(m, pixels, channels, CL)[:, None] + along(c, pixels, CL, I64)[None, :]
-    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
-    tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, c, cols, ACC)
+    m = pixel_range(tile, BM, I64)
+    mask = inside(m < total, cols, EVEN, WHOLE)
+    offset = at(m, pixels, channels, CL, ALIGN)[:, None] + column
     grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
-    value = grad * scale[None, :] - off * tilt[None, :] - drop[None, :]
+    value = grad * scale[None, :] - (off * tilt[None, :] + drop[None, :])
     tl.store(dz + offset, value.to(dz.dtype.element_ty), mask=mask)
     if du is not None:
         tl.store(du + offset, grad.to(du.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def apply_kernel(
+    dy, z, residual, dz, du, mean, var, gamma, beta, sum_dy, sum_dy_xhat, inverse_count: tl.float64,
+    total, pixels, channels, span, each,
+    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    ALIGN: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    group, block = program_of(CL)
+    c = block * BN + tl.arange(0, BN)
+    cols = c < channels
+    column = along(c, pixels, CL, I64, ALIGN)[None, :]
+    total = multiple(total, ALIGN)
+    k = c // span
+    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, k, cols, EPS, ACC)
+    tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, k, cols, ACC)
+    first = group * each
+    last = tl.minimum(first + each, total // BM)
+    for tile in range(first, last):
+        apply_tile(
+            dy, z, residual, dz, du, tile, column, cols, center, scale, shift, tilt, drop, total, pixels, channels,
+            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, True,
+        )  # fmt: skip
+    # The last tile of all, where it is not a whole one.
+    if (last < first + each) & (last * BM < total):
+        apply_tile(
+            dy, z, residual, dz, du, last, column, cols, center, scale, shift, tilt, drop, total, pixels, channels,
+            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, False,
+        )  # fmt: skip
 
 
 def tail(
@@ -149,10 +219,11 @@ def tail(
     shape = host.Map.of(z)
     z, residual = host.arranged(z, shape.channels_last), host.optional(residual, shape.channels_last)
     y = host.like(z, shape.channels_last)
-    norm = host.Norm.of(mean, var, bn_weight, bn_bias)
-    args = (z, y, residual, *norm, shape.total, shape.pixels, shape.channels)
+    shape = shape.flat()
+    norm, each = host.Norm.of(mean, var, bn_weight, bn_bias), shape.each(_TILES)
+    args = (z, y, residual, *norm, shape.total, shape.pixels, shape.channels, shape.span, each)
     constexprs = shape.constexprs() | host.epilogue(eps, act, slope)
-    launch.launch(tail_kernel, (shape.tiles, shape.blocks), args, constexprs, shape.cfg)
+    launch.launch(tail_kernel, shape.grid(each), args, constexprs, shape.cfg)
     return y
 
 
@@ -189,16 +260,15 @@ def tail_backward_reduce(
     cl = shape.channels_last
     z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), host.optional(residual, cl)
     sums = host.vectors(z, shape.channels)
-    # At least as many programs as keep a large GPU busy, if there are so many tiles.
-    tiles = config.power_of_two(shape.tiles * shape.blocks // config.PROGRAMS, 1, _TILES_PER_GROUP)
-    groups = triton.cdiv(shape.tiles, tiles)
+    each = shape.each(_TILES_PER_GROUP)
+    groups = triton.cdiv(shape.tiles, each)
     if groups == 0:
         return sums[0].zero_(), sums[1].zero_()
     partial = sums[0].new_empty(2, shape.channels, groups)
     tensors = (dy, z, residual, partial, *host.Norm.of(mean, var, bn_weight, bn_bias))
-    sizes = (shape.total, shape.pixels, shape.channels, groups)
-    constexprs = shape.constexprs() | host.epilogue(eps, act, slope) | {"TILES": tiles}
-    launch.launch(reduce_kernel, (groups, shape.blocks), (*tensors, *sizes), constexprs, shape.cfg)
+    sizes = (shape.total, shape.pixels, shape.channels, groups, each)
+    constexprs = shape.constexprs() | host.epilogue(eps, act, slope) | {"PARTS": shape.parts}
+    launch.launch(reduce_kernel, shape.grid(each), (*tensors, *sizes), constexprs, shape.cfg)
     cfg = config.merge(groups, shape.channels)
     grid = (triton.cdiv(shape.channels, cfg.block_n),)
     args = (partial, *sums, shape.channels, groups)
@@ -250,9 +320,11 @@ def tail_backward_apply(
     du = host.like(z, cl) if residual_grad else None
     norm = host.Norm.of(mean, var, bn_weight, bn_bias)
     sums = (*host.dense(sum_dy, sum_dy_xhat), host.inverse(count))
-    args = (dy, z, residual, dz, du, *norm, *sums, shape.total, shape.pixels, shape.channels)
+    shape = shape.flat()
+    each = shape.each(_TILES)
+    sizes = (shape.total, shape.pixels, shape.channels, shape.span, each)
     constexprs = shape.constexprs() | host.epilogue(eps, act, slope)
-    launch.launch(apply_kernel, (shape.tiles, shape.blocks), args, constexprs, shape.cfg)
+    launch.launch(apply_kernel, shape.grid(each), (dy, z, residual, dz, du, *norm, *sums, *sizes), constexprs, shape.cfg)
     return dz, z.new_empty(0) if du is None else du
 
 

@@ -2,6 +2,9 @@
 
 A tile is (pixels, channels). Pixels are numbered through all images, so that small maps fill tiles too; a value lies at
 ``at(m, ...)[:, None] + along(c, ...)[None, :]``, in either layout. ``m`` is int64 where a tensor passes 2^31 values.
+
+ALIGN is what is known to divide the pixels of an image, 16 at most: where it is given, so many neighbours of a contiguous
+map's row of pixels are one access.
 """
 
 import triton
@@ -17,45 +20,70 @@ def pixel_range(first, BM: tl.constexpr, I64: tl.constexpr):
 
 
 @triton.jit
-def at(m, pixels, channels, CL: tl.constexpr):
+def program_of(CL: tl.constexpr):
+    """(group of tiles, block of channels) of a program: those that run at a time lie side by side in memory."""
+    if CL:
+        group, block = tl.program_id(1), tl.program_id(0)
+    else:
+        group, block = tl.program_id(0), tl.program_id(1)
+    return group, block
+
+
+@triton.jit
+def multiple(n, ALIGN: tl.constexpr):
+    """``n``, which ALIGN divides, as a product from which the compiler sees it: widths of accesses follow from that."""
+    if ALIGN > 1:
+        n = n // ALIGN * ALIGN
+    return n
+
+
+@triton.jit
+def at(m, pixels, channels, CL: tl.constexpr, ALIGN: tl.constexpr = 1):
     """Offset of channel 0 at each pixel; ``pixels`` of an image."""
     if CL:
         offset = m * channels
     else:
+        pixels = multiple(pixels, ALIGN)
         offset = m // pixels * channels * pixels + m % pixels
     return offset
 
 
 @triton.jit
-def along(c, pixels, CL: tl.constexpr, I64: tl.constexpr):
+def along(c, pixels, CL: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr = 1):
     """Offset of each channel from channel 0."""
     if I64:
         c = c.to(tl.int64)
     if CL:
         offset = c
     else:
-        offset = c * pixels
+        offset = c * multiple(pixels, ALIGN)
     return offset
 
 
 @triton.jit
-def inside(rows, cols, EVEN: tl.constexpr):
-    """Mask of a tile. EVEN: its columns all exist, so that only rows are asked."""
+def inside(rows, cols, EVEN: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Mask of a tile. EVEN: its columns all exist, so that only rows are asked; WHOLE: its rows do. None for both."""
     if EVEN:
-        mask = rows[:, None]
+        mask = None if WHOLE else rows[:, None]
     else:
-        mask = rows[:, None] & cols[None, :]
+        mask = cols[None, :] if WHOLE else rows[:, None] & cols[None, :]
     return mask
 
 
 @triton.jit
 def fetch(pointer, mask):
-    """A tile's values, zero outside the mask; None for a mask that would leave nothing out."""
+    """A tile's values, zero outside the mask, if there is one."""
     if mask is None:
         value = tl.load(pointer)
     else:
         value = tl.load(pointer, mask=mask, other=0.0)
     return value
+
+
+@triton.jit
+def read(pointer, mask, ACC: tl.constexpr):
+    """:func:`fetch`, in the accumulation dtype."""
+    return fetch(pointer, mask).to(ACC)
 
 
 @triton.jit
@@ -99,7 +127,11 @@ def tf32(x, PRECISION: tl.constexpr):
 @triton.jit
 def activate(u, ACT: tl.constexpr, SLOPE: tl.constexpr):
     if ACT == "relu":
-        u = tl.where(u < 0, 0.0, u)
+        if u.dtype == tl.float64:
+            u = tl.where(u < 0, 0.0, u)
+        else:
+            # One instruction.
+            u = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "leaky_relu":
         u = tl.where(u > 0, u, u * SLOPE)
     elif ACT == "silu":
@@ -168,11 +200,11 @@ def gradient_of(
 
     Outside the mask g is zero, z - mean is not.
     """
-    off = fetch(z + offset, mask).to(ACC) - center[None, :]
-    grad = fetch(dy + offset, mask).to(ACC)
+    off = read(z + offset, mask, ACC) - center[None, :]
+    grad = read(dy + offset, mask, ACC)
     if ACT != "identity":
         u = off * scale[None, :] + shift[None, :]
         if residual is not None:
-            u += fetch(residual + offset, mask).to(ACC)
+            u += read(residual + offset, mask, ACC)
         grad = activate_backward(u, grad, ACT, SLOPE)
     return grad, off
