@@ -177,7 +177,10 @@ def tiles_per_program(tiles: int, blocks: int, cfg: TileConfig, device: torch.de
         cfg: how many fit on a multiprocessor.
         device: the tensors'.
     """
-    return max(1, math.ceil(tiles * blocks / (processors_of(device) * cfg.resident)))
+    slots = processors_of(device) * cfg.resident
+    each = math.ceil(tiles * blocks / slots)
+    # A few tiles each would leave slots empty in the last round; programs of one tile fill them as they come free.
+    return each if tiles * blocks >= 0.85 * each * slots else 1
 
 
 def power_of_two(n: int, least: int, most: int) -> int:
@@ -191,26 +194,42 @@ def channel_block(channels: tuple[int, ...], most: int) -> int:
     return common if common >= 16 else power_of_two(max(channels, default=1), 16, min(most, 32))
 
 
-def _gemm(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
-    """Forward product: all output channels in one tile where they fit, so that inputs are read once."""
+def _product(kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int) -> TileConfig:
+    """Forward product of a 1 x 1 node.
+
+    A tile holds all output channels where it can, so that inputs are read once; the weight is read again for every
+    tile of pixels, by the second-level cache, so that wide tiles are long. Two programs a multiprocessor hide each
+    other's epilogue. Chosen on sm_90 by the model of benchmarks.gates.predict, not by measuring.
+    """
     if dtype == torch.float64:
-        return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 64), min(step, 16), 4, 2)
-    wide = 256 if dtype.itemsize == 2 else 128
-    block_n = power_of_two(n, 16, wide)
-    # A tile of 128 x 256 leaves no registers for an epilogue.
-    block_m = power_of_two(m, 16, 64 if block_n == 256 else 128)
+        return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 64), min(step, 16), 4, 2, resident=2)
+    half = dtype.itemsize == 2
+    if half and arch >= 90:
+        if n <= 64:
+            wide = TileConfig(128, power_of_two(n, 16, 64), min(step, 64), 4, 4, resident=2)
+        elif kernel == "stage":
+            # Moments leave no registers for a longer step, or a wider tile.
+            wide = TileConfig(128, 128, min(step, 32), 4, 4, resident=2)
+        elif n <= 128:
+            wide = TileConfig(128, 128, min(step, 64), 4, 3, resident=2)
+        else:
+            wide = TileConfig(128, 256, min(step, 64), 8, 4)
+        if math.ceil(m / wide.block_m) * math.ceil(n / wide.block_n) >= PROCESSORS * wide.resident:
+            return wide
+    block_n = power_of_two(n, 16, 128)
+    block_m = power_of_two(m, 16, 128)
     # Narrow tiles before short ones: a tile of few pixels leaves as many bytes of moments behind as one of many.
     while block_m * block_n > 64 * 64 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS:
         block_m, block_n = (block_m // 2, block_n) if block_m > 64 else (block_m, max(block_n // 2, 16))
     if block_m > 32 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS // 2:
         block_m = 32
-    large = block_m * block_n >= 64 * 128
-    return TileConfig(block_m, block_n, min(step, 64 if dtype.itemsize == 2 else 32), 8 if large else 4, 3)
+    warps = 8 if block_m * block_n >= 64 * 128 else 4
+    return TileConfig(block_m, block_n, min(step, 64 if half else 32), warps, 3, resident=8 // warps)
 
 
 def _merge(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
     """An implicit product: addresses and masks of every value of a step take registers of their own."""
-    wide = _gemm(m, n, step, dtype)
+    wide = _product("forward", m, n, step, dtype, 80)
     if dtype == torch.float64:
         return wide
     most = 128 if dtype.itemsize == 2 else 64
@@ -223,18 +242,31 @@ def _backward(
     """Tiles of the backward products; block_n of ``fused`` must hold every output channel, block_n of ``dx`` is the
     part of them that is formed at a time."""
     half, slow = dtype.itemsize == 2, dtype == torch.float64 or exact
+    modern = arch >= 90 and half
     if kernel == "fused":
         # Warpgroup instructions want 64 pixels; others leave more of a thread's registers to the accumulators.
-        block_m = power_of_two(m, 16, 64 if arch >= 90 and half else 32)
-        return TileConfig(block_m, power_of_two(n, 16, 1024), min(step, 64), 8, 2)
+        block_m, block_n = power_of_two(m, 16, 64 if modern else 32), power_of_two(n, 16, 128)
+        narrow = modern and block_n <= 64
+        stages, resident = 3 if modern else 2, 2 if narrow else 1
+        return TileConfig(
+            block_m, block_n, min(step, 64 if narrow else 128), 4 if narrow else 8, stages, resident=resident
+        )
     if slow:
         return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 32), min(step, 32), 4, 1)
     if kernel == "dx":
-        block_m = power_of_two(m, 16, 64 if arch >= 90 and half else 32)
-        return TileConfig(block_m, power_of_two(n, 16, 64), min(step, 64), 4, 3)
+        if modern and n <= 128:
+            return TileConfig(power_of_two(m, 16, 128), power_of_two(n, 16, 64), min(step, 64), 4, 2)
+        return TileConfig(power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, 64), min(step, 64), 4, 2)
     # A contiguous map's tile is turned round in registers.
     most = 128 if channels_last else 64
-    return TileConfig(power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, most), min(step, most), 8, 3)
+    warps, stages = (4, 3) if modern else (8, 2)
+    return TileConfig(
+        power_of_two(m, 16, 64 if half else 32), power_of_two(n, 16, most), min(step, most), warps, stages, resident=2
+    )
+
+
+# Values of dW that the threads of a program hold beside a tile.
+FUSED_VALUES = 64 * 128
 
 
 def holds_dz(n: int, dtype: torch.dtype, exact: bool = False) -> bool:
@@ -244,7 +276,7 @@ def holds_dz(n: int, dtype: torch.dtype, exact: bool = False) -> bool:
 
 def fits_fused(k: int, n: int, dtype: torch.dtype, exact: bool = False) -> bool:
     """Whether one pass may make dx and dW: all of dW and a tile's dz must stay in registers and shared memory."""
-    most = 32 if dtype == torch.float64 or exact else 256 if dtype.itemsize == 2 else 128
+    most = 32 if dtype == torch.float64 or exact else 128
     return n <= most and n * k * 4 <= 128 * 1024
 
 
@@ -346,7 +378,7 @@ def choose(
     """The configuration of a kernel for a problem.
 
     Args:
-        kernel: "forward", "merge", "fused", "dx", "dw", "elementwise", "upsample" or "upsample_backward".
+        kernel: "forward", "stage" (the same with moments), "merge", "fused", "dx", "dw", "elementwise", "upsample" or "upsample_backward".
         m: pixels, over all images.
         k: input channels, over all inputs; 0 where nothing is multiplied.
         n: output channels.
@@ -359,8 +391,8 @@ def choose(
     found = None if exact else measured(kernel, m, k, n, dtype, arch)
     if found is not None:
         return found
-    if kernel == "forward":
-        cfg = _gemm(m, n, step, dtype)
+    if kernel in ("forward", "stage"):
+        cfg = _product(kernel, m, n, step, dtype, arch)
     elif kernel == "merge":
         cfg = _merge(m, n, step, dtype)
     elif kernel == "elementwise":

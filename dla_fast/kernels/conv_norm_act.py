@@ -87,7 +87,7 @@ class _Plan:
         flat = kernel == 1 and stride == 1 and not upsamples
         if flat:
             height, width = height * width, 1
-        kind, depth = "forward" if flat else "merge", node.depth * kernel**2
+        kind, depth = ("stage" if moments else "forward") if flat else "merge", node.depth * kernel**2
         cfg = config.choose(kind, node.total, depth, node.out_channels, node.dtype, node.arch, node.step)
         arranged = _even_taps(weight)
         order = tuple(sorted(range(len(xs)), key=lambda i: on_load[i] > 1))

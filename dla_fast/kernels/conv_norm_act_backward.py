@@ -33,7 +33,9 @@ def _blocks(channels: Sequence[int], size: int) -> tuple[int, ...]:
 
 def _choose(kernel: str, node: host.Node) -> config.TileConfig:
     sizes = (node.total, node.depth, node.out_channels)
-    return config.choose(kernel, *sizes, node.dtype, node.arch, node.step, node.channels_last, node.exact)
+    # Where a block of channels is a program's, one that is not full costs less than many small ones.
+    step = node.step if kernel == "dx" else node.widest
+    return config.choose(kernel, *sizes, node.dtype, node.arch, step, node.channels_last, node.exact)
 
 
 class _Operands(NamedTuple):
@@ -132,23 +134,20 @@ def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx
     node = operands.node
     cfg = _choose("fused", node)
     channels, starts, needed = (operands.of_inputs(v) for v in (node.channels, node.starts, need_dx))
-    ranges = _Ranges.of(node, cfg, 1, dw)
-    sizes = tuple(config.power_of_two(c, 16, 1024) for c in channels)
+    blocks = _blocks(channels, cfg.block_k)
+    # All blocks in one program, which then forms dz once, where its registers hold all of dW.
+    each = blocks[-1] if blocks[-1] * cfg.block_k * cfg.block_n <= config.FUSED_VALUES else 1
+    programs = blocks[-1] // each
+    ranges = _Ranges.of(node, cfg, programs, dw)
     # Something must stand where no gradient is written.
     targets = [dx if wanted else x for x, dx, wanted in zip(xs, dxs, need_dx, strict=True)]
-    of_inputs = (operands.of_inputs(xs), operands.of_inputs(targets), channels, starts)
+    of_inputs = (operands.of_inputs(xs), operands.of_inputs(targets), channels, starts, blocks)
     integers = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
     args = (*of_inputs, *operands.maps, ranges.out, *operands.norm, *operands.sums, *integers)
-    constexprs = {name: value for name, value in node.tile(cfg).items() if name not in ("BK", "EVEN_K")}
-    constexprs |= {"SIZES": sizes, "EVEN": _bits(c == s for c, s in zip(channels, sizes, strict=True))}
-    launch.launch(
-        fused_kernel, (ranges.count,), args, constexprs | {"DX": _bits(needed)} | operands.constexprs, cfg
-    )
+    mask = sum(1 << i for i, wanted in enumerate(needed) if wanted)
+    constexprs = node.tile(cfg) | {"EACH": each, "DX": mask} | operands.constexprs
+    launch.launch(fused_kernel, (programs, ranges.count), args, constexprs, cfg)
     ranges.add_up(dw, node.acc)
-
-
-def _bits(flags: Iterable[bool]) -> int:
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
 
 
 def _products(

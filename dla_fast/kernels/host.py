@@ -174,6 +174,11 @@ class Node:
         return config.channel_block(self.channels, 128)
 
     @property
+    def widest(self) -> int:
+        """The power of two that holds the channels of the widest input, or a step of 128 through them."""
+        return config.power_of_two(max(self.channels), 16, 128)
+
+    @property
     def arch(self) -> int:
         """The device's architecture."""
         return config.arch_of(self.device)

@@ -3,18 +3,19 @@
 A grouped kernel, or one larger than 3 x 3, does few or many products a value that is moved; neither is what the kernels
 of :mod:`dla_fast.kernels.product` are made for. An input that is to be upsampled is a map of its own then.
 
-Where the kernels were measured and found wanting (:data:`MEASURED`; benchmarks/results/gpu-h200.json, bfloat16,
-channels_last) the library also takes
+On the architectures that were looked at (:data:`ARCHITECTURES`) the library also takes
 
-- every 3 x 3 convolution: on the nodes of an IDA ladder at 512 x 512 the kernels ran at 0.09 to 0.21 of a bare
-  convolution's speed;
-- the products of a 1 x 1 node's backward, behind a dz that is formed once, from :data:`LARGE` values on: the kernels
-  that form dz on the way ran at 5 to 30 % of what memory allows, and slower than eager below 56 x 56.
+- every 3 x 3 convolution: on the nodes of an IDA ladder at 512 x 512 an H200 ran the kernels of that time at 0.09 to
+  0.21 of a bare convolution's speed (benchmarks/results/gpu-h200.json), and the model of benchmarks.gates.predict puts
+  today's under 0.8 of it;
+- the products of a 1 x 1 node's backward with more than :data:`WIDE` output channels, behind a dz that is formed once:
+  there a tile of dz is short, the weight is read again for each, and by the same model the library is the faster.
 
-Both ways have not been measured beside each other yet: ``python -m benchmarks.gpu --blocks ways`` does that.
+Neither has been measured since: ``python -m benchmarks.gpu --blocks ways`` puts both ways beside each other.
 
-Per output pixel, with K input and N output channels, that backward moves 4N + 2K values, 2N more than one pass would.
-Each input has products of its own; no gradient of a concatenation exists, except of a grouped one.
+Per output pixel, with K input and N output channels and L inputs, that backward reads dz 2L times and moves
+(3 + 2L) N + 2K values. Each input has products of its own; no gradient of a concatenation exists, except of a grouped
+one. The library's convolutions are asked for deterministic gradients, as all of the package's are.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ from dla_fast.kernels.upsample import upsample
 from dla_fast.ops.layout import empty_like_layout
 
 DEVICE = "cuda"
-# Architectures on which the library was measured beside the kernels.
-MEASURED = (90,)
-# Values that a node reads and writes from which on its backward is the library's even where one launch would do: the
-# library takes two launches an input, and dz a pass of its own. By reasoning.
-LARGE = 2**24
+# Architectures on which the library stands beside the kernels.
+ARCHITECTURES = (90,)
+# Output channels up to which a 1 x 1 node's backward is the kernels' there.
+WIDE = 128
 
 
 class Geometry(NamedTuple):
@@ -45,16 +45,16 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def _measured(weight: Tensor) -> bool:
-    """Whether anything was measured there: nothing of float64, nor of float32 that is multiplied as such."""
+def _compared(weight: Tensor) -> bool:
+    """Whether the two were compared there: not in float64, nor in float32 that is multiplied as such."""
     rounds = weight.dtype.itemsize == 2 or (weight.dtype == torch.float32 and host.precision(weight.dtype) == "tf32")
-    return rounds and weight.device.type == DEVICE and config.arch_of(weight.device) in MEASURED
+    return rounds and weight.device.type == DEVICE and config.arch_of(weight.device) in ARCHITECTURES
 
 
 def serves(weight: Tensor, geometry: Geometry) -> bool:
     """Whether the library convolves in the forward, and not a kernel: the one place where that is chosen."""
     kernel = weight.shape[2]
-    return geometry.groups > 1 or kernel not in (1, 3) or (kernel == 3 and _measured(weight))
+    return geometry.groups > 1 or kernel not in (1, 3) or (kernel == 3 and _compared(weight))
 
 
 def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: bool) -> bool:
@@ -70,9 +70,7 @@ def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: 
         return True
     if not fused and not config.holds_dz(node.out_channels, node.dtype, node.exact):
         return True
-    if not _measured(weight):
-        return False
-    return not fused or node.total * (node.depth + node.out_channels) >= LARGE
+    return not fused and node.out_channels > WIDE and _compared(weight)
 
 
 def upsampled(

@@ -36,11 +36,13 @@ from dla_fast.kernels.tile import (
     activate,
     along,
     at,
+    fetch,
     inside,
-    moments_of,
+    multiple,
     norm_of,
     per_channel,
     pixel_range,
+    read,
     tf32,
 )
 
@@ -55,13 +57,14 @@ def strided(side, STRIDE: tl.constexpr):
 
 @triton.jit
 def place_of(
-    m, total, height, width, CL: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    EVEN_M: tl.constexpr,
+    m, total, height, width,
+    CL: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Where the output's pixels m lie in a plain input: image and place in it (channels_last: place among all images'
     pixels), and a bit for each tap that stays inside the map."""
     if KERNEL == 1 and STRIDE == 1:
-        image, place = (m, m) if CL else (m // (height * width), m % (height * width))
+        pixels = multiple(height * width, ALIGN)
+        image, place = (m, m) if CL else (m // pixels, m % pixels)
         taps = (m < total).to(tl.int32)
     else:
         out_height, out_width = strided(height, STRIDE), strided(width, STRIDE)
@@ -100,11 +103,7 @@ def load_weights(
     # Nothing would know that the only tap is 0, and where a weight begins.
     if KERNEL > 1:
         weights += tap * stride_t
-    if EVEN_K and EVEN_N:
-        values = tl.load(weights)
-    else:
-        values = tl.load(weights, mask=kin[:, None] & outs[None, :], other=0.0)
-    return values
+    return fetch(weights, None if EVEN_K and EVEN_N else kin[:, None] & outs[None, :])
 
 
 @triton.jit
@@ -118,20 +117,16 @@ def add_step(
     k = first + tl.arange(0, BK)
     kin = k < own
     pixels = height * width
+    if KERNEL == 1 and STRIDE == 1:
+        pixels = multiple(pixels, ALIGN)
     if KERNEL > 1:
         place += ((tap // KERNEL - KERNEL // 2) * width + tap % KERNEL - KERNEL // 2) * DILATION
     row, column = place * own, k
     if not CL:
         row = image * (own * pixels) + place
-        if KERNEL == 1 and STRIDE == 1:
-            row = tl.max_contiguous(tl.multiple_of(row, ALIGN), ALIGN)
         column = (k.to(tl.int64) if I64 else k) * pixels
     address = x + (row[:, None] + column[None, :])
-    if EVEN_M and EVEN_K and KERNEL == 1:
-        values = tl.load(address)
-    else:
-        there = ((taps >> tap) & 1) != 0
-        values = tl.load(address, mask=inside(there, kin, EVEN_K), other=0.0)
+    values = fetch(address, inside(((taps >> tap) & 1) != 0, kin, EVEN_K, EVEN_M and KERNEL == 1))
     right = load_weights(
         w, n, start + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N, KERNEL
     )  # fmt: skip
@@ -210,10 +205,7 @@ def advance(i, first, tap, own, BK: tl.constexpr, PLAIN: tl.constexpr, KERNEL: t
 @triton.jit
 def output_of(m, n, pixels, out_channels, CL: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr):
     """Offsets of a tile of the output."""
-    row = at(m, pixels, out_channels, CL)
-    if not CL:
-        row = tl.max_contiguous(tl.multiple_of(row, ALIGN), ALIGN)
-    return row[:, None] + along(n, pixels, CL, I64)[None, :]
+    return at(m, pixels, out_channels, CL, ALIGN)[:, None] + along(n, pixels, CL, I64, ALIGN)[None, :]
 
 
 @triton.jit
@@ -221,6 +213,12 @@ def folded(value, WARPS: tl.constexpr):
     """A tile's rows added up as far as one thread holds them, by the layout of a warp's product: no value moves."""
     parts = tl.reshape(value, (value.shape[0] // (16 * WARPS), WARPS, 2, 8, value.shape[1]))
     return tl.sum(tl.sum(parts, 2), 0)
+
+
+@triton.jit
+def add_both(a, b, c, d):
+    """Two sums in one reduction."""
+    return a + c, b + d
 
 
 @triton.jit
@@ -241,7 +239,7 @@ def inference_kernel(
     tile = tl.program_id(0) // blocks * per_program
     mine = tl.minimum(per_program, tl.cdiv(total, BM) - tile)
     image, place, taps = place_of(
-        pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, EVEN_M
+        pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
     )  # fmt: skip
     i, first, tap = 0, 0, 0
     acc = tl.zeros((BM, BN), ACC)
@@ -266,17 +264,17 @@ def inference_kernel(
                     BK, CL, EVEN_K, EVEN_N, PRECISION, ACC, I64, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
                 )  # fmt: skip
             offset = output_of(m, n, pixels, out_channels, CL, I64, ALIGN)
-            mask = None if EVEN_M and EVEN_N else inside(m < total, outs, EVEN_N)
+            mask = inside(m < total, outs, EVEN_N, EVEN_M)
             u = (acc - center[None, :]) * scale[None, :] + shift[None, :]
             if residual is not None:
-                u += tl.load(residual + offset, mask=mask).to(ACC)
+                u += read(residual + offset, mask, ACC)
             tl.store(y + offset, activate(u, ACT, SLOPE).to(y.dtype.element_ty), mask=mask)
             acc = tl.zeros((BM, BN), ACC)
         tile = tl.where(last, tile + 1, tile)
         if not FLAT:
             if last:
                 image, place, taps = place_of(
-                    pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, EVEN_M
+                    pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
                 )  # fmt: skip
 
 
@@ -299,12 +297,12 @@ def stage_kernel(
     tile = begin
     tiles = tl.cdiv(total, BM)
     mine = tl.minimum(per_program, tiles - tile)
+    shift = tl.zeros((BN,), ACC)
     if WARPS > 0:
-        shift = tl.zeros((BN,), ACC)
         rest = tl.zeros((WARPS, 8, BN), ACC)
         squares = tl.zeros((WARPS, 8, BN), ACC)
     image, place, taps = place_of(
-        pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, EVEN_M
+        pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
     )  # fmt: skip
     i, first, tap = 0, 0, 0
     acc = tl.zeros((BM, BN), ACC)
@@ -330,30 +328,31 @@ def stage_kernel(
                 )  # fmt: skip
             written = acc.to(z.dtype.element_ty)
             offset = output_of(m, n, pixels, out_channels, CL, I64, ALIGN)
-            mask = None if EVEN_M and EVEN_N else inside(m < total, outs, EVEN_N)
+            mask = inside(m < total, outs, EVEN_N, EVEN_M)
             tl.store(z + offset, written, mask=mask)
             value = written.to(ACC)
-            if WARPS > 0:
+            if partial is not None:
                 # Sums are taken around the mean of the first tile: any value near the others would do.
                 if tile == begin:
                     shift = tl.sum(value, 0) / tl.minimum(total - begin * BM, BM).to(ACC)
                 off = value - shift[None, :]
                 if not EVEN_M:
                     off = tl.where((m < total)[:, None], off, 0.0)
-                rest += folded(off, WARPS)
-                squares += folded(off * off, WARPS)
-            elif partial is not None:
-                at_mean, m2, left = moments_of(value, m < total, tl.minimum(total - tile * BM, BM).to(ACC), ACC)
-                to = partial + n * tiles + tile
-                tl.store(to, at_mean, mask=outs)
-                tl.store(to + out_channels * tiles, m2, mask=outs)
-                tl.store(to + 2 * out_channels * tiles, left, mask=outs)
+                if WARPS > 0:
+                    rest += folded(off, WARPS)
+                    squares += folded(off * off, WARPS)
+                else:
+                    of_tile, m2 = tl.reduce((off, off * off), 0, add_both)
+                    to = partial + n * tiles + tile
+                    tl.store(to, shift, mask=outs)
+                    tl.store(to + out_channels * tiles, m2, mask=outs)
+                    tl.store(to + 2 * out_channels * tiles, of_tile, mask=outs)
             acc = tl.zeros((BM, BN), ACC)
         tile = tl.where(last, tile + 1, tile)
         if not FLAT:
             if last:
                 image, place, taps = place_of(
-                    pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, EVEN_M
+                    pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
                 )  # fmt: skip
     if WARPS > 0:
         groups = tl.cdiv(tiles, per_program)

@@ -25,15 +25,6 @@ from dla_fast.kernels.tile import along, at, batch_terms, fetch, gradient_of, in
 
 
 @triton.jit
-def rows_of(m, pixels, channels, CL: tl.constexpr, ALIGN: tl.constexpr):
-    """Offset of channel 0 at each pixel of a tile; ALIGN pixels lie side by side, from a multiple of it on."""
-    row = at(m, pixels, channels, CL)
-    if not CL:
-        row = tl.max_contiguous(tl.multiple_of(row, ALIGN), ALIGN)
-    return row[:, None]
-
-
-@triton.jit
 def input_of(xs, channels, starts, blocks, block):
     """The input that a block of channels belongs to: itself, its channels, its first column of w, its first block."""
     x, own, start, first = xs[0], channels[0], starts[0], 0
@@ -47,9 +38,11 @@ def input_of(xs, channels, starts, blocks, block):
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """An empty sum; a shape of a tuple's elements would be none that the compiler knows."""
-    return tl.zeros((ROWS, COLUMNS), ACC)
+def columns_of(xs, channels, starts, blocks, block, n, outs, depth, BK: tl.constexpr):
+    """Where a block's columns of w lie in its rows n, and which of them there are."""
+    _, own, start, first = input_of(xs, channels, starts, blocks, block)
+    k = (block - first) * BK + tl.arange(0, BK)
+    return n[:, None] * depth + (start + k)[None, :], outs[:, None] & (k < own)[None, :]
 
 
 @triton.jit
@@ -63,15 +56,15 @@ def dx_kernel(
 ):  # fmt: skip
     m = pixel_range(tl.program_id(0), BM, I64)
     rows = m < total
-    row = rows_of(m, pixels, out_channels, CL, ALIGN)
+    row = at(m, pixels, out_channels, CL, ALIGN)[:, None]
     parts = ()
     for chunk in tl.static_range(CHUNKS):
         n = chunk * BN + tl.arange(0, BN)
         outs = n < out_channels
         center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
         tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
-        offset = row + along(n, pixels, CL, I64)[None, :]
-        mask = None if EVEN_M and EVEN_N else inside(rows, outs, EVEN_N)
+        offset = row + along(n, pixels, CL, I64, ALIGN)[None, :]
+        mask = inside(rows, outs, EVEN_N, EVEN_M)
         grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
         part = (grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty)
         if dz is not None:
@@ -84,21 +77,18 @@ def dx_kernel(
         acc = tl.zeros((BM, BK), ACC)
         for chunk in tl.static_range(CHUNKS):
             weights = w + (chunk * BN + tl.arange(0, BN))[:, None] * depth + (start + k)[None, :]
-            if EVEN_N and EVEN_K:
-                right = tl.load(weights)
-            else:
-                there = (chunk * BN + tl.arange(0, BN))[:, None] < out_channels
-                right = tl.load(weights, mask=there & kin[None, :], other=0.0)
+            there = (chunk * BN + tl.arange(0, BN))[:, None] < out_channels
+            right = fetch(weights, None if EVEN_N and EVEN_K else there & kin[None, :])
             acc = tl.dot(parts[chunk], tf32(right, PRECISION), acc, input_precision=PRECISION, out_dtype=ACC)
-        of_input = None if EVEN_M and EVEN_K else inside(rows, kin, EVEN_K)
+        of_input = inside(rows, kin, EVEN_K, EVEN_M)
         if ADD:  # noqa: SIM102, the inner condition is the device's
             if block < blocks[1]:
                 center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, kin, EPS, ACC)
-                of_first = row + along(k, pixels, CL, I64)[None, :]
+                of_first = row + along(k, pixels, CL, I64, ALIGN)[None, :]
                 acc += gradient_of(
                     dy, z, residual, of_first, of_input, center_k, scale_k, shift_k, ACT, SLOPE, ACC
                 )[0]  # fmt: skip
-        to = dx + rows_of(m, pixels, own, CL, ALIGN) + along(k, pixels, CL, I64)[None, :]
+        to = dx + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
         tl.store(to, acc.to(dx.dtype.element_ty), mask=of_input)
 
 
@@ -120,10 +110,10 @@ def weight_kernel(
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
         rows = m < total
-        left = dz + rows_of(m, pixels, out_channels, CL, ALIGN) + along(n, pixels, CL, I64)[None, :]
-        right = x + rows_of(m, pixels, own, CL, ALIGN) + along(k, pixels, CL, I64)[None, :]
-        a = fetch(left, None if EVEN_M and EVEN_N else inside(rows, outs, EVEN_N))
-        b = fetch(right, None if EVEN_M and EVEN_K else inside(rows, k < own, EVEN_K))
+        left = dz + at(m, pixels, out_channels, CL, ALIGN)[:, None] + along(n, pixels, CL, I64, ALIGN)[None, :]
+        right = x + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+        a = fetch(left, inside(rows, outs, EVEN_N, EVEN_M))
+        b = fetch(right, inside(rows, k < own, EVEN_K, EVEN_M))
         a, b = tl.trans(tf32(a, PRECISION)), tf32(b, PRECISION)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth + n[:, None] * depth + (start + k)[None, :]
@@ -132,61 +122,65 @@ def weight_kernel(
 
 @triton.jit
 def fused_kernel(
-    xs, dxs, channels, starts, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
+    xs, dxs, channels, starts, blocks, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
     inverse_count: tl.float64, total, pixels, out_channels, depth, tiles_per_range,
-    BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr, SIZES: tl.constexpr,
-    EVEN: tl.constexpr, DX: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
-    SLOPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    ALIGN: tl.constexpr, EACH: tl.constexpr, DX: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """SIZES[i]: a power of two not below the channels of input i; bit i of EVEN says that it is just that many, bit i
-    of DX that the input needs its gradient."""
+    """A program takes EACH blocks of input channels: all there are, or one, chosen by its number. Bit i of DX says that
+    input i needs its gradient."""
     n = tl.arange(0, BN)
     outs = n < out_channels
     center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
     tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
     accs, weights = (), ()
-    for i in tl.static_range(len(xs)):
-        k = tl.arange(0, SIZES[i])
-        accs = accs + (zeros(BN, SIZES[i], ACC),)
-        columns = w + n[:, None] * depth + (starts[i] + k)[None, :]
-        taken = tl.load(columns, mask=outs[:, None] & (k < channels[i])[None, :], other=0.0)
-        weights = weights + (tf32(taken, PRECISION),)
-    if ADD:
-        own = tl.arange(0, SIZES[0])
-        center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, own, own < channels[0], EPS, ACC)
-    begin = tl.program_id(0) * tiles_per_range
+    for i in tl.static_range(EACH):
+        columns, there_columns = columns_of(xs, channels, starts, blocks, tl.program_id(0) * EACH + i, n, outs, depth, BK)
+        taken = fetch(w + columns, None if EVEN_N and EVEN_K else there_columns)
+        accs, weights = accs + (tl.zeros((BN, BK), ACC),), weights + (tf32(taken, PRECISION),)
+    begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
         rows = m < total
-        row = rows_of(m, pixels, out_channels, CL, ALIGN)
-        mask = None if EVEN_M and EVEN_N else inside(rows, outs, EVEN_N)
-        offset = row + along(n, pixels, CL, I64)[None, :]
+        row = at(m, pixels, out_channels, CL, ALIGN)[:, None]
+        offset = row + along(n, pixels, CL, I64, ALIGN)[None, :]
+        mask = inside(rows, outs, EVEN_N, EVEN_M)
         grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
-        dz = (grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty)
-        dz = tf32(dz, PRECISION)
-        made = ()
-        for i in tl.static_range(len(xs)):
-            k = tl.arange(0, SIZES[i])
-            of_input = None if EVEN_M and (EVEN >> i) & 1 else inside(rows, k < channels[i], (EVEN >> i) & 1)
-            at_input = rows_of(m, pixels, channels[i], CL, ALIGN) + along(k, pixels, CL, I64)[None, :]
-            x = tf32(fetch(xs[i] + at_input, of_input), PRECISION)
-            made = made + (tl.dot(tl.trans(dz), x, accs[i], input_precision=PRECISION, out_dtype=ACC),)
-            if (DX >> i) & 1:
-                dx = tl.dot(dz, weights[i], input_precision=PRECISION, out_dtype=ACC)
-                if ADD and i == 0:
-                    passed, _ = gradient_of(
-                        dy, z, residual, row + along(k, pixels, CL, I64)[None, :], of_input, center_k, scale_k, shift_k,
-                        ACT, SLOPE, ACC,
-                    )  # fmt: skip
-                    dx += passed
-                tl.store(dxs[i] + at_input, dx.to(dxs[i].dtype.element_ty), mask=of_input)
-        accs = made
-    to = dw + tl.program_id(0).to(tl.int64) * out_channels * depth + n[:, None] * depth
-    for i in tl.static_range(len(xs)):
-        k = tl.arange(0, SIZES[i])
-        columns = to + (starts[i] + k)[None, :]
-        tl.store(columns, accs[i].to(dw.dtype.element_ty), mask=outs[:, None] & (k < channels[i])[None, :])
+        dz = tf32((grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty), PRECISION)
+        sums = ()
+        for i in tl.static_range(EACH):
+            block = tl.program_id(0) * EACH + i
+            x, own, _, first = input_of(xs, channels, starts, blocks, block)
+            k = (block - first) * BK + tl.arange(0, BK)
+            there = inside(rows, k < own, EVEN_K, EVEN_M)
+            at_input = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+            right = tf32(fetch(x + at_input, there), PRECISION)
+            sums = sums + (tl.dot(tl.trans(dz), right, accs[i], input_precision=PRECISION, out_dtype=ACC),)
+            if DX:
+                dx, _, _, _ = input_of(dxs, channels, starts, blocks, block)
+                made = tl.dot(dz, weights[i], input_precision=PRECISION, out_dtype=ACC)
+                if ADD:
+                    # Where the block is not one of input 0, nothing is loaded.
+                    of_first = tl.where(block < blocks[1], own, 0)
+                    center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, k < of_first, EPS, ACC)
+                    made += gradient_of(
+                        dy, z, residual, row + along(k, pixels, CL, I64, ALIGN)[None, :], inside(rows, k < of_first, False),
+                        center_k, scale_k, shift_k, ACT, SLOPE, ACC,
+                    )[0]  # fmt: skip
+                if DX == (1 << len(xs)) - 1:
+                    tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=there)
+                else:
+                    wanted = tl.full((), False, tl.int1)
+                    for j in tl.static_range(len(xs)):
+                        wanted |= (block >= blocks[j]) & (block < blocks[j + 1]) & (((DX >> j) & 1) != 0)
+                    tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=inside(rows, k < own, False) & wanted)
+        accs = sums
+    to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth
+    for i in tl.static_range(EACH):
+        columns, there_columns = columns_of(xs, channels, starts, blocks, tl.program_id(0) * EACH + i, n, outs, depth, BK)
+        tl.store(to + columns, accs[i].to(dw.dtype.element_ty), mask=there_columns)
 
 
 @triton.jit
