@@ -80,12 +80,14 @@ class Moved:
             has from an access before.
         asked: bytes.
         stored: of them, those written.
+        torn: sectors of which a store writes a part; each time they are written as a whole.
     """
 
     requests: int = 0
     sectors: int = 0
     asked: int = 0
     stored: int = 0
+    torn: int = 0
 
 
 @dataclass
@@ -255,7 +257,10 @@ class Emulator:
             trace.accesses[ins.address] = (int(ins.width == 16), 1)
             moved.sectors += fresh
             moved.asked += threads * ins.width
-            moved.stored += threads * ins.width if store else 0
+            if store:
+                moved.stored += threads * ins.width
+                # Threads that write a sector in part leave the rest to another store.
+                moved.torn += max(0, fresh - threads * ins.width // SECTOR)
             trace.counts[f"{'store' if store else 'load'}.{ins.width}"] += 1
             cycles = max(float(lines), threads * ins.width / LINE, 1.0)
             trace.lines += cycles

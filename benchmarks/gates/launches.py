@@ -50,6 +50,7 @@ class Features:
         lines: cycles of the first-level cache that it takes.
         asked: bytes of the second-level cache that the launch asks for and writes.
         bytes: distinct bytes that it reads and writes.
+        torn: bytes of sectors that one store writes in part, as often as one does.
         wide: share of its accesses to global memory, by bytes, that are 128 bits a thread.
         loops: (times, instructions each time, accesses of 128 bits, accesses to global memory) of its loops.
         counts: instructions of a warp by kind.
@@ -69,6 +70,7 @@ class Features:
     lines: float
     asked: float
     bytes: float
+    torn: float
     wide: float
     loops: list[list[float]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -147,10 +149,11 @@ def code_of(s: launch.Specialisation, target: str) -> tuple[Code, list[sass.Inst
 def gathered(trace: Trace, code: Code, one: launch.Launch, operands: list[int], target: str) -> Features:
     """A launch's features, from what one warp of it did."""
     warps, programs = one.config.num_warps, math.prod(one.grid)
-    asked = distinct = 0.0
+    asked = distinct = torn = 0.0
     for operand, moved in trace.moved.items():
         total = float(moved.sectors * SECTOR * warps * programs)
         asked += total
+        torn += float(moved.torn * SECTOR * warps * programs)
         distinct += min(total, operands[operand - 1]) if operand > 0 else 0.0
     by_width = {int(k.partition(".")[2]): 0 for k in trace.counts if k.startswith(("load.", "store."))}
     for kind, count in trace.counts.items():
@@ -173,6 +176,7 @@ def gathered(trace: Trace, code: Code, one: launch.Launch, operands: list[int], 
         lines=trace.lines,
         asked=asked,
         bytes=distinct,
+        torn=torn,
         wide=round(16 * by_width.get(16, 0) / whole, 4) if whole else 1.0,
         loops=[[*loop] for loop in trace.trips()],
         counts=dict(trace.counts),

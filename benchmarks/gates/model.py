@@ -65,10 +65,14 @@ class Machine:
 # under load; the cache's rate as microbenchmarks give it for an H100. From far on: fitted to that run's times, see
 # benchmarks/results/model-h200.json; near, far and start are what microbenchmarks give too (260, 600 to 800, 1000).
 H200 = Machine(
-    name="H200", sms=132, clock=1.755e9, copy=4.188e12, matrix=8.11e14, cache=6.5e12, far=800.0, near=260.0,
-    start=1500.0, slots=0.56, joint=2.7, launch=1.0e-6,
+    name="H200", sms=132, clock=1.755e9, copy=4.188e12, matrix=8.11e14, cache=6.5e12, far=750.0, near=300.0,
+    start=1500.0, slots=0.90, joint=2.85, launch=1.0e-6,
 )  # fmt: skip
 MACHINES = {m.name: m for m in (H200,)}
+
+
+# A sector of which a store writes a part is read, mended and written: fitted, and what error-correcting memory does.
+TORN = 2.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def predict(f: Features, machine: Machine) -> Time:
     # Of what a processor has, the busiest one decides: with fewer programs than processors, one of them.
     share = max(per_sm, 1.0) * f.warps / machine.clock
     parts = {
-        "memory": f.bytes / machine.copy,
+        "memory": (f.bytes + TORN * f.torn) / machine.copy,
         "cache": f.asked / machine.cache,
         "issue": share * f.issued / 4 / machine.slots,
         **{name: share * cycles / 4 / machine.slots for name, cycles in f.pipes.items()},
