@@ -1,4 +1,4 @@
-"""A recorded launch as the device sees it: its machine code, its arguments in the constant bank, its operands' sizes."""
+"""A recorded launch as the device sees it: machine code, arguments in the constant bank, sizes of its operands."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.gates import compiled, effects, emulate, registers, sass
+from benchmarks.gates import compiled, effects, emulate, pipes, registers, sass
 from benchmarks.gates.compiled import TARGETS, source
-from benchmarks.gates.emulate import SECTOR, SPACE, Memory, Trace
+from benchmarks.gates.emulate import Memory, Trace
+from benchmarks.gates.pipes import SECTOR, SPACE
 from dla_fast.kernels import launch
 
 # Where a kernel's parameters begin in bank 0 of a GPU of architecture 9.0, behind the launch's sizes.
@@ -153,8 +154,13 @@ def gathered(trace: Trace, code: Code, one: launch.Launch, operands: list[int], 
     for operand, moved in trace.moved.items():
         total = float(moved.sectors * SECTOR * warps * programs)
         asked += total
-        torn += float(moved.torn * SECTOR * warps * programs)
-        distinct += min(total, operands[operand - 1]) if operand > 0 else 0.0
+        if operand > 0:
+            distinct += min(total, operands[operand - 1])
+            # No byte is written twice: where the warps seem to, most of them are masked out. What is small stays in the
+            # cache until its sectors are whole.
+            written = moved.stored * warps * programs
+            once = min(1.0, operands[operand - 1] / written) if written else 0.0
+            torn += once * moved.torn * SECTOR * warps * programs if operands[operand - 1] > LEFT_BEHIND else 0.0
     by_width = {int(k.partition(".")[2]): 0 for k in trace.counts if k.startswith(("load.", "store."))}
     for kind, count in trace.counts.items():
         if kind.startswith(("load.", "store.")):
@@ -188,10 +194,7 @@ def cached_operands(trace: Trace, operands: list[int], threads: int) -> frozense
     return frozenset(
         i
         for i, moved in trace.moved.items()
-        if i > 0
-        and (
-            moved.sectors * SECTOR * threads >= REPEATED * operands[i - 1] or operands[i - 1] <= LEFT_BEHIND
-        )
+        if i > 0 and (moved.sectors * SECTOR * threads >= REPEATED * operands[i - 1] or operands[i - 1] <= LEFT_BEHIND)
     )
 
 
@@ -207,7 +210,7 @@ def features(
     bank, operands = constants(one)
     path = None
     if cache is not None:
-        modules = (compiled, effects, emulate, registers, sass)
+        modules = (compiled, effects, emulate, pipes, registers, sass)
         readers = [Path(str(m.__file__)).read_text(encoding="utf-8") for m in modules] + [
             Path(__file__).read_text(encoding="utf-8")
         ]
@@ -218,7 +221,8 @@ def features(
         except (OSError, ValueError, TypeError):
             pass
     code, instructions = code_of(s, target)
-    grid = (*one.grid, 1, 1)[:3]
+    x, y, z = (*one.grid, 1, 1)[:3]
+    grid = (x, y, z)
     first = emulate.run(instructions, bank, grid, one.config.num_warps, memory)
     known = cached_operands(first, operands, one.config.num_warps * math.prod(grid))
     trace = emulate.run(

@@ -36,7 +36,8 @@ class Machine:
         near: cycles until the second-level cache answers.
         start: cycles until a program's first instruction, its constants and code fetched.
         slots: share of a scheduler's issue slots that are filled at best.
-        joint: exponent of the norm that joins latency and throughput.
+        joint: exponent of the norm that joins latency and throughput where a processor holds one program, and
+        fills: what each further one adds to it, since one program's waiting is filled by another's work.
         launch: seconds that a launch takes beside its programs.
         library: share of ``copy`` and of ``matrix`` that the library's kernels reach.
     """
@@ -52,6 +53,7 @@ class Machine:
     start: float
     slots: float
     joint: float
+    fills: float
     launch: float
     library: float = 0.85
 
@@ -65,8 +67,8 @@ class Machine:
 # under load; the cache's rate as microbenchmarks give it for an H100. From far on: fitted to that run's times, see
 # benchmarks/results/model-h200.json; near, far and start are what microbenchmarks give too (260, 600 to 800, 1000).
 H200 = Machine(
-    name="H200", sms=132, clock=1.755e9, copy=4.188e12, matrix=8.11e14, cache=6.5e12, far=750.0, near=300.0,
-    start=1500.0, slots=0.90, joint=2.85, launch=1.0e-6,
+    name="H200", sms=132, clock=1.755e9, copy=4.188e12, matrix=8.11e14, cache=7.0e12, far=750.0, near=300.0,
+    start=1500.0, slots=0.90, joint=2.4, fills=0.45, launch=1.0e-6,
 )  # fmt: skip
 MACHINES = {m.name: m for m in (H200,)}
 
@@ -116,7 +118,8 @@ def predict(f: Features, machine: Machine) -> Time:
         "shared": share * (f.banks + f.lines),
         "matrix": share * f.matrix,
     }
-    most, p = max(parts.values()), machine.joint
+    together = min(resident, math.ceil(per_sm))
+    most, p = max(parts.values()), machine.joint + machine.fills * (together - 1)
     total = (latency**p + most**p) ** (1 / p) + machine.launch
     return Time(total, latency, parts, machine.launch)
 

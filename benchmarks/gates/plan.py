@@ -1,4 +1,4 @@
-"""What is predicted: the nodes and passes of the networks at the sizes that a GPU is measured at, drawn on meta tensors.
+"""What is predicted: nodes and passes of the networks at the sizes that a GPU is measured at, drawn on meta tensors.
 
 A pass is a list of launches, and of what the host functions give to the library, in order.
 """
@@ -42,8 +42,8 @@ class Work:
     Attributes:
         unit: the op at its size.
         mode: of :func:`benchmarks.gates.passes.work_of`.
-        kind: of its line, see :mod:`benchmarks.gates.lines`: ``"forward"``, ``"backward"``, ``"inference"``, ``"merge"``,
-            ``"maps"`` for passes whose kernels alone have a line.
+        kind: of its line, see :mod:`benchmarks.gates.lines`: ``"forward"``, ``"backward"``, ``"inference"``,
+            ``"merge"``, ``"maps"`` for passes whose kernels alone have a line.
     """
 
     unit: Unit
