@@ -19,15 +19,15 @@ FIRST_LEVEL = 38
 # Cycles that a barrier takes when everyone is there.
 BARRIER = 20
 # Cycles of a pipe that one instruction of a warp takes (CUDA programming guide, throughput of arithmetic instructions
-# at 9.0: 128 float32, 64 integer, logic, compare and conversion results a cycle and processor, 16 of the function unit and
-# of conversions that involve 64 bits, 64 of float64).
+# at 9.0: 128 float32, 64 integer, logic, compare and conversion results a cycle and processor, 16 of the function unit
+# and of conversions that involve 64 bits, 64 of float64).
 _FLOAT = ("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "HMUL2")
 _FUNCTION = ("MUFU",)
 _DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP")
 _CONVERT = ("F2F", "F2I", "I2F", "FCHK")
 _FREE = (
-    "NOP", "BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "BAR", "MOV", "S2R", "LDC",
-    "LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL", "LDGSTS", "HGMMA", "HMMA", "CS2R", "WARPSYNC",
+    "NOP", "BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "BAR", "MOV", "S2R",
+    "LDC", "LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL", "LDGSTS", "HGMMA", "HMMA", "CS2R", "WARPSYNC",
 )  # fmt: skip
 MOVES = ("LDG", "STG", "LDGSTS", "LD", "ST", "RED", "ATOMG")
 SHARED = ("LDS", "STS", "LDSM", "STSM", "SHFL")

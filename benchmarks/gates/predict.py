@@ -45,7 +45,9 @@ def timed(work: plan.Work, machine: Machine, cache: Path | None) -> list[Predict
     found = []
     for step in plan.steps(work):
         if isinstance(step, plan.LibraryCall):
-            found.append(Predicted(f"[{step.name}]", None, library_time(step.bytes, step.flops, machine)))
+            found.append(
+                Predicted(f"[{step.name}]", None, library_time(step.bytes, step.flops, machine, step.channels))
+            )
         else:
             f = features(step, work.unit.dtype, machine.memory, cache)
             found.append(Predicted(f.kernel, f, predict(f, machine)))
@@ -82,7 +84,7 @@ def predictions(work: plan.Work, steps: Sequence[Predicted], machine: Machine) -
         bytes_, flops = plan.floor_of(work)
         floor = max(bytes_ / machine.copy, flops / machine.matrix)
         if work.kind == "merge":
-            floor = library_time(bytes_, flops, machine).total
+            floor = library_time(bytes_, flops, machine, case.out_channels).total
         found.append(made(work.kind, steps, floor))
     if work.kind != "merge":
         floors = unit.floors([s.name for s in steps])
