@@ -2,8 +2,11 @@
 
 Prints registers, shared memory, spills and occupancy, and exits 1 on a kernel that does not compile, on a spill, on
 shared memory over the target's limit, on a half-precision product without a matrix instruction, and on sm_90 on one
-without wgmma where its tile allows it. Results are kept between runs under benchmarks/out, by the content they follow
-from: the kernel's source with all it calls, the specialisation, Triton's version, the target.
+without wgmma where its tile allows it. For sm_90 it then predicts the time of every node and pass on an H200
+(:mod:`benchmarks.gates.predict`), and exits 1 where one's share of its floor is under its line.
+
+Results are kept between runs under benchmarks/out, by the content they follow from: the kernel's source with all it
+calls, the specialisation, Triton's version, the target; for a prediction the launch's sizes too.
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from benchmarks.gates import compiled
+from benchmarks.gates import compiled, predict
 from benchmarks.gates.compiled import TARGETS, Result, compile_one, source
+from benchmarks.gates.model import H200
 
 CACHE = Path(__file__).resolve().parents[1] / "out" / "aot"
 
@@ -122,7 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="specialisations whose name holds this")
     parser.add_argument("--every", action="store_true", help="a line for every specialisation")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser.add_argument(
+        "--predict",
+        metavar="TEXT",
+        help="predict the passes whose name or shapes hold this (default: all; none with --modules or --only)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results and predictions there")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
 
@@ -157,14 +166,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faulty = [r for r in ordered if r.faults()]
     for r in faulty:
         print(f"aot: {r.target} {r.name}: {'; '.join(r.faults())}")
+    wanted = args.predict if args.predict is not None else None if args.modules or args.only else ""
+    predicted: list[predict.Prediction] = []
+    if wanted is not None and "sm_90" in args.targets:
+        found = predict.every(H200, args.cache / "features", wanted, args.jobs)
+        predicted = [p for *_, made in found for p in made]
+        if predicted:
+            print(f"\non an H200, by the model:\n{predict.table(predicted)}\n{predict.verdict(predicted, H200)}")
     if args.json is not None:
+        written = {"kernels": [r.to_dict() for r in ordered], "predictions": [p.to_dict() for p in predicted]}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([r.to_dict() for r in ordered], indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(
         f"aot: {len(ordered) - len(faulty)} of {len(ordered)} kernels may ship (Triton {triton.__version__}; "
         f"{fresh} compiled now, {len(ordered) - fresh} kept from before; {time.perf_counter() - start:.0f} s)"
     )
-    return 1 if faulty else 0
+    return 1 if faulty or any(p.under for p in predicted) else 0
 
 
 if __name__ == "__main__":

@@ -216,9 +216,7 @@ def _extreme(w: Registers, ins: Instruction) -> None:
     """The smaller of two where the predicate holds, else the larger."""
     target, a, b, p = ins.operands[0], ins.operands[1], ins.operands[2], ins.operands[-1]
     read = (lambda v: v) if "U32" in ins.mods else signed
-    found = lift(
-        lambda c, x, y: (min if c else max)(read(x), read(y)) & WORD, w.predicate(p), w.value(a), w.value(b)
-    )
+    found = lift(lambda c, x, y: (min if c else max)(read(x), read(y)) & WORD, w.predicate(p), w.value(a), w.value(b))
     w.write(target, found)
 
 
@@ -323,7 +321,12 @@ def _shuffle(w: Registers, ins: Instruction) -> None:
         # What every thread has alike stays so.
         w.write(target, values if isinstance(values, int) else None)
         return
-    sources = {"IDX": lambda i: lanes, "BFLY": lambda i: i ^ lanes, "UP": lambda i: i - lanes, "DOWN": lambda i: i + lanes}
+    sources = {
+        "IDX": lambda i: lanes,
+        "BFLY": lambda i: i ^ lanes,
+        "UP": lambda i: i - lanes,
+        "DOWN": lambda i: i + lanes,
+    }
     pick = sources[ins.mods[0]]
     moved = tuple([values[pick(i)] if 0 <= pick(i) < LANES else values[i] for i in range(LANES)])
     w.write(target, moved[0] if moved.count(moved[0]) == LANES else moved)
@@ -361,7 +364,21 @@ EFFECTS: dict[str, Callable[[Registers, Instruction], None]] = {
     "I2F": _from_integer, "F2I": _to_integer, "MUFU": _function_unit, "HFMA2": _packed_constant, "SHFL": _shuffle,
     "P2R": _pack_predicates, "R2P": _unpack_predicates, "SYNCS": _ready, "ELECT": _ready,
 }  # fmt: skip
-_STATELESS = ("STG", "STS", "RED", "ST", "STL", "STSM", "BAR", "BRA", "NOP", "WARPGROUP", "DEPBAR", "LDGDEPBAR", "LDGSTS")
+_STATELESS = (
+    "STG",
+    "STS",
+    "RED",
+    "ST",
+    "STL",
+    "STSM",
+    "BAR",
+    "BRA",
+    "NOP",
+    "WARPGROUP",
+    "DEPBAR",
+    "LDGDEPBAR",
+    "LDGSTS",
+)
 
 
 def step(w: Registers, ins: Instruction) -> None:

@@ -1,73 +1,35 @@
 """One program of a launch, followed through its machine code: what it executes, moves and waits for.
 
-Triton's kernels branch alike in every warp, so one warp stands for the program: :func:`run` follows it with the launch's
-real arguments, counts what it issues, and keeps its time by the assembler's own schedule (:mod:`benchmarks.gates.sass`).
+Triton's kernels branch alike in every warp, so one warp stands for the program: :func:`run` follows it with the
+launch's real arguments, counts what it issues, and keeps its time by the assembler's own schedule
+(:mod:`benchmarks.gates.sass`).
 The other warps of the program do the same at the same time, so what is shared between them (issue slots, the pipes, the
 load and store unit, tensor cores) costs them all their turn. Other programs of a processor are the model's business.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmarks.gates.effects import step
+from benchmarks.gates.pipes import (
+    BARRIER,
+    DEFAULT,
+    FIRST_LEVEL,
+    LINE,
+    MOVES,
+    ON_CHIP,
+    SECTOR,
+    SHARED,
+    access,
+    conflicts,
+    matrix_cycles,
+    pipe_of,
+)
 from benchmarks.gates.registers import LANES, Registers, lift
 from benchmarks.gates.sass import NO_BARRIER, Instruction
-
-# Cycles of a Hopper until a result is there (microbenchmarks of Luo et al. 2024, Abdelkhalik et al. 2022, rounded).
-ON_CHIP = {
-    "LDS": 30, "LDSM": 33, "SHFL": 25, "MUFU": 22, "F2F": 22, "F2I": 22, "I2F": 22, "LDC": 35, "ULDC": 35, "S2R": 25,
-    "S2UR": 25, "R2UR": 12, "DADD": 16, "DMUL": 16, "DFMA": 16, "DSETP": 16, "DMMA": 34, "HMMA": 33, "IMMA": 33,
-    "STS": 12, "STSM": 16, "STG": 20, "LDGSTS": 20,
-}  # fmt: skip
-_DEFAULT = 20
-# Cycles of a load that the first-level cache answers.
-_FIRST_LEVEL = 38
-# Cycles that a barrier takes when everyone is there.
-_BARRIER = 20
-# Cycles of a pipe that one instruction of a warp takes (CUDA programming guide, throughput of arithmetic instructions at
-# 9.0: 128 float32, 64 integer, logic, compare and conversion results a cycle and processor, 16 of the function unit and
-# of conversions that involve 64 bits, 64 of float64).
-_FLOAT = ("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "HMUL2")
-_FUNCTION = ("MUFU",)
-_DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP")
-_CONVERT = ("F2F", "F2I", "I2F", "FCHK")
-_FREE = ("NOP", "BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "BAR", "MOV", "S2R",
-         "LDC", "LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL", "LDGSTS", "HGMMA", "HMMA", "CS2R", "WARPSYNC")  # fmt: skip
-_MOVES = ("LDG", "STG", "LDGSTS", "LD", "ST", "RED", "ATOMG")
-_SHARED = ("LDS", "STS", "LDSM", "STSM", "SHFL")
-SECTOR, LINE = 32, 128
-
-
-def pipe_of(ins: Instruction) -> tuple[str, float]:
-    """(pipe of a scheduler, its cycles for one warp)."""
-    if ins.op in _FLOAT or ins.op in _FREE or ins.op.startswith("U"):
-        return "issue", 1.0
-    if ins.op in _FUNCTION:
-        return "function", 8.0
-    if ins.op in _CONVERT:
-        return "function", 8.0 if any("64" in m for m in ins.mods) else 2.0
-    if ins.op in _DOUBLE:
-        return "double", 2.0
-    if ins.op == "IMAD":
-        return "multiply", 2.0
-    return "integer", 2.0
-
-
-def matrix_cycles(ins: Instruction) -> float:
-    """Cycles of a processor's tensor cores (HGMMA: of a warpgroup; HMMA: of one warp, on one of the four)."""
-    if ins.op == "HGMMA":
-        _, n, k = (int(part) for part in ins.mods[0].split("x"))
-        return n / 2 * (k / (8 if any("TF32" in m for m in ins.mods) else 16))
-    if ins.op == "DMMA":
-        return 16.0
-    # 16 x 8 x 16 in half precision: the older instructions reach about 62 % of the rate.
-    shape = next((m for m in ins.mods if m.isdigit()), "16816")
-    k = int(shape[3:]) if shape.startswith("168") else 16
-    return k / (8 if any("TF32" in m for m in ins.mods) else 16) * 6.5
 
 
 @dataclass
@@ -80,12 +42,14 @@ class Moved:
             has from an access before.
         asked: bytes.
         stored: of them, those written.
+        torn: sectors of which a store writes a part; each time they are written as a whole.
     """
 
     requests: int = 0
     sectors: int = 0
     asked: int = 0
     stored: int = 0
+    torn: int = 0
 
 
 @dataclass
@@ -108,7 +72,7 @@ class Trace:
 
     cycles: float = 0.0
     issued: int = 0
-    pipes: Counter[str] = field(default_factory=Counter)
+    pipes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
     matrix: float = 0.0
     shared: float = 0.0
@@ -120,7 +84,7 @@ class Trace:
 
     def trips(self) -> list[tuple[float, ...]]:
         """(times, instructions each time, accesses of 128 bits, accesses) of each loop, in order."""
-        found = []
+        found: list[tuple[float, ...]] = []
         for (first, last), times in sorted(self.loops.items()):
             inside = [(a, n / self.executed[last]) for a, n in self.executed.items() if first <= a <= last]
             wide = sum(n * self.accesses.get(a, (0, 0))[0] for a, n in inside)
@@ -152,60 +116,6 @@ class Memory:
     def latency(self, operand: int) -> float:
         """Of an operand."""
         return self.near if operand in self.cached else self.far
-
-
-# Operands are told apart by their address: each has 2^40 bytes of its own.
-SPACE = 40
-
-
-def _active(w: Registers, ins: Instruction) -> list[bool]:
-    """Threads for which an access happens."""
-    allowed: Any = w.guard
-    if ins.op == "LDGSTS" and ins.operands[-1].kind == "P":
-        # Where its predicate does not hold, zeros are written without a read.
-        allowed = lift(lambda a, b: a and b, allowed, w.predicate(ins.operands[-1]))
-    if allowed is None or isinstance(allowed, bool):
-        return [allowed is not False] * LANES
-    return [a is not False for a in allowed]
-
-
-def _access(w: Registers, ins: Instruction) -> tuple[int, int, int | set[int], int]:
-    """(operand, threads, sectors or how many there are at least, lines) of an access to global memory."""
-    place = next(o for o in ins.operands if o.text.startswith("desc["))
-    addresses, active = w.address(place), _active(w, ins)
-    threads, width = sum(active), ins.width
-    if addresses is None or not threads:
-        return -1, threads, -(-threads * width // SECTOR), -(-threads * width // LINE)
-    each = addresses if isinstance(addresses, tuple) else (addresses,) * LANES
-    bytes_of = [a for a, on in zip(each, active, strict=True) if on and a is not None]
-    if not bytes_of:
-        return -1, threads, -(-threads * width // SECTOR), -(-threads * width // LINE)
-    sectors = {b // SECTOR for a in bytes_of for b in (a, a + width - 1)}
-    return bytes_of[0] >> SPACE, threads, sectors, len({s * SECTOR // LINE for s in sectors})
-
-
-def _conflicts(w: Registers, ins: Instruction) -> float:
-    """Cycles of shared memory for an access: 32 banks of 4 bytes."""
-    if ins.op == "SHFL":
-        return 1.0
-    words = ins.width // 4 or 1
-    if ins.op in ("LDSM", "STSM"):
-        return float(ins.mods[-1]) if ins.mods[-1] in ("2", "4") else 1.0
-    place = next((o for o in ins.operands if o.text.startswith("[")), None)
-    addresses = None if place is None else w.address(place)
-    active = _active(w, ins)
-    if not isinstance(addresses, tuple):
-        return float(words) if addresses is None else 1.0
-    # Threads of a wider access take turns: a quarter warp of 16 bytes, half a warp of 8.
-    cycles, group = 0, LANES // words
-    for start in range(0, LANES, group):
-        banks: dict[int, set[int]] = {}
-        for a, on in zip(addresses[start : start + group], active[start : start + group], strict=True):
-            if on and a is not None:
-                for word in range(words):
-                    banks.setdefault((a // 4 + word) % 32, set()).add(a // 4 + word)
-        cycles += max((len(v) for v in banks.values()), default=0)
-    return float(max(cycles, 1))
 
 
 class Emulator:
@@ -242,8 +152,8 @@ class Emulator:
     def finished(self, ins: Instruction) -> float:
         """When the result of an instruction is there; counts what it does."""
         trace, op = self.trace, ins.op
-        if op in _MOVES and any(o.text.startswith("desc[") for o in ins.operands):
-            operand, threads, sectors, lines = _access(self.w, ins)
+        if op in MOVES and any(o.text.startswith("desc[") for o in ins.operands):
+            operand, threads, sectors, lines = access(self.w, ins)
             moved = trace.moved.setdefault(operand, Moved())
             moved.requests += 1
             store = op in ("STG", "ST", "RED")
@@ -255,7 +165,10 @@ class Emulator:
             trace.accesses[ins.address] = (int(ins.width == 16), 1)
             moved.sectors += fresh
             moved.asked += threads * ins.width
-            moved.stored += threads * ins.width if store else 0
+            if store:
+                moved.stored += threads * ins.width
+                # Threads that write a sector in part leave the rest to another store.
+                moved.torn += max(0, fresh - threads * ins.width // SECTOR)
             trace.counts[f"{'store' if store else 'load'}.{ins.width}"] += 1
             cycles = max(float(lines), threads * ins.width / LINE, 1.0)
             trace.lines += cycles
@@ -264,16 +177,16 @@ class Emulator:
             sent = max(done, self.take("port", fresh * SECTOR * self.warps / self.memory.port))
             if store:
                 return done + ON_CHIP["STG"]
-            arrived = sent + (0.0 if not threads else self.memory.latency(operand) if fresh else _FIRST_LEVEL)
+            arrived = sent + (0.0 if not threads else self.memory.latency(operand) if fresh else FIRST_LEVEL)
             if op == "LDGSTS":
                 self.pending = max(self.pending, arrived)
                 return done + ON_CHIP["LDGSTS"]
             return arrived
-        if op in _SHARED:
+        if op in SHARED:
             trace.counts["shuffle" if op == "SHFL" else "shared"] += 1
-            cycles = _conflicts(self.w, ins)
+            cycles = conflicts(self.w, ins)
             trace.shared += cycles
-            return self.take("shared", cycles * self.warps) + ON_CHIP.get(op, _DEFAULT)
+            return self.take("shared", cycles * self.warps) + ON_CHIP.get(op, DEFAULT)
         if op in ("HGMMA", "HMMA", "DMMA", "IMMA"):
             trace.counts[op] += 1
             cycles = matrix_cycles(ins)
@@ -287,8 +200,8 @@ class Emulator:
         pipe, cycles = pipe_of(ins)
         trace.pipes[pipe] += cycles
         if pipe in ("function", "double"):
-            return self.take(pipe, cycles * self.share) + ON_CHIP.get(op, _DEFAULT)
-        return self.now + ON_CHIP.get(op, _DEFAULT)
+            return self.take(pipe, cycles * self.share) + ON_CHIP.get(op, DEFAULT)
+        return self.now + ON_CHIP.get(op, DEFAULT)
 
     def waits(self, ins: Instruction) -> None:
         """What an instruction waits for before it starts, and what it closes."""
@@ -308,7 +221,7 @@ class Emulator:
                 self.now = max(self.now, self.products[len(self.products) - 1 - left])
         elif ins.op == "BAR":
             self.trace.counts["barrier"] += 1
-            self.now += _BARRIER
+            self.now += BARRIER
 
     def run(self, most: int = 2_000_000) -> Trace:
         """Follow the warp to its end.

@@ -1,4 +1,4 @@
-"""A recorded launch as the device sees it: its machine code, its arguments in the constant bank, its operands' sizes."""
+"""A recorded launch as the device sees it: machine code, arguments in the constant bank, sizes of its operands."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.gates import compiled, effects, emulate, registers, sass
+from benchmarks.gates import compiled, effects, emulate, pipes, registers, sass
 from benchmarks.gates.compiled import TARGETS, source
-from benchmarks.gates.emulate import SECTOR, SPACE, Memory, Trace
+from benchmarks.gates.emulate import Memory, Trace
+from benchmarks.gates.pipes import SECTOR, SPACE
 from dla_fast.kernels import launch
 
 # Where a kernel's parameters begin in bank 0 of a GPU of architecture 9.0, behind the launch's sizes.
@@ -50,6 +51,7 @@ class Features:
         lines: cycles of the first-level cache that it takes.
         asked: bytes of the second-level cache that the launch asks for and writes.
         bytes: distinct bytes that it reads and writes.
+        torn: bytes of sectors that one store writes in part, as often as one does.
         wide: share of its accesses to global memory, by bytes, that are 128 bits a thread.
         loops: (times, instructions each time, accesses of 128 bits, accesses to global memory) of its loops.
         counts: instructions of a warp by kind.
@@ -69,6 +71,7 @@ class Features:
     lines: float
     asked: float
     bytes: float
+    torn: float
     wide: float
     loops: list[list[float]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -147,11 +150,17 @@ def code_of(s: launch.Specialisation, target: str) -> tuple[Code, list[sass.Inst
 def gathered(trace: Trace, code: Code, one: launch.Launch, operands: list[int], target: str) -> Features:
     """A launch's features, from what one warp of it did."""
     warps, programs = one.config.num_warps, math.prod(one.grid)
-    asked = distinct = 0.0
+    asked = distinct = torn = 0.0
     for operand, moved in trace.moved.items():
         total = float(moved.sectors * SECTOR * warps * programs)
         asked += total
-        distinct += min(total, operands[operand - 1]) if operand > 0 else 0.0
+        if operand > 0:
+            distinct += min(total, operands[operand - 1])
+            # No byte is written twice: where the warps seem to, most of them are masked out. What is small stays in the
+            # cache until its sectors are whole.
+            written = moved.stored * warps * programs
+            once = min(1.0, operands[operand - 1] / written) if written else 0.0
+            torn += once * moved.torn * SECTOR * warps * programs if operands[operand - 1] > LEFT_BEHIND else 0.0
     by_width = {int(k.partition(".")[2]): 0 for k in trace.counts if k.startswith(("load.", "store."))}
     for kind, count in trace.counts.items():
         if kind.startswith(("load.", "store.")):
@@ -173,6 +182,7 @@ def gathered(trace: Trace, code: Code, one: launch.Launch, operands: list[int], 
         lines=trace.lines,
         asked=asked,
         bytes=distinct,
+        torn=torn,
         wide=round(16 * by_width.get(16, 0) / whole, 4) if whole else 1.0,
         loops=[[*loop] for loop in trace.trips()],
         counts=dict(trace.counts),
@@ -184,10 +194,7 @@ def cached_operands(trace: Trace, operands: list[int], threads: int) -> frozense
     return frozenset(
         i
         for i, moved in trace.moved.items()
-        if i > 0
-        and (
-            moved.sectors * SECTOR * threads >= REPEATED * operands[i - 1] or operands[i - 1] <= LEFT_BEHIND
-        )
+        if i > 0 and (moved.sectors * SECTOR * threads >= REPEATED * operands[i - 1] or operands[i - 1] <= LEFT_BEHIND)
     )
 
 
@@ -203,7 +210,7 @@ def features(
     bank, operands = constants(one)
     path = None
     if cache is not None:
-        modules = (compiled, effects, emulate, registers, sass)
+        modules = (compiled, effects, emulate, pipes, registers, sass)
         readers = [Path(str(m.__file__)).read_text(encoding="utf-8") for m in modules] + [
             Path(__file__).read_text(encoding="utf-8")
         ]
@@ -214,7 +221,8 @@ def features(
         except (OSError, ValueError, TypeError):
             pass
     code, instructions = code_of(s, target)
-    grid = (*one.grid, 1, 1)[:3]
+    x, y, z = (*one.grid, 1, 1)[:3]
+    grid = (x, y, z)
     first = emulate.run(instructions, bank, grid, one.config.num_warps, memory)
     known = cached_operands(first, operands, one.config.num_warps * math.prod(grid))
     trace = emulate.run(

@@ -16,15 +16,29 @@ class Line:
     line: float
 
 
-# (pass, layout) -> (height from which on, goal, line), the tallest first.
+# (pass, layout) -> (rows of the output from which on, goal, line), the tallest first.
 LINES: dict[tuple[str, str], tuple[tuple[int, float, float], ...]] = {
-    ("inference", "channels_last"): ((28, 0.85, 0.0), (0, 0.75, 0.0)),
-    ("forward", "channels_last"): ((28, 0.85, 0.0), (0, 0.75, 0.0)),
-    ("backward", "channels_last"): ((28, 0.75, 0.0), (0, 0.60, 0.0)),
-    ("inference", "contiguous"): ((0, 0.60, 0.0),),
-    ("forward", "contiguous"): ((0, 0.60, 0.0),),
-    ("backward", "contiguous"): ((0, 0.60, 0.0),),
-    ("merge", "channels_last"): ((0, 0.80, 0.0),),
+    ("inference", "channels_last"): ((56, 0.85, 0.54), (28, 0.85, 0.35), (14, 0.75, 0.31), (0, 0.75, 0.34)),
+    ("inference", "contiguous"): ((14, 0.60, 0.20), (0, 0.60, 0.20)),
+    ("forward", "channels_last"): ((56, 0.85, 0.52), (28, 0.85, 0.53), (14, 0.75, 0.32), (0, 0.75, 0.26)),
+    ("forward", "contiguous"): ((14, 0.60, 0.22), (0, 0.60, 0.16)),
+    ("backward", "channels_last"): ((56, 0.75, 0.43), (28, 0.75, 0.40), (14, 0.60, 0.42), (0, 0.60, 0.42)),
+    ("backward", "contiguous"): ((14, 0.60, 0.43), (0, 0.60, 0.42)),
+    ("merge", "channels_last"): ((128, 0.80, 0.38), (64, 0.80, 0.52), (0, 0.80, 0.56)),
+    ("tail", "channels_last"): ((56, 0.85, 0.87), (28, 0.85, 0.85), (14, 0.85, 0.82), (0, 0.85, 0.77)),
+    ("tail", "contiguous"): ((56, 0.85, 0.94), (14, 0.85, 0.59), (0, 0.85, 0.49)),
+    ("apply", "channels_last"): ((0, 0.85, 0.62),),
+    ("apply", "contiguous"): ((0, 0.85, 0.95),),
+    ("reduce", "channels_last"): ((56, 0.85, 0.56), (28, 0.85, 0.44), (14, 0.85, 0.43), (0, 0.85, 0.36)),
+    ("reduce", "contiguous"): ((56, 0.85, 0.84), (14, 0.85, 0.52), (0, 0.85, 0.41)),
+    ("moments", "channels_last"): ((0, 0.85, 0.54),),
+    ("moments", "contiguous"): ((0, 0.85, 0.82),),
+    ("upsample", "channels_last"): ((0, 0.85, 0.24),),
+    ("upsample", "contiguous"): ((0, 0.85, 0.28),),
+    ("upsample_add", "channels_last"): ((0, 0.85, 0.41),),
+    ("upsample_add", "contiguous"): ((0, 0.85, 0.41),),
+    ("upsample_backward", "channels_last"): ((0, 0.85, 0.13),),
+    ("upsample_backward", "contiguous"): ((0, 0.85, 0.10),),
 }
 
 

@@ -36,9 +36,11 @@ class Machine:
         near: cycles until the second-level cache answers.
         start: cycles until a program's first instruction, its constants and code fetched.
         slots: share of a scheduler's issue slots that are filled at best.
-        joint: exponent of the norm that joins latency and throughput.
+        joint: exponent of the norm that joins latency and throughput where a processor holds one program, and
+        fills: what each further one adds to it, since one program's waiting is filled by another's work.
         launch: seconds that a launch takes beside its programs.
-        library: share of ``copy`` and of ``matrix`` that the library's kernels reach.
+        library: share of ``copy`` and of ``matrix`` that the library's kernels reach, and
+        convolutions: what its 3 x 3 convolutions reach of ``matrix``: (output channels from which on, share).
     """
 
     name: str
@@ -52,8 +54,10 @@ class Machine:
     start: float
     slots: float
     joint: float
+    fills: float
     launch: float
     library: float = 0.85
+    convolutions: tuple[tuple[int, float], ...] = ((0, 0.85),)
 
     @property
     def memory(self) -> Memory:
@@ -63,12 +67,17 @@ class Machine:
 
 # Copy and product as benchmarks/results/gpu-h200.json has them; the clock that NVIDIA gives for the boost of an H200
 # under load; the cache's rate as microbenchmarks give it for an H100. From far on: fitted to that run's times, see
-# benchmarks/results/model-h200.json; near, far and start are what microbenchmarks give too (260, 600 to 800, 1000).
+# benchmarks/results/model-h200.json; near, far and start are what microbenchmarks give too
+# (260, 600 to 800, 1000). Convolutions: that run's records of 3 x 3 merges, implementation "library".
 H200 = Machine(
-    name="H200", sms=132, clock=1.755e9, copy=4.188e12, matrix=8.11e14, cache=6.5e12, far=800.0, near=260.0,
-    start=1500.0, slots=0.56, joint=2.7, launch=1.0e-6,
+    name="H200", sms=132, clock=1.755e9, copy=4.188e12, matrix=8.11e14, cache=7.0e12, far=750.0, near=300.0,
+    start=1500.0, slots=0.90, joint=2.4, fills=0.45, launch=1.0e-6, convolutions=((0, 0.58), (128, 0.60), (256, 0.92)),
 )  # fmt: skip
 MACHINES = {m.name: m for m in (H200,)}
+
+
+# A sector of which a store writes a part is read, mended and written: fitted, and what error-correcting memory does.
+TORN = 2.0
 
 
 @dataclass(frozen=True)
@@ -105,19 +114,30 @@ def predict(f: Features, machine: Machine) -> Time:
     # Of what a processor has, the busiest one decides: with fewer programs than processors, one of them.
     share = max(per_sm, 1.0) * f.warps / machine.clock
     parts = {
-        "memory": f.bytes / machine.copy,
+        "memory": (f.bytes + TORN * f.torn) / machine.copy,
         "cache": f.asked / machine.cache,
         "issue": share * f.issued / 4 / machine.slots,
         **{name: share * cycles / 4 / machine.slots for name, cycles in f.pipes.items()},
         "shared": share * (f.banks + f.lines),
         "matrix": share * f.matrix,
     }
-    most, p = max(parts.values()), machine.joint
+    together = min(resident, math.ceil(per_sm))
+    most, p = max(parts.values()), machine.joint + machine.fills * (together - 1)
     total = (latency**p + most**p) ** (1 / p) + machine.launch
     return Time(total, latency, parts, machine.launch)
 
 
-def library_time(bytes_: float, flops: float, machine: Machine) -> Time:
-    """The time of one of the library's kernels: nothing is known of it but what it has to do."""
-    parts = {"memory": bytes_ / machine.copy / machine.library, "matrix": flops / machine.matrix / machine.library}
+def library_time(bytes_: float, flops: float, machine: Machine, channels: int = 0) -> Time:
+    """The time of one of the library's kernels: nothing is known of it but what it has to do, and how well it does.
+
+    Args:
+        bytes_: of its tensors.
+        flops: operations.
+        machine: the GPU.
+        channels: of a 3 x 3 convolution's output, else 0.
+    """
+    reached = machine.library
+    if channels:
+        reached = max((least, share) for least, share in machine.convolutions if channels >= least)[1]
+    parts = {"memory": bytes_ / machine.copy / machine.library, "matrix": flops / machine.matrix / reached}
     return Time(max(parts.values()) + machine.launch, 0.0, parts, machine.launch)

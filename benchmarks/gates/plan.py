@@ -1,4 +1,4 @@
-"""What is predicted: the nodes and passes of the networks at the sizes that a GPU is measured at, drawn on meta tensors.
+"""What is predicted: nodes and passes of the networks at the sizes that a GPU is measured at, drawn on meta tensors.
 
 A pass is a list of launches, and of what the host functions give to the library, in order.
 """
@@ -25,11 +25,19 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class LibraryCall:
-    """What the library is asked for: a name, the bytes of its tensors, its operations."""
+    """What the library is asked for.
+
+    Attributes:
+        name: for people.
+        bytes: of its tensors.
+        flops: operations.
+        channels: a 3 x 3 convolution's outputs; 0 for anything else.
+    """
 
     name: str
     bytes: float
     flops: float
+    channels: int = 0
 
 
 Step = launch.Launch | LibraryCall
@@ -42,8 +50,8 @@ class Work:
     Attributes:
         unit: the op at its size.
         mode: of :func:`benchmarks.gates.passes.work_of`.
-        kind: of its line, see :mod:`benchmarks.gates.lines`: ``"forward"``, ``"backward"``, ``"inference"``, ``"merge"``,
-            ``"maps"`` for passes whose kernels alone have a line.
+        kind: of its line, see :mod:`benchmarks.gates.lines`: ``"forward"``, ``"backward"``, ``"inference"``,
+            ``"merge"``, ``"maps"`` for passes whose kernels alone have a line.
     """
 
     unit: Unit
@@ -67,8 +75,8 @@ class _Noting(TorchDispatchMode):
         super().__init__()
         self.steps = steps
 
-    def note(self, name: str, bytes_: float, flops: float = 0.0) -> None:
-        self.steps.append(LibraryCall(name, bytes_, flops))
+    def note(self, name: str, bytes_: float, flops: float = 0.0, channels: int = 0) -> None:
+        self.steps.append(LibraryCall(name, bytes_, flops, channels))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -77,7 +85,8 @@ class _Noting(TorchDispatchMode):
             self.note("product", _bytes(a, b, result), 2.0 * a.shape[0] * a.shape[1] * b.shape[1])
         elif func is _aten.convolution.default:
             x, weight = args[:2]
-            self.note("convolution", _bytes(x, weight, result), 2.0 * result.numel() * weight[0].numel())
+            channels = weight.shape[0] if weight.shape[2] > 1 else 0
+            self.note("convolution", _bytes(x, weight, result), 2.0 * result.numel() * weight[0].numel(), channels)
         elif func is _aten.convolution_backward.default:
             dy, x, weight, *_, wanted = args
             for name, made, read, asked in zip(("dx", "dW"), result, (weight, x), wanted, strict=False):

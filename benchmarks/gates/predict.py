@@ -1,8 +1,8 @@
-"""``python -m benchmarks.gates.predict``: the time of every node and pass on a GPU that is not here, and its floor's share.
+"""``python -m benchmarks.gates.predict``: the time of every node and pass on a GPU that is not here, beside its floor.
 
-Nothing is measured: kernels are compiled, their machine code is followed with the launch's real arguments, and the model
-of :mod:`benchmarks.gates.model` makes a time of it. ``--loops`` shows every launch; ``--beside gpu.json`` puts a run on
-a GPU beside the predictions. Exits 1 where a share is under its line (:mod:`benchmarks.gates.lines`).
+Nothing is measured: kernels are compiled, their machine code is followed with the launch's real arguments, and the
+model of :mod:`benchmarks.gates.model` makes a time of it. ``--loops`` shows every launch; ``--beside gpu.json`` puts
+a run on a GPU beside the predictions. Exits 1 where a share is under its line (:mod:`benchmarks.gates.lines`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-from benchmarks.gates import plan
-from benchmarks.gates.launches import Features, features
+from benchmarks.gates import beside, plan
+from benchmarks.gates.launches import features
 from benchmarks.gates.lines import line_of
-from benchmarks.gates.model import MACHINES, Machine, Time, library_time, predict
+from benchmarks.gates.model import MACHINES, Machine, library_time, predict
+from benchmarks.gates.prediction import Predicted, Prediction, aligned
 
 CACHE = Path(__file__).resolve().parents[1] / "out" / "aot" / "features"
 # Kernels whose share is asked for by themselves: kernel -> pass. What else a pass launches is told apart by its name.
@@ -41,71 +40,14 @@ PASSES = {
 }
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A predicted time beside its floor.
-
-    Attributes:
-        op: the op and its shapes.
-        kernels: what is launched, in order; the library's kernels in brackets.
-        what: the pass: ``"forward"``, ``"backward"``, ``"inference"``, ``"merge"``, ``"tail"``, ``"apply"``,
-            ``"reduce"``, ``"moments"``, ``"upsample"``, ``"upsample_backward"``; ``"forward: stage_kernel"`` for a part
-            without a line of its own.
-        layout: ``"channels_last"`` or ``"contiguous"``.
-        dtype: ``"bfloat16"`` and so on.
-        batch: images.
-        height: rows of the output.
-        share: floor over time.
-        us: microseconds.
-        floor_us: of the floor; of a 3 x 3 merge the bare convolution's.
-        bound: what the longest of its launches waits for.
-        library: whether the library does part of it.
-        goal: the share that is aimed at, None where none is.
-        line: the share that must hold.
-    """
-
-    op: str
-    kernels: list[str]
-    what: str
-    layout: str
-    dtype: str
-    batch: int
-    height: int
-    share: float
-    us: float
-    floor_us: float
-    bound: str
-    library: bool
-    goal: float | None
-    line: float | None
-
-    @property
-    def under(self) -> bool:
-        """Whether it is under its line."""
-        return self.line is not None and self.share < self.line
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: ``pass`` for ``what``."""
-        found = asdict(self)
-        found["pass"] = found.pop("what")
-        return found
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """A step of a pass: what it is, its features where it is a launch, its time."""
-
-    name: str
-    features: Features | None
-    time: Time
-
-
 def timed(work: plan.Work, machine: Machine, cache: Path | None) -> list[Predicted]:
     """Every step of a pass with its predicted time."""
     found = []
     for step in plan.steps(work):
         if isinstance(step, plan.LibraryCall):
-            found.append(Predicted(f"[{step.name}]", None, library_time(step.bytes, step.flops, machine)))
+            found.append(
+                Predicted(f"[{step.name}]", None, library_time(step.bytes, step.flops, machine, step.channels))
+            )
         else:
             f = features(step, work.unit.dtype, machine.memory, cache)
             found.append(Predicted(f.kernel, f, predict(f, machine)))
@@ -142,7 +84,7 @@ def predictions(work: plan.Work, steps: Sequence[Predicted], machine: Machine) -
         bytes_, flops = plan.floor_of(work)
         floor = max(bytes_ / machine.copy, flops / machine.matrix)
         if work.kind == "merge":
-            floor = library_time(bytes_, flops, machine).total
+            floor = library_time(bytes_, flops, machine, case.out_channels).total
         found.append(made(work.kind, steps, floor))
     if work.kind != "merge":
         floors = unit.floors([s.name for s in steps])
@@ -183,12 +125,6 @@ def every(
     return [(works[i], steps, predictions(works[i], steps, machine)) for i, steps in zip(chosen, made, strict=True)]
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of words."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
@@ -201,6 +137,18 @@ def table(found: Iterable[Prediction]) -> str:
         verdict = "UNDER" if p.under else "library" if p.library else ""
         lines.append([p.op, p.what, p.layout, str(p.batch), *figures, p.bound, verdict])
     return aligned(lines)
+
+
+def verdict(found: Sequence[Prediction], machine: Machine) -> str:
+    """How many hold their lines and reach their goals, and which do not hold theirs."""
+    judged = [p for p in found if p.line is not None]
+    under = [p for p in judged if p.under]
+    reached = sum(p.share >= (p.goal or 0.0) for p in judged)
+    named = "".join(f"\nunder its line of {p.line:.0%}: {p.op} {p.what} {p.layout}, {p.share:.1%}" for p in under)
+    return (
+        f"predict: {len(judged) - len(under)} of {len(judged)} shares hold their line, {reached} reach their goal, "
+        f"on an {machine.name} by the model{named}"
+    )
 
 
 def launches_table(found: Iterable[tuple[plan.Work, list[Predicted], list[Prediction]]]) -> str:
@@ -220,8 +168,9 @@ def launches_table(found: Iterable[tuple[plan.Work, list[Predicted], list[Predic
                     f"{f.bytes / 1e6:.1f} MB, {f.asked / 1e6:.1f} MB of the cache"
                 )
                 lines += [
-                    f"      loop of {int(times_)} + 1: {n:.0f} instructions a time, {wide:.0f} of {all_:.0f} accesses 128-bit"
-                    for times_, n, wide, all_ in f.loops
+                    f"      loop of {int(trips) + 1} trips: {n:.0f} instructions a trip, {wide:.0f} of {moves:.0f} "
+                    "accesses 128-bit"
+                    for trips, n, wide, moves in f.loops
                 ]
                 lines.append("      " + " ".join(f"{k} {v}" for k, v in sorted(f.counts.items())))
     return "\n".join(lines)
@@ -234,6 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loops", action="store_true", help="every launch, with its loops")
     parser.add_argument("--machine", default="H200", choices=list(MACHINES))
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument(
+        "--beside", type=Path, metavar="FILE", help="put a run of benchmarks.gpu beside the predictions"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -246,18 +198,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.loops:
         print(launches_table(found), end="\n\n")
     flat = [p for *_, made in found for p in made]
+    if args.beside is not None:
+        run = json.loads(args.beside.read_text(encoding="utf-8"))
+        print(beside.table(found, run), end="\n\n")
     print(table(flat))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([p.to_dict() for p in flat], indent=1) + "\n", encoding="utf-8")
-    under = [p for p in flat if p.under]
-    judged = [p for p in flat if p.line is not None]
-    reached = sum(p.share >= (p.goal or 0.0) for p in judged)
-    print(
-        f"predict: {len(judged) - len(under)} of {len(judged)} shares hold their line, {reached} reach their goal, on an "
-        f"{args.machine} by the model ({time.perf_counter() - start:.0f} s)"
-    )
-    return 1 if under else 0
+    print(f"{verdict(flat, MACHINES[args.machine])} ({time.perf_counter() - start:.0f} s)")
+    return 1 if any(p.under for p in flat) else 0
 
 
 if __name__ == "__main__":

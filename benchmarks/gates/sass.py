@@ -1,4 +1,4 @@
-"""The machine code of a binary, as the toolkit's reader prints it: instructions with what the assembler decided of time.
+"""A binary's machine code, as the toolkit's reader prints it: instructions, with what the assembler decided of time.
 
 Since Volta an instruction carries its own schedule: how many cycles its warp waits before the next one, which of six
 barriers it holds until its result (or its operands) are there, and which of them it waits for itself.
@@ -12,8 +12,6 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import triton
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\* 0x([0-9a-f]{16}) \*/\s*/\* 0x([0-9a-f]{16}) \*/", re.S)
 _TEXT = re.compile(r"(?:@(!?)(U?P[0-9T]+)\s+)?([A-Z0-9_]+)((?:\.[A-Za-z0-9_]+)*)\s*(.*)", re.S)
@@ -109,7 +107,7 @@ def operand(text: str) -> Operand:
 
 @lru_cache(maxsize=65536)
 def address_parts(text: str) -> tuple[tuple[str, str], ...]:
-    """What an address is the sum of: (register, modifier) or (number, ""); of ``desc[UR4][R2.64+0x10]`` the last part."""
+    """What an address is the sum of: (register, modifier) or (number, ""); of ``desc[UR4][R2.64]`` the last part."""
     inner = text[text.rindex("[") + 1 : text.rindex("]")]
     return tuple((r, m) if r else (number, "") for r, m, number in _MEMORY.findall(inner))
 
@@ -145,6 +143,8 @@ def parse(text: str) -> list[Instruction]:
 
 def reader(name: str = "cuobjdump") -> Path:
     """A tool that comes with Triton."""
+    import triton
+
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
