@@ -194,46 +194,60 @@ def channel_block(channels: tuple[int, ...], most: int) -> int:
     return common if common >= 16 else power_of_two(max(channels, default=1), 16, min(most, 32))
 
 
-def _product(kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int) -> TileConfig:
-    """Forward product of a 1 x 1 node.
+# Forward products: of one tap, of several, and with inputs that are upsampled on the way; the stages leave moments.
+FORWARD = ("forward", "stage", "conv", "conv_stage", "merge")
+
+
+def _wide(kernel: str, n: int, channels_last: bool) -> TileConfig:
+    """Tiles of a forward product in half precision for many pixels, on processors with warpgroup instructions.
 
     A tile holds all output channels where it can, so that inputs are read once; the weight is read again for every
     tile of pixels, by the second-level cache, so that wide tiles are long. Two programs a multiprocessor hide each
-    other's epilogue. Chosen on sm_90 by the model of benchmarks.gates.predict, not by measuring.
+    other's epilogue. Moments leave fewer registers, as do the addresses of a contiguous map, or of several taps.
     """
-    if dtype == torch.float64:
-        return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 64), min(step, 16), 4, 2, resident=2)
-    half = dtype.itemsize == 2
-    if half and arch >= 90:
+    if kernel in ("conv", "conv_stage"):
         if n <= 64:
-            wide = TileConfig(128, power_of_two(n, 16, 64), min(step, 64), 4, 4, resident=2)
-        elif kernel == "stage":
-            # Moments leave no registers for a longer step, or a wider tile.
-            wide = TileConfig(128, 128, min(step, 32), 4, 4, resident=2)
-        elif n <= 128:
-            wide = TileConfig(128, 128, min(step, 64), 4, 3, resident=2)
-        else:
-            wide = TileConfig(128, 256, min(step, 64), 8, 4)
-        if math.ceil(m / wide.block_m) * math.ceil(n / wide.block_n) >= PROCESSORS * wide.resident:
-            return wide
-    block_n = power_of_two(n, 16, 128)
-    block_m = power_of_two(m, 16, 128)
+            return TileConfig(128, 64, 64, 4, 3, resident=2)
+        if n <= 128:
+            return TileConfig(128, 128, 32, 4, 4, resident=2) if kernel == "conv" else TileConfig(128, 128, 64, 8, 4)
+        return TileConfig(128, 256, 64, 8, 3)
+    if n <= 64:
+        return TileConfig(128, 64, 64, 4, 4 if channels_last else 3, resident=2)
+    if kernel == "stage":
+        return TileConfig(128, 128, 32, 4, 4, resident=2) if channels_last else TileConfig(128, 128, 64, 8, 3)
+    if n <= 128:
+        return TileConfig(128, 128, 64 if channels_last else 32, 4, 3, resident=2)
+    return TileConfig(128, 256, 64 if channels_last else 32, 8, 4)
+
+
+def _narrow(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
+    """Tiles of a forward product that keep a large GPU busy however few pixels there are."""
+    if dtype == torch.float64:
+        return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 64), min(step, 16), 4, 2)
+    block_n, block_m = power_of_two(n, 16, 128), power_of_two(m, 16, 128)
     # Narrow tiles before short ones: a tile of few pixels leaves as many bytes of moments behind as one of many.
     while block_m * block_n > 64 * 64 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS:
         block_m, block_n = (block_m // 2, block_n) if block_m > 64 else (block_m, max(block_n // 2, 16))
     if block_m > 32 and math.ceil(m / block_m) * math.ceil(n / block_n) < PROGRAMS // 2:
         block_m = 32
     warps = 8 if block_m * block_n >= 64 * 128 else 4
-    return TileConfig(block_m, block_n, min(step, 64 if half else 32), warps, 3, resident=8 // warps)
+    return TileConfig(block_m, block_n, min(step, 64 if dtype.itemsize == 2 else 32), warps, 3, resident=8 // warps)
 
 
-def _merge(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
-    """An implicit product: addresses and masks of every value of a step take registers of their own."""
-    wide = _product("forward", m, n, step, dtype, 80)
-    if dtype == torch.float64:
-        return wide
+def _product(
+    kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int, channels_last: bool
+) -> TileConfig:
+    """Forward product; chosen on sm_90 by the model of benchmarks.gates.predict, not by measuring."""
+    if dtype.itemsize == 2 and arch == 90 and kernel != "merge" and (channels_last or kernel in ("forward", "stage")):
+        wide = _wide(kernel, n, channels_last)
+        if math.ceil(m / wide.block_m) * math.ceil(n / wide.block_n) >= PROCESSORS * wide.resident:
+            return replace(wide, block_n=power_of_two(n, 16, wide.block_n), block_k=min(step, wide.block_k))
+    narrow = _narrow(m, n, step, dtype)
+    if dtype == torch.float64 or kernel in ("forward", "stage"):
+        return narrow
+    # Several taps, or inputs that are upsampled on the way: addresses and masks take registers of their own.
     most = 128 if dtype.itemsize == 2 else 64
-    return TileConfig(min(wide.block_m, 64), min(wide.block_n, most), min(wide.block_k, 32), 8, 2)
+    return TileConfig(min(narrow.block_m, 64), min(narrow.block_n, most), min(narrow.block_k, 32), 8, 2)
 
 
 def _backward(
@@ -316,21 +330,24 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     """
     if arch == _CDNA3:
         # 64 KB of shared memory; a warp is 64 threads wide.
-        masked = 16 if kernel == "forward" and cfg.block_k <= 32 else cfg.block_m
+        flat, kernel = kernel in ("forward", "stage"), "merge" if kernel in ("conv", "conv_stage") else kernel
+        masked = 16 if flat and cfg.block_k <= 32 else cfg.block_m
         rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
             kernel, masked
         )
         columns = 64 if kernel == "merge" else cfg.block_n
         cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)), block_n=min(cfg.block_n, columns))
-        warps = {"fused": 4, "forward": 8}.get(kernel, cfg.num_warps)
+        warps = 8 if flat else 4 if kernel == "fused" else cfg.num_warps
         return replace(cfg, num_warps=warps, num_stages=min(cfg.num_stages, 2))
     if kernel in ("elementwise", "upsample", "upsample_backward"):
         return cfg
-    if arch >= 100 and kernel == "forward" and cfg.block_n >= 128:
+    if arch == 90 and kernel in FORWARD and cfg.num_warps == 4:
+        return cfg
+    if arch >= 100 and kernel in ("forward", "stage") and cfg.block_n >= 128:
         cfg = replace(cfg, block_m=min(cfg.block_m, 64))
     if arch >= 100 and kernel == "fused" and cfg.block_k <= 32:
         cfg = replace(cfg, block_m=min(cfg.block_m, 32))
-    if arch != 90 and kernel == "merge":
+    if arch != 90 and kernel in ("conv", "conv_stage", "merge"):
         rows = 32 if arch < 90 or dtype == torch.float32 else 64
         cfg = replace(cfg, block_m=min(cfg.block_m, rows), block_n=min(cfg.block_n, 64))
     # Left alone the compiler takes few registers and spills some bytes, so that more blocks fit.
@@ -378,7 +395,7 @@ def choose(
     """The configuration of a kernel for a problem.
 
     Args:
-        kernel: "forward", "stage" (the same with moments), "merge", "fused", "dx", "dw", "elementwise", "upsample" or "upsample_backward".
+        kernel: one of :data:`FORWARD`, "fused", "dx", "dw", "elementwise", "upsample" or "upsample_backward".
         m: pixels, over all images.
         k: input channels, over all inputs; 0 where nothing is multiplied.
         n: output channels.
@@ -391,10 +408,8 @@ def choose(
     found = None if exact else measured(kernel, m, k, n, dtype, arch)
     if found is not None:
         return found
-    if kernel in ("forward", "stage"):
-        cfg = _product(kernel, m, n, step, dtype, arch)
-    elif kernel == "merge":
-        cfg = _merge(m, n, step, dtype)
+    if kernel in FORWARD:
+        cfg = _product(kernel, m, n, step, dtype, arch, channels_last)
     elif kernel == "elementwise":
         cfg = _elementwise(m, n, channels_last, dtype)
     elif kernel in ("upsample", "upsample_backward"):

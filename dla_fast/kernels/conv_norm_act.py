@@ -72,9 +72,9 @@ class _Plan:
         factors: tuple[int, ...],
         geometry: Geometry,
         epilogue: dict[str, Any],
-        moments: bool,
+        moments: bool | None,
     ) -> _Plan:
-        """Plan a node: its inference, or without an epilogue its stage, with moments or without.
+        """Plan a node: its stage, with moments or without, or with None for them its inference.
 
         Raises:
             ValueError: no inputs, or channels that do not add up to the weight's.
@@ -87,8 +87,10 @@ class _Plan:
         flat = kernel == 1 and stride == 1 and not upsamples
         if flat:
             height, width = height * width, 1
-        kind, depth = ("stage" if moments else "forward") if flat else "merge", node.depth * kernel**2
-        cfg = config.choose(kind, node.total, depth, node.out_channels, node.dtype, node.arch, node.step)
+        one, depth = "forward" if moments is None else "stage", node.depth * kernel**2
+        kind = one if flat else "merge" if upsamples else {"forward": "conv", "stage": "conv_stage"}[one]
+        sizes = (node.total, depth, node.out_channels)
+        cfg = config.choose(kind, *sizes, node.dtype, node.arch, node.step, node.channels_last)
         arranged = _even_taps(weight)
         order = tuple(sorted(range(len(xs)), key=lambda i: on_load[i] > 1))
         taken = [i for i in order if on_load[i] == 1]
@@ -96,7 +98,7 @@ class _Plan:
         tiles, blocks = triton.cdiv(node.total, cfg.block_m), triton.cdiv(node.out_channels, cfg.block_n)
         per_program = config.tiles_per_program(tiles, blocks, cfg, node.device)
         programs = triton.cdiv(tiles, per_program)
-        carried = moments and cfg.carries_moments
+        carried = bool(moments) and cfg.carries_moments
         return _Plan(
             node=node,
             before=before,
@@ -197,7 +199,7 @@ def _plan(
     served = not library.serves(weight, steps)
     plan = None
     if served:
-        plan = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options, not epilogue and operands)
+        plan = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options, None if epilogue else operands)
     _plans[key] = plan
     return plan
 

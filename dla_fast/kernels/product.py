@@ -241,12 +241,15 @@ def inference_kernel(
     image, place, taps = place_of(
         pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
     )  # fmt: skip
-    i, first, tap = 0, 0, 0
+    i, first, tap, last = 0, 0, 0, tile < 0
     acc = tl.zeros((BM, BN), ACC)
     for _ in range(0, mine * steps):
         m = pixel_range(tile, BM, I64)
         if FLAT:
             image, place, taps = m, m, (m < total).to(tl.int32)
+        elif last:
+            # Apart from what ends a tile, which waits for its product: the next loads must not.
+            image, place, taps = place_of(m, total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN)
         own = BK
         if PLAIN > 0:
             x, own, start = chosen(xs, channels, starts, i, PLAIN)
@@ -271,11 +274,6 @@ def inference_kernel(
             tl.store(y + offset, activate(u, ACT, SLOPE).to(y.dtype.element_ty), mask=mask)
             acc = tl.zeros((BM, BN), ACC)
         tile = tl.where(last, tile + 1, tile)
-        if not FLAT:
-            if last:
-                image, place, taps = place_of(
-                    pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
-                )  # fmt: skip
 
 
 @triton.jit
@@ -297,19 +295,22 @@ def stage_kernel(
     tile = begin
     tiles = tl.cdiv(total, BM)
     mine = tl.minimum(per_program, tiles - tile)
-    shift = tl.zeros((BN,), ACC)
     if WARPS > 0:
+        shift = tl.zeros((BN,), ACC)
         rest = tl.zeros((WARPS, 8, BN), ACC)
         squares = tl.zeros((WARPS, 8, BN), ACC)
     image, place, taps = place_of(
         pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
     )  # fmt: skip
-    i, first, tap = 0, 0, 0
+    i, first, tap, last = 0, 0, 0, tile < 0
     acc = tl.zeros((BM, BN), ACC)
     for _ in range(0, mine * steps):
         m = pixel_range(tile, BM, I64)
         if FLAT:
             image, place, taps = m, m, (m < total).to(tl.int32)
+        elif last:
+            # Apart from what ends a tile, which waits for its product: the next loads must not.
+            image, place, taps = place_of(m, total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN)
         own = BK
         if PLAIN > 0:
             x, own, start = chosen(xs, channels, starts, i, PLAIN)
@@ -332,9 +333,9 @@ def stage_kernel(
             tl.store(z + offset, written, mask=mask)
             value = written.to(ACC)
             if partial is not None:
-                # Sums are taken around the mean of the first tile: any value near the others would do.
-                if tile == begin:
-                    shift = tl.sum(value, 0) / tl.minimum(total - begin * BM, BM).to(ACC)
+                # Sums are taken around the mean of the first tile, any value near the others would do, or of each.
+                if WARPS == 0 or tile == begin:
+                    shift = tl.sum(value, 0) / tl.minimum(total - tile * BM, BM).to(ACC)
                 off = value - shift[None, :]
                 if not EVEN_M:
                     off = tl.where((m < total)[:, None], off, 0.0)
@@ -349,11 +350,6 @@ def stage_kernel(
                     tl.store(to + 2 * out_channels * tiles, of_tile, mask=outs)
             acc = tl.zeros((BM, BN), ACC)
         tile = tl.where(last, tile + 1, tile)
-        if not FLAT:
-            if last:
-                image, place, taps = place_of(
-                    pixel_range(tile, BM, I64), total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN
-                )  # fmt: skip
     if WARPS > 0:
         groups = tl.cdiv(tiles, per_program)
         to = partial + n * groups + group
