@@ -266,7 +266,7 @@ def test_the_model_adds_up():
 
 def test_the_model_reproduces_a_run_on_an_h200():
     """Features of the launches of the run's commit beside their times: no parameter drifts from what was measured."""
-    kept = json.loads((RESULTS / "model-h200.json").read_text())
+    kept = json.loads((RESULTS / "model" / "h200.json").read_text())
     assert kept["memory"] == {"far": H200.far, "near": H200.near, "port": H200.memory.port}, "features are of these"
     predicted, measured = [], []
     for row in kept["measured"]:
