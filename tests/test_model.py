@@ -351,4 +351,7 @@ def test_a_run_is_put_beside_its_predictions_the_worst_first():
     assert rows[0].predicted == pytest.approx(1e6 * time.total)
     assert rows[0].measured == pytest.approx(145.486, abs=0.01)
     assert rows[1].ratio == pytest.approx(0.9274 / 0.9, rel=1e-3)
+    calibration = beside.kept([(node, steps, []), (tail, steps, [of_tail])], measured, H200)
+    assert [r["us"] for r in calibration["measured"]] == [145.49]
+    assert launches.Features(**calibration["measured"][0]["launches"][0]) == FEATURES
     assert "2 measurements" in beside.table([(node, steps, []), (tail, steps, [of_tail])], measured)

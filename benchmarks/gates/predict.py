@@ -199,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--beside", type=Path, metavar="FILE", help="put a run of benchmarks.gpu beside the predictions"
     )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write that run's times with the launches' features there"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -214,6 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.beside is not None:
         run = json.loads(args.beside.read_text(encoding="utf-8"))
         print(beside.table(found, run), end="\n\n")
+        if args.keep is not None:
+            text = json.dumps(beside.kept(found, run, MACHINES[args.machine]))
+            args.keep.write_text(text + "\n", encoding="utf-8")
     if flat:
         print(table(flat))
     for error in errors:
