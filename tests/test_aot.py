@@ -32,7 +32,10 @@ def test_every_fault_is_found_and_nothing_is_compiled_twice(tmp_path):
     toys = ("--modules", "toy_kernels", "--targets", "sm_90", "--cache", tmp_path / "kept")
     done = aot(*toys, "--json", tmp_path / "all.json")
     assert done.returncode == 1, done.stderr[-2000:]
-    results = {r["kernel"]: r for r in json.loads((tmp_path / "all.json").read_text())}
+    written = json.loads((tmp_path / "all.json").read_text())
+    # Of a part of the kernels nothing is predicted unless it is asked for.
+    assert written["predictions"] == []
+    results = {r["kernel"]: r for r in written["kernels"]}
     faults = {line.split()[2]: line.split(": ", 2)[2] for line in done.stdout.splitlines() if "aot: sm_90" in line}
     assert "good_kernel" not in faults
     assert results["good_kernel"]["matrix"] == ["wgmma.mma_async"]
@@ -66,6 +69,38 @@ def test_a_product_without_warpgroup_instructions_is_a_fault_where_its_tile_allo
     assert TARGETS["sm_90"].occupancy(32, 100 * 1024, 4) == 2 * 4 / 64
 
 
+NODE = "512+512+256 -> 512 @ 7x7 channels_last inference"
+
+
+@needs_triton
+def test_shares_of_floors_are_predicted_and_held_to_their_lines(tmp_path):
+    toys = ("--modules", "toy_kernels", "--targets", "sm_90", "--cache", tmp_path, "--only", "good_kernel")
+    done = aot(*toys, "--predict", NODE, "--json", tmp_path / "all.json")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    (found,) = json.loads((tmp_path / "all.json").read_text())["predictions"]
+    assert found["op"] == "aggregate 512+512+256 -> 512 @ 7x7"
+    assert (found["pass"], found["layout"], found["dtype"]) == ("inference", "channels_last", "bfloat16")
+    assert (found["batch"], found["height"], found["library"]) == (256, 7, False)
+    assert found["kernels"] == ["inference_kernel"]
+    assert found["share"] == pytest.approx(found["floor_us"] / found["us"], abs=1e-3)
+    assert found["line"] <= found["share"] <= 1
+    assert found["goal"] == 0.75
+    assert "1 of 1 shares hold their line" in done.stdout
+    # What a kernel does is read once; a line above what is predicted fails.
+    program = (
+        "import sys; from benchmarks.gates import lines, predict; "
+        "lines.LINES['inference', 'channels_last'] = ((0, 0.99, 0.99),); sys.exit(predict.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "--only", NODE, "--cache", str(tmp_path / "features"), "--loops"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1, failed.stderr[-2000:]
+    assert "under its line of 99%: aggregate 512+512+256 -> 512 @ 7x7 inference channels_last" in failed.stdout
+    assert "programs of" in failed.stdout
+    assert len(list((tmp_path / "features").glob("*.json"))) == 1
+
+
 @needs_triton
 def test_nothing_chosen():
     assert aot("--only", "no such kernel").returncode == 2
+    command = [sys.executable, "-m", "benchmarks.gates.predict", "--only", "no such pass"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2

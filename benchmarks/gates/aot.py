@@ -36,6 +36,7 @@ from tqdm import tqdm
 from benchmarks.gates import compiled, predict
 from benchmarks.gates.compiled import TARGETS, Result, compile_one, source
 from benchmarks.gates.model import H200
+from benchmarks.gates.prediction import Prediction
 
 CACHE = Path(__file__).resolve().parents[1] / "out" / "aot"
 
@@ -167,12 +168,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for r in faulty:
         print(f"aot: {r.target} {r.name}: {'; '.join(r.faults())}")
     wanted = args.predict if args.predict is not None else None if args.modules or args.only else ""
-    predicted: list[predict.Prediction] = []
+    predicted: list[Prediction] = []
+    errors: list[str] = []
     if wanted is not None and "sm_90" in args.targets:
-        found = predict.every(H200, args.cache / "features", wanted, args.jobs)
+        found, errors = predict.every(H200, args.cache / "features", wanted, args.jobs)
         predicted = [p for *_, made in found for p in made]
         if predicted:
-            print(f"\non an H200, by the model:\n{predict.table(predicted)}\n{predict.verdict(predicted, H200)}")
+            print(f"\non an {H200.name}, by the model:\n{predict.table(predicted)}\n{predict.verdict(predicted, H200)}")
+        for error in errors:
+            print(f"aot: no prediction: {error}")
     if args.json is not None:
         written = {"kernels": [r.to_dict() for r in ordered], "predictions": [p.to_dict() for p in predicted]}
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"aot: {len(ordered) - len(faulty)} of {len(ordered)} kernels may ship (Triton {triton.__version__}; "
         f"{fresh} compiled now, {len(ordered) - fresh} kept from before; {time.perf_counter() - start:.0f} s)"
     )
-    return 1 if faulty or any(p.under for p in predicted) else 0
+    return 1 if faulty or errors or any(p.under for p in predicted) else 0
 
 
 if __name__ == "__main__":

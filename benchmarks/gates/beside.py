@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gates.launches import Features
+from benchmarks.gates.model import Machine
 from benchmarks.gates.plan import Work
 from benchmarks.gates.prediction import Predicted, Prediction, aligned
 
@@ -23,16 +25,42 @@ class Row:
         what: both are of.
         predicted: microseconds, or microseconds that a copy of the same bytes takes a hundredth of.
         measured: the same.
+        launches: features of what was launched, where times are compared and the library took no part.
     """
 
     what: str
     predicted: float
     measured: float
+    launches: tuple[Features, ...] = ()
 
     @property
     def ratio(self) -> float:
         """Predicted over measured."""
         return self.predicted / self.measured
+
+
+def _row(what: str, steps: Sequence[Predicted], us: float) -> Row:
+    made = tuple(s.features for s in steps if s.features is not None)
+    return Row(what, 1e6 * sum(s.time.total for s in steps), us, made if len(made) == len(steps) else ())
+
+
+def kept(found: Found, run: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """Features beside times, as benchmarks/results/model has them: what the model's parameters are fitted to."""
+    memory = machine.memory
+    rows = [r for r in compare(found, run) if r.launches]
+    return {
+        "commit": run.get("commit", ""),
+        "machine": machine.name,
+        "memory": {"far": memory.far, "near": memory.near, "port": memory.port},
+        "measured": [
+            {
+                "what": r.what,
+                "us": round(r.measured, 2),
+                "launches": [{**f.to_dict(), "loops": [], "counts": {}} for f in r.launches],
+            }
+            for r in rows
+        ],
+    }
 
 
 def compare(found: Found, run: dict[str, Any]) -> list[Row]:
@@ -42,18 +70,17 @@ def compare(found: Found, run: dict[str, Any]) -> list[Row]:
         found: what :func:`benchmarks.gates.predict.every` gave.
         run: gpu.json of :mod:`benchmarks.gpu`.
     """
-    nodes: dict[tuple[str, str, int], dict[str, float]] = {}
-    kernels: dict[tuple[str, str], float] = {}
+    nodes: dict[tuple[str, str, int], dict[str, list[Predicted]]] = {}
+    kernels: dict[tuple[str, str], list[Predicted]] = {}
     shares: dict[tuple[str, str], float] = {}
     for work, steps, made in found:
         unit = work.unit
         shape = unit.case.describe()
         if unit.case.op in ("aggregate", "merge") and unit.layout == "channels_last":
-            nodes.setdefault((unit.case.op, shape, unit.batch), {})[work.mode] = 1e6 * sum(s.time.total for s in steps)
+            nodes.setdefault((unit.case.op, shape, unit.batch), {})[work.mode] = steps
             if work.mode != "inference":
                 for step in steps:
-                    at = (f"{shape}, batch {unit.batch}", step.name)
-                    kernels[at] = kernels.get(at, 0.0) + 1e6 * step.time.total
+                    kernels.setdefault((f"{shape}, batch {unit.batch}", step.name), []).append(step)
         for p in made if work.kind == "maps" else ():
             shares[p.what, p.layout] = p.share
     rows = []
@@ -66,11 +93,11 @@ def compare(found: Found, run: dict[str, Any]) -> list[Row]:
         modes = {"training": ("forward", "backward")}.get(r["mode"], (r["mode"],))
         if all(m in times for m in modes):
             label = f"{r['op']} {r['shape']} batch {r['batch']} {r['mode']}"
-            rows.append(Row(label, sum(times[m] for m in modes), 1e3 * r["median_ms"]))
+            rows.append(_row(label, [s for m in modes for s in times[m]], 1e3 * r["median_ms"]))
     for t in run.get("tables", ()):
         where = t["table"].partition(": ")[2]
         rows += [
-            Row(f"{where}: {row['kernel']}", kernels[where, row["kernel"]], row["us"])
+            _row(f"{where}: {row['kernel']}", kernels[where, row["kernel"]], row["us"])
             for row in t["rows"]
             if (where, row["kernel"]) in kernels
         ]

@@ -9,7 +9,7 @@ A launch takes
 
 Neither hides the other whole: a program waits while others do not fill the gap. The two are joined by a norm that is
 their maximum where they are far apart. Its parameters are those of :class:`Machine`; a run on a GPU corrects them
-(benchmarks/results/model-h200.json, tests/test_model.py).
+(benchmarks/results/model/h200.json, tests/test_model.py).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Machine:
 
 # Copy and product as benchmarks/results/gpu-h200.json has them; the clock that NVIDIA gives for the boost of an H200
 # under load; the cache's rate as microbenchmarks give it for an H100. From far on: fitted to that run's times, see
-# benchmarks/results/model-h200.json; near, far and start are what microbenchmarks give too
+# benchmarks/results/model/h200.json; near, far and start are what microbenchmarks give too
 # (260, 600 to 800, 1000). Convolutions: that run's records of 3 x 3 merges, implementation "library".
 H200 = Machine(
     name="H200", sms=132, clock=1.755e9, copy=4.188e12, matrix=8.11e14, cache=7.0e12, far=750.0, near=300.0,

@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gates.passes import Unit, work_of
+from benchmarks.gpu.draw import as_cudnn
 from dla_fast.bench import Case, ida_cases, network_cases
 from dla_fast.kernels import config, launch, library
 
 # Gradients of dx and dW are two launches from this size of N x K x 4 bytes on (benchmarks/gates/passes.py).
 _FUSED_BYTES = 128 * 1024
+# Images of the maps whose passes are predicted alone: what block "bandwidth" of a run on a GPU measures.
+_MANY = 2048
 _aten = torch.ops.aten
 
 
@@ -85,10 +88,12 @@ class _Noting(TorchDispatchMode):
             self.note("product", _bytes(a, b, result), 2.0 * a.shape[0] * a.shape[1] * b.shape[1])
         elif func is _aten.convolution.default:
             x, weight = args[:2]
+            result = as_cudnn(x, weight, result)
             channels = weight.shape[0] if weight.shape[2] > 1 else 0
             self.note("convolution", _bytes(x, weight, result), 2.0 * result.numel() * weight[0].numel(), channels)
         elif func is _aten.convolution_backward.default:
             dy, x, weight, *_, wanted = args
+            result = as_cudnn(x, weight, result)
             for name, made, read, asked in zip(("dx", "dW"), result, (weight, x), wanted, strict=False):
                 if asked:
                     flops = 2.0 * dy.numel() * weight[0].numel()
@@ -170,11 +175,10 @@ def works() -> list[Work]:
         for case in roots.values():
             if layout == "channels_last" or case.height <= 14:
                 found += [Work(_unit(case, 256, layout), m, m) for m in ("inference", "forward", "backward")]
-        tall = Case("maps", (64,), 64, 56, 56, op="batch_norm_act")
-        found += [Work(_unit(tall, 256, layout), m, "maps") for m in ("forward", "backward")]
-        for op in ("upsample", "upsample_add"):
-            up = Case("maps", (64,), 64, 128, 128, op=op, factor=2)
-            found += [Work(_unit(up, 16, layout), m, "maps") for m in ("forward", "backward")[: 1 + (op == "upsample")]]
+        for op in ("batch_norm_act", "upsample", "upsample_add"):
+            modes = ("forward",) if op == "upsample_add" else ("forward", "backward")
+            case = Case("maps", (64,), 64, 32, 32, op=op, factor=1 if op == "batch_norm_act" else 2)
+            found += [Work(_unit(case, _MANY, layout), mode, "maps") for mode in modes]
     merges: dict[Any, Case] = {}
     for case in ida_cases((64, 128, 256, 512), name="dla34up"):
         if case.op == "merge" and case.kernel == 3:

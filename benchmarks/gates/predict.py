@@ -104,14 +104,22 @@ def _start() -> None:
     _works.extend(plan.works())
 
 
-def _work(at: int, machine: Machine, cache: Path | None) -> list[Predicted]:
-    return timed(_works[at], machine, cache)
+def _attempt(work: plan.Work, machine: Machine, cache: Path | None) -> tuple[list[Predicted], str]:
+    """Steps, or an error in words: one pass must not hide the others."""
+    try:
+        return timed(work, machine, cache), ""
+    except Exception as error:
+        return [], f"{work.label}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _work(at: int, machine: Machine, cache: Path | None) -> tuple[list[Predicted], str]:
+    return _attempt(_works[at], machine, cache)
 
 
 def every(
     machine: Machine, cache: Path | None = CACHE, only: str = "", jobs: int = 2
-) -> list[tuple[plan.Work, list[Predicted], list[Prediction]]]:
-    """Everything that is predicted, compiled and followed where no features are kept of it."""
+) -> tuple[list[tuple[plan.Work, list[Predicted], list[Prediction]]], list[str]]:
+    """Everything that is predicted, compiled and followed where no features are kept of it; and what cannot be."""
     works = plan.works()
     chosen = [i for i, w in enumerate(works) if only in w.label]
     with tempfile.TemporaryDirectory() as folder:
@@ -121,8 +129,13 @@ def every(
                 n = len(chosen)
                 made = list(pool.map(_work, chosen, [machine] * n, [cache] * n))
         else:
-            made = [timed(works[i], machine, cache) for i in chosen]
-    return [(works[i], steps, predictions(works[i], steps, machine)) for i, steps in zip(chosen, made, strict=True)]
+            made = [_attempt(works[i], machine, cache) for i in chosen]
+    found = [
+        (works[i], steps, predictions(works[i], steps, machine))
+        for i, (steps, error) in zip(chosen, made, strict=True)
+        if not error
+    ]
+    return found, [error for _, error in made if error]
 
 
 def _share(value: float | None) -> str:
@@ -186,13 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--beside", type=Path, metavar="FILE", help="put a run of benchmarks.gpu beside the predictions"
     )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write that run's times with the launches' features there"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
 
     start = time.perf_counter()
-    found = every(MACHINES[args.machine], args.cache, args.only, args.jobs)
-    if not found:
+    found, errors = every(MACHINES[args.machine], args.cache, args.only, args.jobs)
+    if not found and not errors:
         print("predict: nothing was chosen", file=sys.stderr)
         return 2
     if args.loops:
@@ -201,12 +217,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.beside is not None:
         run = json.loads(args.beside.read_text(encoding="utf-8"))
         print(beside.table(found, run), end="\n\n")
-    print(table(flat))
+        if args.keep is not None:
+            text = json.dumps(beside.kept(found, run, MACHINES[args.machine]))
+            args.keep.write_text(text + "\n", encoding="utf-8")
+    if flat:
+        print(table(flat))
+    for error in errors:
+        print(f"predict: {error}")
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([p.to_dict() for p in flat], indent=1) + "\n", encoding="utf-8")
     print(f"{verdict(flat, MACHINES[args.machine])} ({time.perf_counter() - start:.0f} s)")
-    return 1 if any(p.under for p in flat) else 0
+    return 1 if errors or any(p.under for p in flat) else 0
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class _Standing(TorchDispatchMode):
         if func in _CONVOLUTIONS:
             # input, weight, or the gradient, input, weight
             x, weight = args[_CONVOLUTIONS[func] :][:2]
-            return _as_cudnn(x, weight, result) if x.is_meta else result
+            return as_cudnn(x, weight, result) if x.is_meta else result
         return result
 
 
@@ -113,7 +113,7 @@ class _Standing(TorchDispatchMode):
 _CONVOLUTIONS = {torch.ops.aten.convolution.default: 0, torch.ops.aten.convolution_backward.default: 1}
 
 
-def _as_cudnn(x: Tensor, weight: Tensor, result: Any) -> Any:
+def as_cudnn(x: Tensor, weight: Tensor, result: Any) -> Any:
     """Results of a convolution in the layout that cuDNN gives them; those of meta tensors are contiguous.
 
     The rule is ATen's ``cudnn_conv_suggest_memory_format``: channels_last where the input or the weight is, but for
