@@ -17,7 +17,9 @@ met four times, by neighbours. It writes 16 F^2 bytes a tile and channel besides
 Sums run in a fixed order, so results are bitwise the same from run to run.
 """
 
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -26,84 +28,174 @@ from torch import Tensor
 
 from dla_fast import checks
 from dla_fast.kernels import config, examples, host, launch
-from dla_fast.kernels.tile import along, at, inside, pixel_range
+from dla_fast.kernels.tile import along, inside, multiple, read
 from dla_fast.ops.layout import empty_like_layout, is_channels_last
 
 
 @triton.jit
-def load_input(
-    x, image, i, j, column, rows, cols, height, width, channels, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr
+def place_of(row, pixel, column, there, cols, width, channels, CL: tl.constexpr, EVEN: tl.constexpr):
+    """(offset of a tile at one row, or a row for each pixel, of an image; its mask)."""
+    if CL:
+        offset = ((row * width + pixel) * channels)[:, None] + column
+    else:
+        offset = (row * width + pixel)[:, None] + column
+    return offset, inside(there, cols, EVEN)
+
+
+@triton.jit
+def weights_of(w, c, cols, there, ky, kx, F: tl.constexpr, ACC: tl.constexpr):
+    """The four taps of a phase, each for the positions and channels of a tile."""
+    tap = w + c[None, :] * (4 * F * F) + (ky * (2 * F) + kx)[:, None]
+    mask = there[:, None] & cols[None, :]
+    w00, w01 = read(tap, mask, ACC), read(tap + F, mask, ACC)
+    return w00, w01, read(tap + 2 * F * F, mask, ACC), read(tap + 2 * F * F + F, mask, ACC)
+
+
+@triton.jit
+def phase_row(
+    skip, y, x00, x01, x10, x11, w00, w01, w10, w11, top, o, column, there, cols, out_height, out_width, channels,
+    CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x at one position of each row of the tile; zero outside the map."""
-    there = rows & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-    pixel = (image * height + i) * width + j
-    return tl.load(
-        x + at(pixel, height * width, channels, CL)[:, None] + column, mask=inside(there, cols, EVEN), other=0.0
-    ).to(ACC)
+    """One row of the output, of a tile's columns."""
+    offset, mask = place_of(
+        top, o, column, there & (top >= 0) & (top < out_height), cols, out_width, channels, CL, EVEN
+    )
+    value = x00 * w00 + x01 * w01 + x10 * w10 + x11 * w11
+    if skip is not None:
+        value += read(skip + offset, mask, ACC)
+    tl.store(y + offset, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def upsample_kernel(
-    x, w, skip, y, total, height, width, channels, out_height, out_width,
+    x, w, skip, y, height, width, channels, out_height, out_width, blocks, columns, chunks, each,
     BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    F: tl.constexpr,
+    ALIGN: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    m = pixel_range(tl.program_id(0), BM, I64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    rows, cols = m < total, c < channels
-    j, i = m % (width + 1), m // (width + 1) % (height + 1)
-    image = m // ((width + 1) * (height + 1))
+    # Two rows of phases a program, where F is even; programs that read the same of x run at a time.
+    ROWS: tl.constexpr = 2 - F % 2
+    SHARES: tl.constexpr = F // ROWS
+    program = tl.program_id(0)
+    ky = program % SHARES * ROWS
+    program = program // SHARES
+    block, program = program % blocks, program // blocks
+    o = program % columns * BM + tl.arange(0, BM)
+    program = program // columns
+    first = program % chunks * each
+    image = (program // chunks).to(tl.int64)
+    last = tl.minimum(first + each, height + 1)
+    out_width = multiple(out_width, ALIGN)
+    x += image * channels * height * width
+    y += image * channels * out_height * out_width
+    if skip is not None:
+        skip += image * channels * out_height * out_width
+    c = block * BN + tl.arange(0, BN)
+    cols, there = c < channels, o < out_width
     column = along(c, height * width, CL, I64)[None, :]
     out_column = along(c, out_height * out_width, CL, I64)[None, :]
-    x00 = load_input(x, image, i, j, column, rows, cols, height, width, channels, CL, EVEN, ACC)
-    x01 = load_input(x, image, i, j - 1, column, rows, cols, height, width, channels, CL, EVEN, ACC)
-    x10 = load_input(x, image, i - 1, j, column, rows, cols, height, width, channels, CL, EVEN, ACC)
-    x11 = load_input(x, image, i - 1, j - 1, column, rows, cols, height, width, channels, CL, EVEN, ACC)
-    for phase in range(F * F):
-        ky, kx = phase // F, phase % F
-        tap = w + c * (4 * F * F) + ky * (2 * F) + kx
-        value = x00 * tl.load(tap, mask=cols, other=0.0).to(ACC)[None, :]
-        value += x01 * tl.load(tap + F, mask=cols, other=0.0).to(ACC)[None, :]
-        value += x10 * tl.load(tap + 2 * F * F, mask=cols, other=0.0).to(ACC)[None, :]
-        value += x11 * tl.load(tap + 2 * F * F + F, mask=cols, other=0.0).to(ACC)[None, :]
-        top, left = i * F - F // 2 + ky, j * F - F // 2 + kx
-        there = rows & (top >= 0) & (top < out_height) & (left >= 0) & (left < out_width)
-        pixel = (image * out_height + top) * out_width + left
-        offset = at(pixel, out_height * out_width, channels, CL)[:, None] + out_column
-        mask = inside(there, cols, EVEN)
-        if skip is not None:
-            value += tl.load(skip + offset, mask=mask, other=0.0).to(ACC)
-        tl.store(y + offset, value.to(y.dtype.element_ty), mask=mask)
+    j, kx = (o + F // 2) // F, (o + F // 2) % F
+    here, left = there & (j < width), there & (j > 0)
+    w00, w01, w10, w11 = weights_of(w, c, cols, there, ky, kx, F, ACC)
+    if ROWS == 2:
+        v00, v01, v10, v11 = weights_of(w, c, cols, there, ky + 1, kx, F, ACC)
+    # x at j and j - 1, of the row before this one, and ahead of its use of this one.
+    at0, mask0 = place_of(first - 1, j, column, here & (first > 0), cols, width, channels, CL, EVEN)
+    at1, mask1 = place_of(first - 1, j - 1, column, left & (first > 0), cols, width, channels, CL, EVEN)
+    x10, x11 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
+    at0, mask0 = place_of(first, j, column, here & (first < height), cols, width, channels, CL, EVEN)
+    at1, mask1 = place_of(first, j - 1, column, left & (first < height), cols, width, channels, CL, EVEN)
+    x00, x01 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
+    for i in range(first, last):
+        at0, mask0 = place_of(i + 1, j, column, here & (i + 1 < height), cols, width, channels, CL, EVEN)
+        at1, mask1 = place_of(i + 1, j - 1, column, left & (i + 1 < height), cols, width, channels, CL, EVEN)
+        next0, next1 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
+        a, b, d, e = x00.to(ACC), x01.to(ACC), x10.to(ACC), x11.to(ACC)
+        top = i * F - F // 2 + ky
+        phase_row(
+            skip, y, a, b, d, e, w00, w01, w10, w11, top, o, out_column, there, cols, out_height, out_width, channels,
+            CL, EVEN, ACC,
+        )  # fmt: skip
+        if ROWS == 2:
+            phase_row(
+                skip, y, a, b, d, e, v00, v01, v10, v11, top + 1, o, out_column, there, cols, out_height, out_width,
+                channels, CL, EVEN, ACC,
+            )  # fmt: skip
+        x10, x11, x00, x01 = x00, x01, next0, next1
 
 
 @triton.jit
 def backward_kernel(
-    dy, x, w, dx, partial, total, height, width, channels, out_height, out_width,
+    dy, x, w, dx, partial, images, height, width, channels, out_height, out_width, blocks, columns, groups, each, most,
     BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    F: tl.constexpr,
+    ALIGN: tl.constexpr, F: tl.constexpr, FX: tl.constexpr,
 ):  # fmt: skip
-    m = pixel_range(tl.program_id(0), BM, I64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    rows, cols = m < total, c < channels
-    j, i = m % width, m // width % height
-    image = m // (width * height)
-    mask = inside(rows, cols, EVEN)
-    offset = at(m, height * width, channels, CL)[:, None] + along(c, height * width, CL, I64)[None, :]
+    # A tile's rows are (pixel, half of the phases' rows, phase of a column), FX the power of two not below F.
+    FY: tl.constexpr = FX // 2
+    PHASES: tl.constexpr = FX * FY
+    BP: tl.constexpr = BM // PHASES
+    program = tl.program_id(0)
+    block, program = program % blocks, program // blocks
+    pixel, group = program % columns * BP, program // columns
+    r = tl.arange(0, BM)
+    p, ky, kx = pixel + r // PHASES, r // FX % FY, r % FX
+    c = block * BN + tl.arange(0, BN)
+    cols = c < channels
+    out_width = multiple(out_width, ALIGN)
+    column = along(c, height * width, CL, I64)[None, :]
     out_column = along(c, out_height * out_width, CL, I64)[None, :]
-    tiles = tl.cdiv(total, BM)
+    o = p * F - F // 2 + kx
+    real, more = (kx < F) & (ky < F) & (p < width), (kx < F) & (ky + FY < F) & (p < width)
+    w00, w01, w10, w11 = weights_of(w, c, cols, real, ky, kx, F, ACC)
+    v00, v01, v10, v11 = weights_of(w, c, cols, more, ky + FY, kx, F, ACC)
+    zero = tl.zeros((BM, BN), ACC)
+    a00, a01, a10, a11, b00, b01, b10, b11 = zero, zero, zero, zero, zero, zero, zero, zero
+    q = pixel + tl.arange(0, BP)
+    chunks = tl.cdiv(height, each)
+    for one in range(group * most, tl.minimum(group * most + most, images * chunks)):
+        image, first = (one // chunks).to(tl.int64), one % chunks * each
+        last = tl.minimum(first + each, height)
+        dy_of, x_of = dy + image * channels * out_height * out_width, x + image * channels * height * width
+        # Of the row before: its gradient so far, and its values.
+        grad, before = zero, zero
+        for i in range(first, last + 1):
+            top = i * F - F // 2 + ky
+            row, under = real & (top >= 0) & (top < out_height), more & (top + FY >= 0) & (top + FY < out_height)
+            here, next_to = (o >= 0) & (o < out_width), o + F < out_width
+            at0, mask0 = place_of(top, o, out_column, row & here, cols, out_width, channels, CL, EVEN)
+            at1, mask1 = place_of(top, o + F, out_column, row & next_to, cols, out_width, channels, CL, EVEN)
+            at2, mask2 = place_of(top + FY, o, out_column, under & here, cols, out_width, channels, CL, EVEN)
+            at3, mask3 = place_of(top + FY, o + F, out_column, under & next_to, cols, out_width, channels, CL, EVEN)
+            g0, g1 = read(dy_of + at0, mask0, ACC), read(dy_of + at1, mask1, ACC)
+            g2, g3 = read(dy_of + at2, mask2, ACC), read(dy_of + at3, mask3, ACC)
+            if partial is not None:
+                at4, mask4 = place_of(i, p, column, (p < width) & (i < last), cols, width, channels, CL, EVEN)
+                value = read(x_of + at4, mask4, ACC)
+                a00, a01, a10, a11 = a00 + g0 * value, a01 + g1 * value, a10 + g0 * before, a11 + g1 * before
+                b00, b01, b10, b11 = b00 + g2 * value, b01 + g3 * value, b10 + g2 * before, b11 + g3 * before
+                before = value
+            if dx is not None:
+                grad += g0 * w10 + g1 * w11 + g2 * v10 + g3 * v11
+                at5, mask5 = place_of(i - 1, q, column, (q < width) & (i > first), cols, width, channels, CL, EVEN)
+                total = tl.sum(tl.reshape(grad, (BP, PHASES, BN)), 1)
+                tl.store(dx + image * channels * height * width + at5, total.to(dx.dtype.element_ty), mask=mask5)
+                grad = g0 * w00 + g1 * w01 + g2 * v00 + g3 * v01
     if partial is not None:
-        value = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
-    acc = tl.zeros((BM, BN), ACC)
-    for tap in range(4 * F * F):
-        top, left = i * F - F // 2 + tap // (2 * F), j * F - F // 2 + tap % (2 * F)
-        grad = load_input(dy, image, top, left, out_column, rows, cols, out_height, out_width, channels, CL, EVEN, ACC)
-        if dx is not None:
-            acc += grad * tl.load(w + c * (4 * F * F) + tap, mask=cols, other=0.0).to(ACC)[None, :]
-        if partial is not None:
-            to = partial + (tap * channels + c) * tiles + tl.program_id(0)
-            tl.store(to, tl.sum(grad * value, 0), mask=cols)
-    if dx is not None:
-        tl.store(dx + offset, acc.to(dx.dtype.element_ty), mask=mask)
+        s = tl.arange(0, PHASES)
+        ky, kx = s // FX, s % FX
+        plane = channels * groups * columns
+        to = partial + (ky * (2 * F) + kx)[:, None] * plane
+        to += (c * (groups * columns))[None, :] + program
+        mask = ((kx < F) & (ky < F))[:, None] & cols[None, :]
+        tl.store(to, tl.sum(tl.reshape(a00, (BP, PHASES, BN)), 0), mask=mask)
+        tl.store(to + F * plane, tl.sum(tl.reshape(a01, (BP, PHASES, BN)), 0), mask=mask)
+        tl.store(to + 2 * F * F * plane, tl.sum(tl.reshape(a10, (BP, PHASES, BN)), 0), mask=mask)
+        tl.store(to + (2 * F * F + F) * plane, tl.sum(tl.reshape(a11, (BP, PHASES, BN)), 0), mask=mask)
+        to += FY * 2 * F * plane
+        mask = ((kx < F) & (ky + FY < F))[:, None] & cols[None, :]
+        tl.store(to, tl.sum(tl.reshape(b00, (BP, PHASES, BN)), 0), mask=mask)
+        tl.store(to + F * plane, tl.sum(tl.reshape(b01, (BP, PHASES, BN)), 0), mask=mask)
+        tl.store(to + 2 * F * F * plane, tl.sum(tl.reshape(b10, (BP, PHASES, BN)), 0), mask=mask)
+        tl.store(to + (2 * F * F + F) * plane, tl.sum(tl.reshape(b11, (BP, PHASES, BN)), 0), mask=mask)
 
 
 @triton.jit
@@ -119,26 +211,31 @@ def weight_gradient_kernel(partial, dw, channels, taps, tiles, BC: tl.constexpr,
 
 
 _LARGE = 2**31
+# Rows of an image that a program walks down at most, its weights in registers.
+_ROWS = 32
 # (channels, low-resolution side at 512x512, factor): the steps of the IDA ladders.
 _STEPS = ((64, 64, 2), (128, 32, 2), (256, 16, 2), (64, 32, 4), (64, 16, 8))
-
-
-def _choose(kernel: str, m: int, channels: int, x: Tensor, channels_last: bool) -> config.TileConfig:
-    return config.choose(kernel, m, 0, channels, x.dtype, config.arch_of(x.device), 0, channels_last)
 
 
 def _sides(x: Tensor, factor: int) -> tuple[int, int]:
     return checks.upsampled(x.shape[2], factor), checks.upsampled(x.shape[3], factor)
 
 
-def _constexprs(cfg: config.TileConfig, x: Tensor, channels_last: bool, largest: int, factor: int) -> dict[str, object]:
+def _choose(kernel: str, columns: int, x: Tensor, channels_last: bool) -> config.TileConfig:
+    return config.choose(kernel, columns, 0, x.shape[1], x.dtype, config.arch_of(x.device), 0, channels_last)
+
+
+def _constexprs(cfg: config.TileConfig, x: Tensor, channels_last: bool, factor: int) -> dict[str, object]:
+    height, width = _sides(x, factor)
     return {
         "BM": cfg.block_m,
         "BN": cfg.block_n,
         "CL": channels_last,
         "EVEN": x.shape[1] % cfg.block_n == 0,
         "ACC": host.accumulator(x.dtype),
-        "I64": largest >= _LARGE,
+        # Images are counted in 64 bits anyway. A tile may reach past the last value before its mask says so.
+        "I64": (height + 2 * factor) * (width + 1024) * x.shape[1] >= _LARGE,
+        "ALIGN": math.gcd(width, 16),
         "F": factor,
     }
 
@@ -152,13 +249,15 @@ def _upsample(x: Tensor, skip: Tensor | None, weight: Tensor, factor: int) -> Te
     y = empty_like_layout(x, (images, channels, *sides), cl)
     if y.numel() == 0:
         return y
-    total = images * (height + 1) * (width + 1)
-    cfg = _choose("upsample", total, channels, x, cl)
-    # A tile may reach past the last pixel before its mask says so.
-    constexprs = _constexprs(cfg, x, cl, (total + 1024) * factor**2 * channels, factor)
-    grid = (triton.cdiv(total, cfg.block_m), triton.cdiv(channels, cfg.block_n))
-    args = (x, weight.contiguous(), skip, y, total, height, width, channels, *sides)
-    launch.launch(upsample_kernel, grid, args, constexprs, cfg)
+    cfg = _choose("upsample", sides[1], x, cl)
+    blocks, columns = triton.cdiv(channels, cfg.block_n), triton.cdiv(sides[1], cfg.block_m)
+    shares = factor // (2 - factor % 2)
+    alike = shares * blocks * columns * images
+    each = max(1, min(alike * (height + 1) // (8 * config.PROGRAMS), _ROWS, height + 1))
+    chunks = triton.cdiv(height + 1, each)
+    each = triton.cdiv(height + 1, chunks)
+    args = (x, weight.contiguous(), skip, y, height, width, channels, *sides, blocks, columns, chunks, each)
+    launch.launch(upsample_kernel, (alike * chunks,), args, _constexprs(cfg, x, cl, factor), cfg)
     return y
 
 
@@ -212,16 +311,25 @@ def upsample_backward(
     x, dy = host.arranged(x, cl), host.arranged(dy, cl)
     dx = empty_like_layout(x, x.shape, cl) if need_dx else None
     dw = weight.new_empty(weight.shape) if need_dw else None
-    total, taps = images * height * width, 4 * factor**2
+    taps, fx = 4 * factor**2, config.power_of_two(factor, 2, 2**16)
     if x.numel() == 0:
         return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw.zero_()
-    cfg = _choose("upsample_backward", total, channels, x, cl)
-    tiles = triton.cdiv(total, cfg.block_m)
+    cfg = _choose("upsample_backward", width * fx * fx // 2, x, cl)
+    cfg = replace(cfg, block_m=max(cfg.block_m, fx * fx // 2))
+    blocks, columns = triton.cdiv(channels, cfg.block_n), triton.cdiv(width * fx * fx // 2, cfg.block_m)
+    # Rows of an image that a program walks down, and so many times: it leaves a partial dW of its own.
+    steps = max(1, images * height * blocks * columns // (4 * config.PROGRAMS))
+    each = triton.cdiv(height, triton.cdiv(height, min(steps, height)))
+    chunks = images * triton.cdiv(height, each)
+    most = max(1, steps // each)
+    groups = triton.cdiv(chunks, most)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tiles = groups * columns
     partial = x.new_empty((taps, channels, tiles), dtype=accumulate) if need_dw else None
-    constexprs = _constexprs(cfg, x, cl, (total + 1024) * factor**2 * channels, factor)
-    args = (dy, x, weight.contiguous(), dx, partial, total, height, width, channels, *_sides(x, factor))
-    launch.launch(backward_kernel, (tiles, triton.cdiv(channels, cfg.block_n)), args, constexprs, cfg)
+    constexprs = _constexprs(cfg, x, cl, factor) | {"FX": fx}
+    sizes = (images, height, width, channels, *_sides(x, factor), blocks, columns, groups, each, most)
+    args = (dy, x, weight.contiguous(), dx, partial, *sizes)
+    launch.launch(backward_kernel, (blocks * columns * groups,), args, constexprs, cfg)
     if partial is not None:
         cfg = config.merge(tiles, taps * channels)
         grid = (triton.cdiv(taps * channels, cfg.block_n),)
