@@ -67,6 +67,103 @@ def phase_row(
 
 
 @triton.jit
+def tiles_down(
+    x, w, skip, y, o, c, first, last, ky, height, width, channels, out_height, out_width,
+    CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of output columns down an image: one or two rows of phases from ``ky`` on."""
+    cols, there = c < channels, o < out_width
+    column = along(c, height * width, CL, I64)[None, :]
+    out_column = along(c, out_height * out_width, CL, I64)[None, :]
+    j, kx = (o + F // 2) // F, (o + F // 2) % F
+    here, left = there & (j < width), there & (j > 0)
+    w00, w01, w10, w11 = weights_of(w, c, cols, there, ky, kx, F, ACC)
+    if ROWS == 2:
+        v00, v01, v10, v11 = weights_of(w, c, cols, there, ky + 1, kx, F, ACC)
+    # x at j and j - 1, of the row before this one, and ahead of its use of this one.
+    at0, mask0 = place_of(first - 1, j, column, here & (first > 0), cols, width, channels, CL, EVEN)
+    at1, mask1 = place_of(first - 1, j - 1, column, left & (first > 0), cols, width, channels, CL, EVEN)
+    x10, x11 = read(x + at0, mask0, ACC), read(x + at1, mask1, ACC)
+    at0, mask0 = place_of(first, j, column, here & (first < height), cols, width, channels, CL, EVEN)
+    at1, mask1 = place_of(first, j - 1, column, left & (first < height), cols, width, channels, CL, EVEN)
+    x00, x01 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
+    for i in range(first, last):
+        at0, mask0 = place_of(i + 1, j, column, here & (i + 1 < height), cols, width, channels, CL, EVEN)
+        at1, mask1 = place_of(i + 1, j - 1, column, left & (i + 1 < height), cols, width, channels, CL, EVEN)
+        next0, next1 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
+        a, b = x00.to(ACC), x01.to(ACC)
+        top = i * F - F // 2 + ky
+        phase_row(
+            skip, y, a, b, x10, x11, w00, w01, w10, w11, top, o, out_column, there, cols, out_height, out_width,
+            channels, CL, EVEN, ACC,
+        )  # fmt: skip
+        if ROWS == 2:
+            phase_row(
+                skip, y, a, b, x10, x11, v00, v01, v10, v11, top + 1, o, out_column, there, cols, out_height,
+                out_width, channels, CL, EVEN, ACC,
+            )  # fmt: skip
+        x10, x11, x00, x01 = a, b, next0, next1
+
+
+@triton.jit
+def around(x, i, p, column, cols, height, width):
+    """A contiguous row of x at the pixels before, at and behind ``p``: (channels, pixels)."""
+    at = x + column + (i * width + p)[None, :]
+    rows = cols[:, None] & (i >= 0) & (i < height)
+    before = tl.load(at - 1, mask=rows & ((p > 0) & (p <= width))[None, :], other=0.0)
+    behind = tl.load(at + 1, mask=rows & (p + 1 < width)[None, :], other=0.0)
+    return before, tl.load(at, mask=rows & (p < width)[None, :], other=0.0), behind
+
+
+@triton.jit
+def taps_of(w, c, cols, ky, ACC: tl.constexpr):
+    """A channel's eight taps for one row of the output, of sixteen."""
+    tap = w + c * 16 + ky * 4
+    w0, w1 = read(tap, cols, ACC)[:, None], read(tap + 1, cols, ACC)[:, None]
+    w2, w3 = read(tap + 2, cols, ACC)[:, None], read(tap + 3, cols, ACC)[:, None]
+    v0, v1 = read(tap + 8, cols, ACC)[:, None], read(tap + 9, cols, ACC)[:, None]
+    return w0, w1, w2, w3, v0, v1, read(tap + 10, cols, ACC)[:, None], read(tap + 11, cols, ACC)[:, None]
+
+
+@triton.jit
+def pair_row(
+    skip, y, taps, x0, x1, x2, u0, u1, u2, top, o, cols, column, out_height, out_width, ACC: tl.constexpr
+):  # fmt: skip
+    """One row of a contiguous output, twice as large as x: the pixels 2 p and 2 p + 1 beside each other."""
+    w0, w1, w2, w3, v0, v1, v2, v3 = taps
+    even = x1 * w1 + x0 * w3 + u1 * v1 + u0 * v3
+    odd = x2 * w0 + x1 * w2 + u2 * v0 + u1 * v2
+    value = tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+    offset = column + (top * out_width + o)[None, :]
+    mask = cols[:, None] & ((o < out_width) & (top >= 0) & (top < out_height))[None, :]
+    if skip is not None:
+        value += read(skip + offset, mask, ACC)
+    tl.store(y + offset, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pairs_down(
+    x, w, skip, y, p, o, c, first, last, height, width, channels, out_height, out_width,
+    ACC: tl.constexpr, I64: tl.constexpr,
+):  # fmt: skip
+    """The same of a contiguous image that becomes twice as large: a thread's weights are one channel's."""
+    cols = c < channels
+    column = along(c, height * width, False, I64)[:, None]
+    out_column = along(c, out_height * out_width, False, I64)[:, None]
+    upper, lower = taps_of(w, c, cols, 0, ACC), taps_of(w, c, cols, 1, ACC)
+    u0, u1, u2 = around(x, first - 1, p, column, cols, height, width)
+    u0, u1, u2 = u0.to(ACC), u1.to(ACC), u2.to(ACC)
+    x0, x1, x2 = around(x, first, p, column, cols, height, width)
+    for i in range(first, last):
+        n0, n1, n2 = around(x, i + 1, p, column, cols, height, width)
+        a0, a1, a2 = x0.to(ACC), x1.to(ACC), x2.to(ACC)
+        top = 2 * i - 1
+        pair_row(skip, y, upper, a0, a1, a2, u0, u1, u2, top, o, cols, out_column, out_height, out_width, ACC)
+        pair_row(skip, y, lower, a0, a1, a2, u0, u1, u2, top + 1, o, cols, out_column, out_height, out_width, ACC)
+        u0, u1, u2, x0, x1, x2 = a0, a1, a2, n0, n1, n2
+
+
+@triton.jit
 def upsample_kernel(
     x, w, skip, y, height, width, channels, out_height, out_width, blocks, columns, chunks, each,
     BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
@@ -79,8 +176,7 @@ def upsample_kernel(
     ky = program % SHARES * ROWS
     program = program // SHARES
     block, program = program % blocks, program // blocks
-    o = program % columns * BM + tl.arange(0, BM)
-    program = program // columns
+    start, program = program % columns * BM, program // columns
     first = program % chunks * each
     image = (program // chunks).to(tl.int64)
     last = tl.minimum(first + each, height + 1)
@@ -90,37 +186,41 @@ def upsample_kernel(
     if skip is not None:
         skip += image * channels * out_height * out_width
     c = block * BN + tl.arange(0, BN)
-    cols, there = c < channels, o < out_width
-    column = along(c, height * width, CL, I64)[None, :]
-    out_column = along(c, out_height * out_width, CL, I64)[None, :]
-    j, kx = (o + F // 2) // F, (o + F // 2) % F
-    here, left = there & (j < width), there & (j > 0)
-    w00, w01, w10, w11 = weights_of(w, c, cols, there, ky, kx, F, ACC)
-    if ROWS == 2:
-        v00, v01, v10, v11 = weights_of(w, c, cols, there, ky + 1, kx, F, ACC)
-    # x at j and j - 1, of the row before this one, and ahead of its use of this one.
-    at0, mask0 = place_of(first - 1, j, column, here & (first > 0), cols, width, channels, CL, EVEN)
-    at1, mask1 = place_of(first - 1, j - 1, column, left & (first > 0), cols, width, channels, CL, EVEN)
-    x10, x11 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
-    at0, mask0 = place_of(first, j, column, here & (first < height), cols, width, channels, CL, EVEN)
-    at1, mask1 = place_of(first, j - 1, column, left & (first < height), cols, width, channels, CL, EVEN)
-    x00, x01 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
-    for i in range(first, last):
-        at0, mask0 = place_of(i + 1, j, column, here & (i + 1 < height), cols, width, channels, CL, EVEN)
-        at1, mask1 = place_of(i + 1, j - 1, column, left & (i + 1 < height), cols, width, channels, CL, EVEN)
-        next0, next1 = tl.load(x + at0, mask=mask0, other=0.0), tl.load(x + at1, mask=mask1, other=0.0)
-        a, b, d, e = x00.to(ACC), x01.to(ACC), x10.to(ACC), x11.to(ACC)
-        top = i * F - F // 2 + ky
-        phase_row(
-            skip, y, a, b, d, e, w00, w01, w10, w11, top, o, out_column, there, cols, out_height, out_width, channels,
-            CL, EVEN, ACC,
+    o = start + tl.arange(0, BM)
+    if CL or F > 2 or BM < 2:
+        tiles_down(
+            x, w, skip, y, o, c, first, last, ky, height, width, channels, out_height, out_width,
+            CL, EVEN, ACC, I64, F, ROWS,
         )  # fmt: skip
-        if ROWS == 2:
-            phase_row(
-                skip, y, a, b, d, e, v00, v01, v10, v11, top + 1, o, out_column, there, cols, out_height, out_width,
-                channels, CL, EVEN, ACC,
-            )  # fmt: skip
-        x10, x11, x00, x01 = x00, x01, next0, next1
+    else:
+        p = start // 2 + tl.arange(0, BM // 2)
+        width = multiple(width, ALIGN // 2)
+        pairs_down(x, w, skip, y, p, o, c, first, last, height, width, channels, out_height, out_width, ACC, I64)
+
+
+@triton.jit
+def rows_of(
+    dy, x, i, last, o, p, ky, out_column, column, real, more, cols, height, width, out_height, out_width, channels,
+    CL: tl.constexpr, EVEN: tl.constexpr, F: tl.constexpr, FY: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """What a step down an image reads: dy of two rows of phases at a column and the next but F - 1, and x, if wanted."""
+    top = i * F - F // 2 + ky
+    upper = real & (i <= last) & (top >= 0) & (top < out_height)
+    lower = more & (i <= last) & (top + FY >= 0) & (top + FY < out_height)
+    here, beside = (o >= 0) & (o < out_width), o + F < out_width
+    at, mask = place_of(top, o, out_column, upper & here, cols, out_width, channels, CL, EVEN)
+    g0 = tl.load(dy + at, mask=mask, other=0.0)
+    at, mask = place_of(top, o + F, out_column, upper & beside, cols, out_width, channels, CL, EVEN)
+    g1 = tl.load(dy + at, mask=mask, other=0.0)
+    at, mask = place_of(top + FY, o, out_column, lower & here, cols, out_width, channels, CL, EVEN)
+    g2 = tl.load(dy + at, mask=mask, other=0.0)
+    at, mask = place_of(top + FY, o + F, out_column, lower & beside, cols, out_width, channels, CL, EVEN)
+    g3 = tl.load(dy + at, mask=mask, other=0.0)
+    value = g0
+    if X:
+        at, mask = place_of(i, p, column, (p < width) & (i < last), cols, width, channels, CL, EVEN)
+        value = tl.load(x + at, mask=mask, other=0.0)
+    return g0, g1, g2, g3, value
 
 
 @triton.jit
@@ -155,30 +255,31 @@ def backward_kernel(
         image, first = (one // chunks).to(tl.int64), one % chunks * each
         last = tl.minimum(first + each, height)
         dy_of, x_of = dy + image * channels * out_height * out_width, x + image * channels * height * width
+        g0, g1, g2, g3, value = rows_of(
+            dy_of, x_of, first, last, o, p, ky, out_column, column, real, more, cols, height, width, out_height,
+            out_width, channels, CL, EVEN, F, FY, partial is not None,
+        )  # fmt: skip
         # Of the row before: its gradient so far, and its values.
         grad, before = zero, zero
         for i in range(first, last + 1):
-            top = i * F - F // 2 + ky
-            row, under = real & (top >= 0) & (top < out_height), more & (top + FY >= 0) & (top + FY < out_height)
-            here, next_to = (o >= 0) & (o < out_width), o + F < out_width
-            at0, mask0 = place_of(top, o, out_column, row & here, cols, out_width, channels, CL, EVEN)
-            at1, mask1 = place_of(top, o + F, out_column, row & next_to, cols, out_width, channels, CL, EVEN)
-            at2, mask2 = place_of(top + FY, o, out_column, under & here, cols, out_width, channels, CL, EVEN)
-            at3, mask3 = place_of(top + FY, o + F, out_column, under & next_to, cols, out_width, channels, CL, EVEN)
-            g0, g1 = read(dy_of + at0, mask0, ACC), read(dy_of + at1, mask1, ACC)
-            g2, g3 = read(dy_of + at2, mask2, ACC), read(dy_of + at3, mask3, ACC)
+            # Ahead of its use.
+            n0, n1, n2, n3, following = rows_of(
+                dy_of, x_of, i + 1, last, o, p, ky, out_column, column, real, more, cols, height, width, out_height,
+                out_width, channels, CL, EVEN, F, FY, partial is not None,
+            )  # fmt: skip
+            h0, h1, h2, h3 = g0.to(ACC), g1.to(ACC), g2.to(ACC), g3.to(ACC)
             if partial is not None:
-                at4, mask4 = place_of(i, p, column, (p < width) & (i < last), cols, width, channels, CL, EVEN)
-                value = read(x_of + at4, mask4, ACC)
-                a00, a01, a10, a11 = a00 + g0 * value, a01 + g1 * value, a10 + g0 * before, a11 + g1 * before
-                b00, b01, b10, b11 = b00 + g2 * value, b01 + g3 * value, b10 + g2 * before, b11 + g3 * before
-                before = value
+                here = value.to(ACC)
+                a00, a01, a10, a11 = a00 + h0 * here, a01 + h1 * here, a10 + h0 * before, a11 + h1 * before
+                b00, b01, b10, b11 = b00 + h2 * here, b01 + h3 * here, b10 + h2 * before, b11 + h3 * before
+                before = here
             if dx is not None:
-                grad += g0 * w10 + g1 * w11 + g2 * v10 + g3 * v11
-                at5, mask5 = place_of(i - 1, q, column, (q < width) & (i > first), cols, width, channels, CL, EVEN)
+                grad += h0 * w10 + h1 * w11 + h2 * v10 + h3 * v11
+                to, mask = place_of(i - 1, q, column, (q < width) & (i > first), cols, width, channels, CL, EVEN)
                 total = tl.sum(tl.reshape(grad, (BP, PHASES, BN)), 1)
-                tl.store(dx + image * channels * height * width + at5, total.to(dx.dtype.element_ty), mask=mask5)
-                grad = g0 * w00 + g1 * w01 + g2 * v00 + g3 * v01
+                tl.store(dx + image * channels * height * width + to, total.to(dx.dtype.element_ty), mask=mask)
+                grad = h0 * w00 + h1 * w01 + h2 * v00 + h3 * v01
+            g0, g1, g2, g3, value = n0, n1, n2, n3, following
     if partial is not None:
         s = tl.arange(0, PHASES)
         ky, kx = s // FX, s % FX
