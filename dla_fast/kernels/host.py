@@ -258,8 +258,8 @@ class Map:
         return Map(total, height * width, channels, cl, z.dtype, cfg, arch)
 
     def flat(self) -> Map:
-        """The same map for a pass without sums: a contiguous image whose planes end in the middle of 16 bytes is one row
-        of all its values, as if each were a channel. Norms are then gathered, and loads are wide."""
+        """The same map for a pass without sums: a contiguous image whose planes end amid 16 bytes is one row of
+        all its values, as if each were a channel. Norms are then gathered, and loads are wide."""
         plane, wide = self.channels * self.pixels, 16 // self.dtype.itemsize
         if self.channels_last or self.pixels % wide == 0 or plane % 16:
             return self

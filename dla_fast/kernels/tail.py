@@ -324,8 +324,8 @@ def tail_backward_apply(
     du = host.like(z, cl) if residual_grad else None
     norm = host.Norm.of(mean, var, bn_weight, bn_bias)
     sums = (*host.dense(sum_dy, sum_dy_xhat), host.inverse(count))
-    shape = shape.flat()
-    each = shape.each(_TILES)
+    shape = shape.flat().halved()
+    each = shape.each(2 * _TILES)
     sizes = (shape.total, shape.pixels, shape.channels, shape.span, each)
     constexprs = shape.constexprs() | host.epilogue(eps, act, slope)
     args = (dy, z, residual, dz, du, *norm, *sums, *sizes)

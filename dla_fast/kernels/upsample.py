@@ -1,4 +1,4 @@
-"""The learned upsampling's host functions: tiles, partial results, launches. upsample_kernels.py says what they cost."""
+"""The learned upsampling's host functions: tiles, partial sums, launches. upsample_kernels.py has what they cost."""
 
 import math
 from collections.abc import Iterable, Iterator
