@@ -9,7 +9,7 @@ import torch
 from serving import DTYPES
 
 from dla_fast import backend, functional, ops, reference, use_backend
-from dla_fast.kernels import config, host, launch
+from dla_fast.kernels import config, host, launch, moments
 from dla_fast.proof import parity
 from dla_fast.proof.parity import Spec
 
@@ -170,6 +170,47 @@ def test_full_gradcheck():
         assert torch.autograd.gradcheck(run, inputs)
         assert torch.autograd.gradgradcheck(run, inputs)
     assert {"stage_kernel", "weight_kernel", "reduce_kernel"} <= set(names)
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize(("height", "width", "channels"), [(29, 61, 24), (14, 14, 64), (7, 7, 64)], ids=str)
+def test_programs_of_many_tiles(monkeypatch, layout, height, width, channels):
+    """As on maps that are too large for the interpreter: whole tiles and the last one, rows of any alignment."""
+    monkeypatch.setattr(config, "PROGRAMS", 1)
+    config.merge.cache_clear()
+    config.install({})
+    size = {"out_channels": channels, "batch": 3, "height": height, "width": width, "layout": layout}
+    pool = parity.Pool()
+    try:
+        with launch.record() as launches:
+            x = torch.empty(3, channels, height, width, device="meta")
+            moments.moments(x.to(memory_format=parity.LAYOUTS[layout]), None, None, 0.1)
+        assert launches[0].args[-1] > 1 or height == 7
+        pool.add(parity.batch_norm_act(Spec(residual=True, **size)))
+        pool.add(parity.PROBLEMS["upsample"](Spec(factor=2, **{**size, "height": 9, "width": 7})))
+    finally:
+        monkeypatch.undo()
+        config.merge.cache_clear()
+        config.install({})
+    assert not pool.failures(), "\n" + pool.failures()
+
+
+@pytest.mark.parametrize("groups", [1, 3, 2048, 2049, 6272])
+def test_any_number_of_partial_moments(groups):
+    """At once, or in steps."""
+    values = torch.randn(5, groups, 4, dtype=torch.float64) + 3
+    values[:, -1, 2:] = 0
+    shift = values[..., 0].float()
+    off = values - shift[..., None].double()
+    off[:, -1, 2:] = 0
+    partial = torch.stack([shift, off.square().sum(2).float(), off.sum(2).float()])
+    mean, var = torch.empty(5), torch.empty(5)
+    total = 4 * groups - 2
+    moments.finalise(partial, total, 4, mean, var, host.Running(None, None, None, 0.1))
+    exact = values.sum((1, 2)) / total
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-6, atol=0)
+    squares = (values.square().sum((1, 2)) / total - exact.square()).clamp(min=0)
+    torch.testing.assert_close(var.double(), squares, rtol=1e-5, atol=1e-6)
 
 
 def test_repeats_are_bitwise_equal_in_every_mode(monkeypatch):

@@ -307,16 +307,13 @@ def _elementwise(m: int, n: int, channels_last: bool, dtype: torch.dtype) -> Til
 
 
 def _upsample(kernel: str, m: int, n: int, channels_last: bool, dtype: torch.dtype) -> TileConfig:
-    """Tiles whose values and partial results stay in registers."""
-    wide = dtype == torch.float64
-    if kernel == "upsample":
-        # Four values a position are held, and f x f written.
-        values, most = 1024 if wide else 2048, 64
-    else:
-        # Many pixels, since a tile leaves a partial dW behind: 64 f^2 bytes beside the 2 (2 + f^2) BM of its maps.
-        values, most = 2048 if wide else 8192 if channels_last else 4096, 32
-    block_n = power_of_two(n, 1, most if channels_last else 8)
-    return TileConfig(power_of_two(m, 1, values // block_n), block_n, 0, 8 if values >= 4096 else 4, 1)
+    """Tiles of ``m`` columns and n channels, small ones: each thread holds the weights of all its values."""
+    values = 2048 // dtype.itemsize if kernel == "upsample" else 256 if dtype == torch.float64 else 512
+    if channels_last:
+        block_n = power_of_two(n, 1, 64)
+        return TileConfig(power_of_two(m, 1, values // block_n), block_n, 0, 4, 1)
+    block_m = power_of_two(m, 1, min(128, values))
+    return TileConfig(block_m, power_of_two(n, 1, values // block_m), 0, 4, 1)
 
 
 # Not an NVIDIA number: AMD's gfx942, as PyTorch counts it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -270,8 +270,8 @@ class Map:
         return Map(total, height * width, channels, cl, z.dtype, cfg, arch)
 
     def flat(self) -> Map:
-        """The same map for a pass without sums: a contiguous image whose rows of pixels end in the middle of 16 bytes is
-        one row of all its values, as if each were a channel. Norms are then gathered, and loads are wide."""
+        """The same map for a pass without sums: a contiguous image whose planes end amid 16 bytes is one row of
+        all its values, as if each were a channel. Norms are then gathered, and loads are wide."""
         plane, wide = self.channels * self.pixels, 16 // self.dtype.itemsize
         if self.channels_last or self.pixels % wide == 0 or plane % 16:
             return self
@@ -289,6 +289,10 @@ class Map:
         """Tiles of channels."""
         return -(-self.channels // self.cfg.block_n)
 
+    def halved(self) -> Map:
+        """With a tile of half the pixels, for a pass that holds twice as much of each."""
+        return replace(self, cfg=replace(self.cfg, block_m=max(1, self.cfg.block_m // 2)))
+
     @property
     def parts(self) -> int:
         """In how many steps a tile is added up: a thread's sums are of one access's width, its loads of all steps."""
@@ -300,9 +304,9 @@ class Map:
         """Whether an offset passes 32 bits."""
         return (self.total + 1024) * self.channels >= _LARGE
 
-    def each(self, most: int) -> int:
-        """Tiles that a program takes one after the other: as many as leave every processor eight programs."""
-        return max(1, min(self.tiles * self.blocks // (4 * config.PROGRAMS), most))
+    def each(self, most: int, waves: int = 4) -> int:
+        """Tiles that a program takes one after the other: about as many as leave so many times a GPU's programs."""
+        return max(1, min(-(-self.tiles * self.blocks // (waves * config.PROGRAMS)), most))
 
     def grid(self, each: int) -> tuple[int, int]:
         """Programs for so many tiles each, as ``program_of`` reads it."""

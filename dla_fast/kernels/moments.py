@@ -2,8 +2,10 @@
 
 ``moments_kernel`` reads z once (M pixels, C channels, b bytes a value: MCb bytes, about 4 flops a value) and writes,
 for each group of tiles of pixels and each channel, a shift, the sum of squares around it, and the sum of differences
-from it. ``finalise_kernel`` merges them by the formula of Chan, Golub and LeVeque (1979), in double: 12 bytes a group
-and channel (24 in double), read twice, the second time from cache. It also moves the running statistics.
+from it: 12 bytes a group and channel (24 in double), of which there are about a thousand, over all channels, for a
+large map. ``finalise_kernel`` merges them by the formula of Chan, Golub and LeVeque (1979), in double: all groups of a
+channel are loaded at once and stay in registers up to 2048 of them, past that they are read twice, the second time from
+cache. It also moves the running statistics.
 
 - z: (M, C) channels_last, or (images, C, pixels) contiguous, as CL says
 - partial: (3, C, groups), accumulation dtype: shift, M2, rest. A group stands for ``size`` pixels, the last for fewer
@@ -73,7 +75,7 @@ def moments_kernel(
 def group_of(partial, c, cols, g, plane, total, channels, groups, size):
     """A block of partial moments, in double: shift, M2, rest, the groups' pixels, and 1 / those.
 
-    Channels and groups that are none have no pixels. All groups but the last are alike, so that nothing is divided here.
+    What is no group has no pixels. All groups but the last are alike, so that nothing is divided here.
     """
     mask = cols[:, None] & (g < groups)[None, :]
     at = partial + c[:, None] * groups + g[None, :]
@@ -169,7 +171,7 @@ def of(z: Tensor, running: host.Running) -> tuple[Tensor, Tensor]:
     shape = host.Map.of(z)
     z = host.arranged(z, shape.channels_last)
     mean, var = host.vectors(z, shape.channels)
-    each = shape.each(_TILES_PER_GROUP)
+    each = shape.each(_TILES_PER_GROUP, 3)
     groups = triton.cdiv(shape.tiles, each)
     partial = mean.new_empty(3, shape.channels, groups)
     args = (z, partial, shape.total, shape.pixels, shape.channels, groups, each)

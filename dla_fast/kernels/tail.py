@@ -8,7 +8,11 @@ pass is bound by memory:
 sum(g) and sum(g * x_hat), g the gradient before the activation. ``reduce_sum_kernel`` adds the groups in double.
 ``apply_kernel`` reads dy and z (and the residual), writes dz (and g, the residual's gradient): (3 + R + R) MCb bytes.
 
+A program forms the coefficients of its channels once and takes several tiles, whole ones without masks; a thread has up
+to four accesses of 16 bytes of each operand on their way at a time.
+
 - z, y, dy, dz, residual, g: (M, C) channels_last, or (images, C, pixels) contiguous, as CL says
+- where nothing is summed, a contiguous map whose planes are no multiples of 16 bytes is walked as (images, C pixels)
 - mean, var: (C,), any dtype; gamma, beta: (C,) or None; sum_dy, sum_dy_xhat: (C,), accumulation dtype, or None
 - partial: (2, C, groups), accumulation dtype
 
@@ -40,7 +44,7 @@ from dla_fast.kernels.tile import (
 # Tiles that a program takes one after the other at most: its coefficients are formed once.
 _TILES = 8
 # The same of the reduction, which keeps its sums in registers.
-_TILES_PER_GROUP = 16
+_TILES_PER_GROUP = 32
 
 
 @triton.jit
@@ -256,11 +260,11 @@ def tail_backward_reduce(
     Returns:
         Two (C,) tensors in the accumulation dtype.
     """
-    shape = host.Map.of(z)
+    shape = host.Map.of(z).halved()
     cl = shape.channels_last
     z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), host.optional(residual, cl)
     sums = host.vectors(z, shape.channels)
-    each = shape.each(_TILES_PER_GROUP)
+    each = shape.each(_TILES_PER_GROUP, 3)
     groups = triton.cdiv(shape.tiles, each)
     if groups == 0:
         return sums[0].zero_(), sums[1].zero_()
@@ -320,11 +324,12 @@ def tail_backward_apply(
     du = host.like(z, cl) if residual_grad else None
     norm = host.Norm.of(mean, var, bn_weight, bn_bias)
     sums = (*host.dense(sum_dy, sum_dy_xhat), host.inverse(count))
-    shape = shape.flat()
-    each = shape.each(_TILES)
+    shape = shape.flat().halved()
+    each = shape.each(2 * _TILES)
     sizes = (shape.total, shape.pixels, shape.channels, shape.span, each)
     constexprs = shape.constexprs() | host.epilogue(eps, act, slope)
-    launch.launch(apply_kernel, shape.grid(each), (dy, z, residual, dz, du, *norm, *sums, *sizes), constexprs, shape.cfg)
+    args = (dy, z, residual, dz, du, *norm, *sums, *sizes)
+    launch.launch(apply_kernel, shape.grid(each), args, constexprs, shape.cfg)
     return dz, z.new_empty(0) if du is None else du
 
 

@@ -3,8 +3,8 @@
 A tile is (pixels, channels). Pixels are numbered through all images, so that small maps fill tiles too; a value lies at
 ``at(m, ...)[:, None] + along(c, ...)[None, :]``, in either layout. ``m`` is int64 where a tensor passes 2^31 values.
 
-ALIGN is what is known to divide the pixels of an image, 16 at most: where it is given, so many neighbours of a contiguous
-map's row of pixels are one access.
+ALIGN is what is known to divide an image's pixels, 16 at most: as many neighbours of a contiguous map are one access.
+Where a mask asks for the pixels of all images, they have to be ``multiple(total, ALIGN)``.
 """
 
 import triton
