@@ -194,8 +194,12 @@ def channel_block(channels: tuple[int, ...], most: int) -> int:
     return common if common >= 16 else power_of_two(max(channels, default=1), 16, min(most, 32))
 
 
-# Forward products: of one tap, of several, and with inputs that are upsampled on the way; the stages leave moments.
-FORWARD = ("forward", "stage", "conv", "conv_stage", "merge")
+# Forward products: of one tap, with a residual, with moments; the same of several taps; with inputs that are upsampled on
+# the way.
+FORWARD = ("forward", "added", "stage", "conv", "conv_added", "conv_stage", "merge")
+
+
+FLAT = FORWARD[:3]
 
 
 def _wide(kernel: str, n: int, channels_last: bool) -> TileConfig:
@@ -205,19 +209,15 @@ def _wide(kernel: str, n: int, channels_last: bool) -> TileConfig:
     tile of pixels, by the second-level cache, so that wide tiles are long. Two programs a multiprocessor hide each
     other's epilogue. Moments leave fewer registers, as do the addresses of a contiguous map, or of several taps.
     """
-    if kernel in ("conv", "conv_stage"):
-        if n <= 64:
-            return TileConfig(128, 64, 64, 4, 3, resident=2)
-        if n <= 128:
-            return TileConfig(128, 128, 32, 4, 4, resident=2) if kernel == "conv" else TileConfig(128, 128, 64, 8, 4)
-        return TileConfig(128, 256, 64, 8, 3)
     if n <= 64:
-        return TileConfig(128, 64, 64, 4, 4 if channels_last else 3, resident=2)
-    if kernel == "stage":
-        return TileConfig(128, 128, 32, 4, 4, resident=2) if channels_last else TileConfig(128, 128, 64, 8, 3)
-    if n <= 128:
-        return TileConfig(128, 128, 64 if channels_last else 32, 4, 3, resident=2)
-    return TileConfig(128, 256, 64 if channels_last else 32, 8, 4)
+        return TileConfig(128, 64, 64, 4, 4 if channels_last and kernel in ("forward", "stage") else 3, resident=2)
+    if kernel.startswith("conv"):
+        if n > 128 and kernel == "conv":
+            return TileConfig(128, 256, 64, 8, 4)
+        return TileConfig(128, 128, 64, 8, 3) if kernel == "conv_stage" else TileConfig(128, 128, 32, 8, 4)
+    if n > 128 and kernel == "forward":
+        return TileConfig(128, 256, 64 if channels_last else 32, 8, 4)
+    return TileConfig(128, 128, 64 if channels_last else 32, 4, 3, resident=2)
 
 
 def _narrow(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
@@ -234,19 +234,17 @@ def _narrow(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
     return TileConfig(block_m, block_n, min(step, 64 if dtype.itemsize == 2 else 32), warps, 3, resident=8 // warps)
 
 
-def _product(
-    kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int, channels_last: bool
-) -> TileConfig:
+def _product(kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int, channels_last: bool) -> TileConfig:
     """Forward product; chosen on sm_90 by the model of benchmarks.gates.predict, not by measuring."""
-    if dtype.itemsize == 2 and arch == 90 and kernel != "merge" and (channels_last or kernel in ("forward", "stage")):
+    if dtype.itemsize == 2 and arch == 90 and kernel != "merge" and (channels_last or not kernel.startswith("conv")):
         wide = _wide(kernel, n, channels_last)
         if math.ceil(m / wide.block_m) * math.ceil(n / wide.block_n) >= PROCESSORS * wide.resident:
             return replace(wide, block_n=power_of_two(n, 16, wide.block_n), block_k=min(step, wide.block_k))
     narrow = _narrow(m, n, step, dtype)
-    if dtype == torch.float64 or kernel in ("forward", "stage"):
+    if dtype == torch.float64 or kernel in FLAT:
         return narrow
     # Several taps, or inputs that are upsampled on the way: addresses and masks take registers of their own.
-    most = 128 if dtype.itemsize == 2 else 64
+    most = 128 if dtype.itemsize == 2 and channels_last else 64
     return TileConfig(min(narrow.block_m, 64), min(narrow.block_n, most), min(narrow.block_k, 32), 8, 2)
 
 
@@ -327,7 +325,7 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     """
     if arch == _CDNA3:
         # 64 KB of shared memory; a warp is 64 threads wide.
-        flat, kernel = kernel in ("forward", "stage"), "merge" if kernel in ("conv", "conv_stage") else kernel
+        flat, kernel = kernel in FLAT, "merge" if kernel.startswith("conv") else kernel
         masked = 16 if flat and cfg.block_k <= 32 else cfg.block_m
         rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
             kernel, masked
@@ -340,11 +338,11 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
         return cfg
     if arch == 90 and kernel in FORWARD and cfg.num_warps == 4:
         return cfg
-    if arch >= 100 and kernel in ("forward", "stage") and cfg.block_n >= 128:
+    if arch >= 100 and kernel in FLAT and cfg.block_n >= 128:
         cfg = replace(cfg, block_m=min(cfg.block_m, 64))
     if arch >= 100 and kernel == "fused" and cfg.block_k <= 32:
         cfg = replace(cfg, block_m=min(cfg.block_m, 32))
-    if arch != 90 and kernel in ("conv", "conv_stage", "merge"):
+    if arch != 90 and kernel in FORWARD and kernel not in FLAT:
         rows = 32 if arch < 90 or dtype == torch.float32 else 64
         cfg = replace(cfg, block_m=min(cfg.block_m, rows), block_n=min(cfg.block_n, 64))
     # Left alone the compiler takes few registers and spills some bytes, so that more blocks fit.

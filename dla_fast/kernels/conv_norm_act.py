@@ -73,6 +73,7 @@ class _Plan:
         geometry: Geometry,
         epilogue: dict[str, Any],
         moments: bool | None,
+        added: bool,
     ) -> _Plan:
         """Plan a node: its stage, with moments or without, or with None for them its inference.
 
@@ -87,8 +88,10 @@ class _Plan:
         flat = kernel == 1 and stride == 1 and not upsamples
         if flat:
             height, width = height * width, 1
-        one, depth = "forward" if moments is None else "stage", node.depth * kernel**2
-        kind = one if flat else "merge" if upsamples else {"forward": "conv", "stage": "conv_stage"}[one]
+        depth = node.depth * kernel**2
+        kind = "stage" if moments is not None else "added" if added else "forward"
+        if not flat:
+            kind = "merge" if upsamples else f"conv_{kind}".removesuffix("_forward")
         sizes = (node.total, depth, node.out_channels)
         cfg = config.choose(kind, *sizes, node.dtype, node.arch, node.step, node.channels_last)
         arranged = _even_taps(weight)
@@ -199,7 +202,8 @@ def _plan(
     served = not library.serves(weight, steps)
     plan = None
     if served:
-        plan = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options, None if epilogue else operands)
+        wanted, added = (None, operands[0] is not None) if epilogue else (operands, False)
+        plan = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options, wanted, added)
     _plans[key] = plan
     return plan
 

@@ -97,7 +97,9 @@ class _Ranges(NamedTuple):
         each = triton.cdiv(tiles, max(1, min(tiles, resident // programs)))
         count = triton.cdiv(tiles, each)
         direct = count == 1 and dw.is_contiguous()
-        return _Ranges(count, each, dw if direct else dw.new_empty(count, dw.numel(), dtype=accumulation_dtype(dw.dtype)))
+        return _Ranges(
+            count, each, dw if direct else dw.new_empty(count, dw.numel(), dtype=accumulation_dtype(dw.dtype))
+        )
 
     def add_up(self, dw: Tensor, acc: Any) -> None:
         """dW from its parts, in order."""

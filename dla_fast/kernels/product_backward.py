@@ -38,8 +38,9 @@ def input_of(xs, channels, starts, blocks, block):
 
 
 @triton.jit
-def columns_of(xs, channels, starts, blocks, block, n, outs, depth, BK: tl.constexpr):
-    """Where a block's columns of w lie in its rows n, and which of them there are."""
+def columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK: tl.constexpr, EACH: tl.constexpr):
+    """Where the columns of a program's block i lie in the rows n of w, and which of them there are."""
+    block = tl.program_id(0) * EACH + i
     _, own, start, first = input_of(xs, channels, starts, blocks, block)
     k = (block - first) * BK + tl.arange(0, BK)
     return n[:, None] * depth + (start + k)[None, :], outs[:, None] & (k < own)[None, :]
@@ -137,7 +138,7 @@ def fused_kernel(
     tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
     accs, weights = (), ()
     for i in tl.static_range(EACH):
-        columns, there_columns = columns_of(xs, channels, starts, blocks, tl.program_id(0) * EACH + i, n, outs, depth, BK)
+        columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         taken = fetch(w + columns, None if EVEN_N and EVEN_K else there_columns)
         accs, weights = accs + (tl.zeros((BN, BK), ACC),), weights + (tf32(taken, PRECISION),)
     begin = tl.program_id(1) * tiles_per_range
@@ -169,7 +170,7 @@ def fused_kernel(
                         dy, z, residual, row + along(k, pixels, CL, I64, ALIGN)[None, :], inside(rows, k < of_first, False),
                         center_k, scale_k, shift_k, ACT, SLOPE, ACC,
                     )[0]  # fmt: skip
-                if DX == (1 << len(xs)) - 1:
+                if (1 << len(xs)) - 1 == DX:
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=there)
                 else:
                     wanted = tl.full((), False, tl.int1)
@@ -179,7 +180,7 @@ def fused_kernel(
         accs = sums
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth
     for i in tl.static_range(EACH):
-        columns, there_columns = columns_of(xs, channels, starts, blocks, tl.program_id(0) * EACH + i, n, outs, depth, BK)
+        columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         tl.store(to + columns, accs[i].to(dw.dtype.element_ty), mask=there_columns)
 
 
