@@ -194,8 +194,8 @@ def channel_block(channels: tuple[int, ...], most: int) -> int:
     return common if common >= 16 else power_of_two(max(channels, default=1), 16, min(most, 32))
 
 
-# Forward products: of one tap, with a residual, with moments; the same of several taps; with inputs that are upsampled on
-# the way.
+# Forward products: of one tap, with a residual, with moments; the same of several taps; with inputs that are
+# upsampled on the way.
 FORWARD = ("forward", "added", "stage", "conv", "conv_added", "conv_stage", "merge")
 
 
@@ -258,7 +258,7 @@ def _backward(
     if kernel == "fused":
         # Warpgroup instructions want 64 pixels; others leave more of a thread's registers to the accumulators.
         block_m, block_n = power_of_two(m, 16, 64 if modern else 32), power_of_two(n, 16, 128)
-        narrow = modern and block_n <= 64
+        narrow = modern and block_n == step == 64
         stages, resident = 3 if modern else 2, 2 if narrow else 1
         return TileConfig(
             block_m, block_n, min(step, 64 if narrow else 128), 4 if narrow else 8, stages, resident=resident

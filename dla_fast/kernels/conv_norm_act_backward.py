@@ -80,12 +80,12 @@ class _Ranges(NamedTuple):
     """How pixels are shared among the programs that add up dW, and where their parts go.
 
     Attributes:
-        count: of ranges.
+        number: of ranges.
         tiles: of a range.
         out: (N, K) of the only range, or (ranges, N * K).
     """
 
-    count: int
+    number: int
     tiles: int
     out: Tensor
 
@@ -107,9 +107,9 @@ class _Ranges(NamedTuple):
             return
         size = dw.numel()
         rows = dw if dw.is_contiguous() else dw.new_empty(dw.shape)
-        cfg = config.weight_sum(size, self.count)
+        cfg = config.weight_sum(size, self.number)
         constexprs = {"B": cfg.block_m, "R": cfg.block_n, "ACC": acc}
-        args = (self.out, rows, size, self.count)
+        args = (self.out, rows, size, self.number)
         launch.launch(weight_sum_kernel, (triton.cdiv(size, cfg.block_m),), args, constexprs, cfg)
         if rows is not dw:
             dw.copy_(rows)
@@ -126,7 +126,7 @@ def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor) -
     ranges = _Ranges.of(node, cfg, programs, dw)
     sizes = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
     args = (tuple(xs), node.channels, node.starts, blocks, dz, ranges.out, *sizes)
-    launch.launch(weight_kernel, (programs, ranges.count), args, node.tile(cfg), cfg)
+    launch.launch(weight_kernel, (programs, ranges.number), args, node.tile(cfg), cfg)
     ranges.add_up(dw, node.acc)
     return dw
 
@@ -148,14 +148,14 @@ def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx
     args = (*of_inputs, *operands.maps, ranges.out, *operands.norm, *operands.sums, *integers)
     mask = sum(1 << i for i, wanted in enumerate(needed) if wanted)
     constexprs = node.tile(cfg) | {"EACH": each, "DX": mask} | operands.constexprs
-    launch.launch(fused_kernel, (programs, ranges.count), args, constexprs, cfg)
+    launch.launch(fused_kernel, (programs, ranges.number), args, constexprs, cfg)
     ranges.add_up(dw, node.acc)
 
 
 def _products(
     operands: _Operands, xs: Sequence[Tensor], weight: Tensor, need_dx: Sequence[bool], need_dw: bool, fused: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of a 1 x 1 node's inputs and weight: one launch for dx alone, two of a small node, three of any other."""
+    """Gradients of a 1 x 1 node's inputs and weight: one launch for dx alone, two of a small node, three of another."""
     node = operands.node
     dxs = [
         empty_like_layout(x, x.shape, node.channels_last) if needed else x.new_empty(0)
@@ -167,7 +167,7 @@ def _products(
             return dxs, dw.zero_()
         _fused(operands, xs, dxs, need_dx, dw)
         return dxs, dw
-    dz = empty_like_layout(operands.maps[1], node.output_sizes, node.channels_last) if need_dw else None
+    dz = empty_like_layout(weight, node.output_sizes, node.channels_last) if need_dw else None
     _dx(operands, dxs, need_dx, dz)
     return dxs, weight.new_empty(0) if dz is None else _weight(node, xs, dz, weight)
 

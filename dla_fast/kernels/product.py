@@ -181,7 +181,8 @@ def add_upsampled(
                     CL, EVEN_K, I64, FACTORS[i], ACC,
                 )  # fmt: skip
                 right = load_weights(
-                    w, n, starts[i] + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N, KERNEL
+                    w, n, starts[i] + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t,
+                    EVEN_K, EVEN_N, KERNEL,
                 )  # fmt: skip
                 values, right = tf32(values, PRECISION), tf32(right, PRECISION)
                 acc = tl.dot(values, right, acc, input_precision=PRECISION, out_dtype=ACC)

@@ -70,7 +70,7 @@ def dx_kernel(
         part = (grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty)
         if dz is not None:
             tl.store(dz + offset, part, mask=mask)
-        parts = parts + (tf32(part, PRECISION),)
+        parts = parts + (tf32(part, PRECISION),)  # type: ignore[assignment]
     for block in range(0, count):
         dx, own, start, first = input_of(dxs, channels, starts, blocks, block)
         k = (block - first) * BK + tl.arange(0, BK)
@@ -140,7 +140,8 @@ def fused_kernel(
     for i in tl.static_range(EACH):
         columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         taken = fetch(w + columns, None if EVEN_N and EVEN_K else there_columns)
-        accs, weights = accs + (tl.zeros((BN, BK), ACC),), weights + (tf32(taken, PRECISION),)
+        accs = accs + (tl.zeros((BN, BK), ACC),)  # type: ignore[assignment]
+        weights = weights + (tf32(taken, PRECISION),)  # type: ignore[assignment]
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
@@ -158,7 +159,8 @@ def fused_kernel(
             there = inside(rows, k < own, EVEN_K, EVEN_M)
             at_input = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
             right = tf32(fetch(x + at_input, there), PRECISION)
-            sums = sums + (tl.dot(tl.trans(dz), right, accs[i], input_precision=PRECISION, out_dtype=ACC),)
+            added = tl.dot(tl.trans(dz), right, accs[i], input_precision=PRECISION, out_dtype=ACC)
+            sums = sums + (added,)  # type: ignore[assignment]
             if DX:
                 dx, _, _, _ = input_of(dxs, channels, starts, blocks, block)
                 made = tl.dot(dz, weights[i], input_precision=PRECISION, out_dtype=ACC)
@@ -166,10 +168,11 @@ def fused_kernel(
                     # Where the block is not one of input 0, nothing is loaded.
                     of_first = tl.where(block < blocks[1], own, 0)
                     center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, k < of_first, EPS, ACC)
-                    made += gradient_of(
-                        dy, z, residual, row + along(k, pixels, CL, I64, ALIGN)[None, :], inside(rows, k < of_first, False),
-                        center_k, scale_k, shift_k, ACT, SLOPE, ACC,
-                    )[0]  # fmt: skip
+                    passed, _ = gradient_of(
+                        dy, z, residual, row + along(k, pixels, CL, I64, ALIGN)[None, :],
+                        inside(rows, k < of_first, False), center_k, scale_k, shift_k, ACT, SLOPE, ACC,
+                    )  # fmt: skip
+                    made += passed
                 if (1 << len(xs)) - 1 == DX:
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=there)
                 else:
