@@ -123,6 +123,47 @@ __device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
   for (int i = 0; i < parts; ++i) store_words(reinterpret_cast<W*>(p) + i, words[i]);
 }
 
+// All values of a vector: of those of 16 bits two share a word, and one instruction takes both or each.
+template <class T, int V>
+__device__ __forceinline__ void widen_all(const Pack<T, V>& pack, acc_t<T> (&out)[V]) {
+  if constexpr (__is_same(T, bfloat16) && V % 2 == 0) {
+    uint32_t words[V / 2];
+    memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      // A bfloat16 is the upper half of a float.
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) out[v] = widen(pack.v[v]);
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> narrow_all(const acc_t<T> (&values)[V]) {
+  Pack<T, V> pack;
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    uint32_t words[V / 2];
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      if constexpr (__is_same(T, half)) {
+        const auto pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+        memcpy(&words[i], &pair, 4);
+      } else {
+        const auto pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+        memcpy(&words[i], &pair, 4);
+      }
+    }
+    memcpy(&pack, words, sizeof(pack));
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.v[v] = narrow<T>(values[v]);
+  }
+  return pack;
+}
+
 // Values of a shared array from an index that is a multiple of V.
 template <int V, class S>
 __device__ __forceinline__ auto load_shared(S& shared, int index) {

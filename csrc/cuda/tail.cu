@@ -47,6 +47,23 @@ void with_walk(const Map& map, const Groups& groups, const char* kernel, Act act
   check_launch(kernel);
 }
 
+// Into how many groups to cut a map of `along_x` blocks, where `resident` blocks run at once: into one wave, or into so
+// many that the last one leaves little idle.
+int64_t full_waves(int64_t along_x, int64_t resident) {
+  int64_t best = 1;
+  double most = 0;
+  for (int64_t count = std::max<int64_t>(resident / along_x, 1); count * along_x <= 6 * resident; ++count) {
+    const int64_t blocks = count * along_x, waves = divide_up(blocks, resident);
+    const double busy = static_cast<double>(blocks) / static_cast<double>(waves * resident);
+    // Another wave costs the blocks' beginnings and ends again.
+    if (busy - 0.02 * static_cast<double>(waves) > most) {
+      most = busy - 0.02 * static_cast<double>(waves);
+      best = count;
+    }
+  }
+  return best;
+}
+
 template <class F>
 void with_accumulator(Type type, const F& f) {
   if (type == Type::kDouble) return f(Of<double>{});
@@ -70,17 +87,16 @@ int processors() {
   return count;
 }
 
-Groups groups_of(const Map& map, const Stream& stream, bool aligned) {
+Groups groups_of(const Map& map, const Stream& stream, bool aligned, Act act) {
   const int wide = static_cast<int>(16 / size_of(map.type));
   const int64_t run = map.channels_last ? map.channels : map.pixels;
   const int width = aligned && run % wide == 0 ? wide : 1;
   const int64_t vectors = vectors_of(map, width);
   const int64_t slots = kThreads / lanes_of(map, width);
-  // Eight blocks a multiprocessor fill it; a thread that takes fewer than four vectors is not worth its sums.
-  const int64_t wanted =
-      divide_up(8 * static_cast<int64_t>(stream.processors), std::max<int64_t>(blocks_along_x(map, width), 1));
+  const int64_t along_x = std::max<int64_t>(blocks_along_x(map, width), 1);
+  // A thread that takes fewer than four vectors is not worth its sums.
   const int64_t most = divide_up(vectors, 4 * slots);
-  const int64_t count = std::clamp<int64_t>(wanted, std::min<int64_t>(most, 1), std::max<int64_t>(most, 0));
+  const int64_t count = std::min(full_waves(along_x, static_cast<int64_t>(resident(act)) * stream.processors), most);
   if (count == 0) return {width, 0, 1};
   const int64_t size = divide_up(vectors, count);
   return {width, divide_up(vectors, size), size};

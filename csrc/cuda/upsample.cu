@@ -225,7 +225,7 @@ void upsample_backward(const Stream& stream, const Upsampling& up, const void* d
       check_launch("upsample_backward_kernel");
       if (dweight != nullptr) {
         const int64_t count = up.channels * up.taps();
-        DLA_LAUNCH((weight_sum_kernel<T>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, partial, count,
+        DLA_LAUNCH((weight_sum_kernel<T>), grid_of(divide_up(count, kLanes)), kThreads, 0, stream, partial, count,
                    plan.blocks, dweight);
         check_launch("weight_sum_kernel");
       }

@@ -12,6 +12,7 @@
 
 #pragma once
 
+#include "partial_sums.h"
 #include "upsample_kernels.h"
 
 namespace dla_fast::cuda {
@@ -234,12 +235,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_sum_kernel(const acc_t<T>* partial, int64_t count, int64_t blocks, T* dweight) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    double sum = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) sum += partial[b * count + i];
-    dweight[i] = narrow<T>(static_cast<acc_t<T>>(sum));
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x % kLanes;
+  const int slot = threadIdx.x / kLanes;
+  double sum[1] = {0.0};
+  if (i < count) {
+    const auto add = [&](int64_t, const acc_t<T>(&of)[1]) { sum[0] += of[0]; };
+    each_group<1>(partial + i, count, 0, blocks, slot, kThreads / kLanes, add);
   }
+  sum_over_slots(sum, kLanes);
+  if (slot == 0 && i < count) dweight[i] = narrow<T>(static_cast<acc_t<T>>(sum[0]));
 }
 
 // Distance in memory of neighbours in a map.

@@ -61,8 +61,12 @@ inline int cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+namespace cuda_host {
+// How many multiprocessors the host says it has.
+inline int processors = 2;
+}  // namespace cuda_host
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
-  constexpr int values[] = {9, 0, 2};
+  const int values[] = {9, 0, cuda_host::processors};
   *value = values[attribute];
   return cudaSuccess;
 }
@@ -84,6 +88,17 @@ inline __half __float2half_rn(float v) {
 }
 inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   return {c10::BFloat16(v)};
+}
+inline std::array<__half, 2> __floats2half2_rn(float low, float high) {
+  return {__float2half_rn(low), __float2half_rn(high)};
+}
+inline std::array<__nv_bfloat16, 2> __floats2bfloat162_rn(float low, float high) {
+  return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+}
+inline float __uint_as_float(uint32_t word) {
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
 }
 
 namespace cuda_host {
