@@ -98,6 +98,16 @@ __device__ __forceinline__ Pack<T, V> load(const T* p) {
   return pack;
 }
 
+// V values that fit 16 bytes, or zeros where there are none.
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load_if(bool there, const T* p) {
+  typename Words<sizeof(T) * V>::type words = {};
+  if (there) words = *reinterpret_cast<const decltype(words)*>(p);
+  Pack<T, V> pack;
+  memcpy(&pack, &words, sizeof(pack));
+  return pack;
+}
+
 template <class W>
 __device__ __forceinline__ void store_words(W* p, const W& words) {
   *p = words;
@@ -290,6 +300,18 @@ __host__ __device__ __forceinline__ auto with_act(Act act, const F& f) {
     default:
       return f(OfAct<Act::kIdentity>{});
   }
+}
+
+template <bool WITH>
+struct With {
+  static constexpr bool value = WITH;
+};
+
+// Calls f(With<...>): a loop without the addend keeps more vectors of the others in the same registers.
+template <class F>
+__device__ __forceinline__ void with_or_without(const void* addend, const F& f) {
+  if (addend != nullptr) return f(With<true>{});
+  return f(With<false>{});
 }
 
 constexpr int kThreads = 256;

@@ -47,23 +47,6 @@ void with_walk(const Map& map, const Groups& groups, const char* kernel, Act act
   check_launch(kernel);
 }
 
-// Into how many groups to cut a map of `along_x` blocks, where `resident` blocks run at once: into one wave, or into so
-// many that the last one leaves little idle.
-int64_t full_waves(int64_t along_x, int64_t resident) {
-  int64_t best = 1;
-  double most = 0;
-  for (int64_t count = std::max<int64_t>(resident / along_x, 1); count * along_x <= 6 * resident; ++count) {
-    const int64_t blocks = count * along_x, waves = divide_up(blocks, resident);
-    const double busy = static_cast<double>(blocks) / static_cast<double>(waves * resident);
-    // Another wave costs the blocks' beginnings and ends again.
-    if (busy - 0.02 * static_cast<double>(waves) > most) {
-      most = busy - 0.02 * static_cast<double>(waves);
-      best = count;
-    }
-  }
-  return best;
-}
-
 template <class F>
 void with_accumulator(Type type, const F& f) {
   if (type == Type::kDouble) return f(Of<double>{});

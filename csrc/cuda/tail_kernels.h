@@ -22,18 +22,6 @@ __device__ __forceinline__ void with_act_as(Act act, const F& f) {
   }
 }
 
-template <bool WITH>
-struct With {
-  static constexpr bool value = WITH;
-};
-
-// Calls f(With<...>): a loop without a residual keeps more vectors of the others in the same registers.
-template <class F>
-__device__ __forceinline__ void with_or_without(const void* residual, const F& f) {
-  if (residual != nullptr) return f(With<true>{});
-  return f(With<false>{});
-}
-
 template <class A>
 __device__ __forceinline__ A inverse_sigma(const Norm& norm, A var) {
   return A(1) / square_root(var + static_cast<A>(norm.eps));

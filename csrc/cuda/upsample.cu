@@ -74,22 +74,16 @@ int64_t blocks_for(const Stream& stream, int64_t values) {
 template <class T, int V>
 void upsample_channels_last(const Stream& stream, const Upsampling& up, const T* x, const T* weight, const T* skip,
                             T* y) {
-  // Floats take twice the cells for the same registers.
-  constexpr int R = V == 8 ? 2 : 4;
-  const int64_t bytes = up.taps() * V * sizeof(T);
-  const bool staged = bytes <= kShared;
-  const int lanes = lanes_of(up, V, 32, kShared);
-  const int64_t along_x = divide_up(up.channels, lanes * V);
-  const int64_t strips = up.images * (up.height + 1) * ((up.width + R) / R);
-  const dim3 grid = grid_of(along_x, blocks_for(stream, divide_up(strips, kThreads / lanes), along_x));
-  if (staged) {
-    DLA_LAUNCH((upsample_kernel<T, V, R, true>), grid, kThreads, lanes * bytes, stream, shape_of(up), lanes, x, weight,
-               skip, y);
-  } else if constexpr (V == 1) {
-    DLA_LAUNCH((upsample_kernel<T, V, R, false>), grid, kThreads, 0, stream, shape_of(up), lanes, x, weight, skip, y);
-  } else {
-    upsample_channels_last<T, 1>(stream, up, x, weight, skip, y);
-  }
+  // Of 16 bytes, eight side by side fill a line of cache.
+  const int lanes = std::min(power_of_two(divide_up(up.channels, V)), V == 1 ? 32 : 8);
+  const int64_t all = up.factor * up.factor, phases = std::min<int64_t>(all, kThreads / lanes);
+  const int64_t along_x = divide_up(up.channels, lanes * V) * divide_up(all, phases);
+  const int64_t strips =
+      up.images * divide_up(up.large(up.height), up.factor) * divide_up(divide_up(up.large(up.width), up.factor), 4);
+  const int64_t blocks = std::min(full_waves(along_x, 2 * static_cast<int64_t>(stream.processors)),
+                                  divide_up(strips, kThreads / lanes / phases));
+  DLA_LAUNCH((upsample_kernel<T, V>), grid_of(along_x, blocks), kThreads, 0, stream, shape_of(up), lanes,
+             static_cast<int>(phases), x, weight, skip, y);
 }
 
 template <class T>
