@@ -182,6 +182,33 @@ def test_upsample_in_many_blocks(layout, factor):
     check("upsample", Spec(layout=layout, out_channels=72, height=9, width=32, factor=factor))
 
 
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+def test_upsample_in_more_blocks_than_threads_that_add_them(many_processors, layout):
+    check("upsample", Spec(layout=layout, out_channels=8, batch=70, height=16, width=16, factor=2))
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_upsample_of_many_channels_and_odd_sizes(dtype, layout, factor):
+    for channels, height, width in ((72, 2, 8), (24, 2, 11)):
+        check(
+            "upsample_add",
+            Spec(dtype, layout, out_channels=channels, batch=1, height=height, width=width, factor=factor),
+        )
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+def test_either_gradient_of_upsample_alone(layout, factor):
+    run, form = torch.ops.dla_fast_cuda.upsample_backward, parity.LAYOUTS[layout]
+    x, weight = torch.randn(2, 16, 3, 8).to(memory_format=form), torch.randn(16, 1, 2 * factor, 2 * factor)
+    dy = torch.randn_like(functional.upsample(x, weight, factor)).to(memory_format=form)
+    dx, dw = run(dy, x, weight, factor, True, True)
+    assert torch.equal(dx, run(dy, x, weight, factor, True, False)[0])
+    assert torch.equal(dw, run(dy, x, weight, factor, False, True)[1])
+
+
 def inference(xs, weight, norm, residual, act, conv_bias=None):
     with torch.no_grad():
         return functional.aggregate(xs, weight, *norm, training=False, residual=residual, act=act, conv_bias=conv_bias)

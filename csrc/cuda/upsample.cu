@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "upsample_backward_kernels.h"
+#include "upsample_backward_phases.h"
 
 namespace dla_fast::cuda {
 namespace {
@@ -111,6 +112,10 @@ struct BackwardPlan {
   int64_t along_x = 0, blocks = 0;
 };
 
+// Whether the phases of a pixel fit a warp, channels_last.
+template <int F>
+constexpr bool kPhasesFit = F * F <= 32;
+
 // Eight halves of eight-fold rows would not fit into registers.
 template <class T, int F>
 constexpr int backward_vector() {
@@ -123,6 +128,15 @@ BackwardPlan backward_plan(const Stream& stream, const Upsampling& up) {
   if (up.channels_last) {
     constexpr int V = backward_vector<T, F>();
     if (vector_of<T>(up) == 1) return plan;
+    if constexpr (kPhasesFit<F>) {
+      plan.lanes = std::min(power_of_two(divide_up(up.channels, V)), 32 / (F * F));
+      plan.along_x = divide_up(up.channels, plan.lanes * V);
+      // A thread that takes fewer than four strips is not worth its sums.
+      const int64_t strips = up.images * up.height * divide_up(up.width, 2), slots = kThreads / (plan.lanes * F * F);
+      plan.blocks =
+          std::min(full_waves(plan.along_x, 2 * static_cast<int64_t>(stream.processors)), divide_up(strips, 4 * slots));
+      return plan;
+    }
     plan.lanes = lanes_of(up, V, kThreads / TapGroups<T, V, F>::count, kShared / 4);
     plan.along_x = divide_up(up.channels, plan.lanes * V);
     const int64_t strips = up.images * up.height * divide_up(up.width, 2);
@@ -210,8 +224,13 @@ void upsample_backward(const Stream& stream, const Upsampling& up, const void* d
       const dim3 grid = grid_of(plan.along_x, plan.blocks);
       if (up.channels_last) {
         constexpr int V = backward_vector<T, F>();
-        DLA_LAUNCH((upsample_backward_kernel<T, V, F>), grid, kThreads, plan.lanes * V * up.taps() * sizeof(T), stream,
-                   shape_of(up), plan.lanes, dy, x, weight, partial, dx);
+        if constexpr (kPhasesFit<F>) {
+          DLA_LAUNCH((upsample_backward_kernel<T, V, F>), grid, kThreads, 0, stream, shape_of(up), plan.lanes, dy, x,
+                     weight, partial, dx);
+        } else {
+          DLA_LAUNCH((upsample_backward_taps_kernel<T, V, F>), grid, kThreads, plan.lanes * V * up.taps() * sizeof(T),
+                     stream, shape_of(up), plan.lanes, dy, x, weight, partial, dx);
+        }
       } else {
         DLA_LAUNCH((upsample_rows_backward_kernel<T, 16 / sizeof(T), F>), grid, kThreads, 0, stream, shape_of(up), dy,
                    x, weight, partial, dx);

@@ -25,11 +25,12 @@ struct TapGroups {
   static constexpr int count = 2 * F / rows;
 };
 
-// channels_last. Thread: V channels of X pixels side by side and `rows` rows of the kernel.
-// thread = (group * slots + slot) * lanes + lane.
+// channels_last where phases are more than a warp has threads. Thread: V channels of X pixels side by side and `rows`
+// rows of the kernel. thread = (group * slots + slot) * lanes + lane.
 template <class T, int V, int F>
 __global__ void __launch_bounds__(kThreads, 1)
-    upsample_backward_kernel(UpShape s, int lanes, const T* dy, const T* x, const T* weight, acc_t<T>* partial, T* dx) {
+    upsample_backward_taps_kernel(UpShape s, int lanes, const T* dy, const T* x, const T* weight, acc_t<T>* partial,
+                                  T* dx) {
   using A = acc_t<T>;
   constexpr int X = 2, ROWS = TapGroups<T, V, F>::rows, G = TapGroups<T, V, F>::count, P = F / 2, TAPS = 4 * F * F;
   DLA_DYNAMIC_SHARED(T, staged);
