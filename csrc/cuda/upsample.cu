@@ -94,9 +94,11 @@ void upsample_contiguous(const Stream& stream, const Upsampling& up, const T* x,
   with_factor(up.factor, [&](auto factor) {
     constexpr int F = decltype(factor)::value, W = V > F ? V : F;
     if (!has_rows<T, F>(up)) return;
-    const int64_t count = up.images * up.channels * (up.height + 1) * (up.large(up.width) / W);
-    DLA_LAUNCH((upsample_rows_kernel<T, V, F>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, shape_of(up),
-               x, weight, skip, y);
+    const int64_t count = up.images * (up.height + 1) * (up.large(up.width) / W);
+    const int64_t blocks = std::min(full_waves(up.channels, static_cast<int64_t>(kRowsResident<T>) * stream.processors),
+                                    divide_up(count, kThreads));
+    DLA_LAUNCH((upsample_rows_kernel<T, V, F>), grid_of(up.channels, blocks), kThreads, 0, stream, shape_of(up), x,
+               weight, skip, y);
     done = true;
   });
   if (done) return;

@@ -130,51 +130,89 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-// Contiguous, f = F, rows of y a multiple of W = max(V, F). Thread: W outputs in a row of all F phases of a cell row,
-// written V at a time.
+// Contiguous, f = F, rows of y a multiple of W = max(V, F). A block takes one channel. Thread: W outputs in a row of
+// all F phases of a cell row, written V at a time.
+template <class T>
+constexpr int kRowsResident = sizeof(T) == 8 ? 2 : 3;
+
 template <class T, int V, int F>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kRowsResident<T>)
     upsample_rows_kernel(UpShape s, const T* x, const T* weight, const T* skip, T* y) {
   using A = acc_t<T>;
-  constexpr int W = V > F ? V : F, P = F / 2, Q = W / F + 2;
+  constexpr int W = V > F ? V : F, P = F / 2, X = W / F, TAPS = 4 * F * F, PART = 16 / sizeof(A);
+  // Of the smallest kernel the weights fit into registers, and all that is added is read before any of it is used.
+  constexpr bool KEPT = F == 2;
+  DLA_SHARED(A, taps, TAPS);
+  const int64_t channel = blockIdx.x;
+  for (int i = threadIdx.x; i < TAPS; i += kThreads) taps[i] = widen(weight[channel * TAPS + i]);
+  __syncthreads();
+  A kept[KEPT ? TAPS : 1];
+  if constexpr (KEPT) {
+#pragma unroll
+    for (int i = 0; i < TAPS; ++i) kept[i] = taps[i];
+  }
   const int chunks = s.out_width / W;
-  const int64_t count = s.images * s.channels * (s.height + 1) * chunks;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int chunk = static_cast<int>(i % chunks);
-    const int64_t row = i / chunks;
-    const int qy = static_cast<int>(row % (s.height + 1));
-    const int64_t plane = row / (s.height + 1);
-    const T* from = x + plane * s.height * s.width;
-    const T* taps = weight + plane % s.channels * (4 * F * F);
-    A in[2][Q];
+  const int64_t count = s.images * (s.height + 1) * chunks, step = static_cast<int64_t>(gridDim.y) * kThreads;
+  int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  for (Strips at(i, step, chunks, s.height + 1); i < count; i += step, at.advance()) {
+    const int ix = at.strip * X, iy = at.row - 1;
+    const int64_t plane = at.image * s.channels + channel;
+    const T* from = x + (plane * s.height + iy) * s.width + ix;
+    const int64_t to = (plane * s.out_height + at.row * F - P) * s.out_width + ix * F;
+    const auto addend = [&](int ry, int part) {
+      const int oy = at.row * F + ry - P;
+      return load_if<V>(skip != nullptr && oy >= 0 && oy < s.out_height, skip + to + ry * s.out_width + part);
+    };
+    Pack<T, V> added[KEPT ? F : 1];
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int ry = 0; ry < F; ++ry) added[ry] = addend(ry, 0);
+    }
+    // Rows iy and iy + 1, columns ix - 1 to ix + X; zero outside the map.
+    A in[2][X + 2];
 #pragma unroll
     for (int a = 0; a < 2; ++a) {
+      const bool there = iy + a >= 0 && iy + a < s.height;
+      const auto middle = load_if<X>(there, from + a * s.width);
+      in[a][0] = widen(load_if<1>(there && ix > 0, from + a * s.width - 1).v[0]);
+      in[a][X + 1] = widen(load_if<1>(there && ix + X < s.width, from + a * s.width + X).v[0]);
 #pragma unroll
-      for (int b = 0; b < Q; ++b) {
-        const int iy = qy - 1 + a, ix = chunk * (W / F) - 1 + b;
-        const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
-        in[a][b] = inside ? widen(from[static_cast<int64_t>(iy) * s.width + ix]) : A(0);
-      }
+      for (int b = 0; b < X; ++b) in[a][b + 1] = widen(middle.v[b]);
     }
+#pragma unroll
     for (int ry = 0; ry < F; ++ry) {
-      const int oy = F * qy + ry - P;
+      const int oy = at.row * F + ry - P;
       if (oy < 0 || oy >= s.out_height) continue;
-      const auto low = load<2 * F>(taps + ry * 2 * F), high = load<2 * F>(taps + (ry + F) * 2 * F);
-      const int64_t to = (plane * s.out_height + oy) * s.out_width + static_cast<int64_t>(chunk) * W;
+      A low[2 * F], high[2 * F];
+      if constexpr (KEPT) {
+#pragma unroll
+        for (int k = 0; k < 2 * F; ++k) {
+          low[k] = kept[ry * 2 * F + k];
+          high[k] = kept[(ry + F) * 2 * F + k];
+        }
+      } else {
+#pragma unroll
+        for (int part = 0; part < 2 * F; part += PART) {
+          const auto lows = load_shared<PART>(taps, ry * 2 * F + part);
+          const auto highs = load_shared<PART>(taps, (ry + F) * 2 * F + part);
+#pragma unroll
+          for (int k = 0; k < PART; ++k) {
+            low[part + k] = lows.v[k];
+            high[part + k] = highs.v[k];
+          }
+        }
+      }
 #pragma unroll
       for (int part = 0; part < W; part += V) {
-        Pack<T, V> out, added;
-        if (skip != nullptr) added = load<V>(skip + to + part);
+        A sum[V], add[V] = {};
+        if (skip != nullptr) widen_all(KEPT ? added[KEPT ? ry : 0] : addend(ry, part), add);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const int q = (part + v + P) / F, r = (part + v + P) % F;
-          A sum = in[0][q] * widen(high.v[r + F]) + in[0][q + 1] * widen(high.v[r]) + in[1][q] * widen(low.v[r + F]) +
-                  in[1][q + 1] * widen(low.v[r]);
-          if (skip != nullptr) sum += widen(added.v[v]);
-          out.v[v] = narrow<T>(sum);
+          sum[v] = in[0][q] * high[r + F] + in[0][q + 1] * high[r] + in[1][q] * low[r + F] + in[1][q + 1] * low[r];
+          if (skip != nullptr) sum[v] += add[v];
         }
-        store<V>(y + to + part, out);
+        store<V>(y + to + ry * s.out_width + part, narrow_all<T>(sum));
       }
     }
   }
