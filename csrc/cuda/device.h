@@ -316,6 +316,14 @@ __device__ __forceinline__ void with_or_without(const void* addend, const F& f) 
 
 constexpr int kThreads = 256;
 
+// What a kernel is compiled for, as launch.h's architecture(): the same code takes a few registers more for others than
+// Hopper, which launch bounds then leave it.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 90;
+#endif
+
 // Adds up shared[k * kThreads + thread] for each k < K over threads `stride` apart: `slots` of them, a power of two, of
 // which the caller is number `slot`. The sums are then where slot 0 has its values. In a fixed order; the values must
 // be there for all to see, and all threads of the block must call it.

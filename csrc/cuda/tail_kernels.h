@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T, int V, bool CL, Act ACT>
-__global__ void __launch_bounds__(kThreads, resident(ACT))
+__global__ void __launch_bounds__(kThreads, kArchitecture < 90 && CL && sizeof(T) == 2 ? 2 : resident(ACT))
     apply_kernel(Walk walk, Norm norm, const T* dy, const T* z, const T* residual, Vector sum_dy, Vector sum_dy_xhat,
                  double inverse_count, T* dz, T* du) {
   using A = acc_t<T>;

@@ -150,7 +150,9 @@ BackwardPlan backward_plan(const Stream& stream, const Upsampling& up) {
     if (!has_rows<T, F>(up)) return plan;
     plan.along_x = up.channels;
     const int64_t strips = up.images * up.height * (up.large(up.width) / W);
-    plan.blocks = blocks_for(stream, divide_up(strips, 4 * kThreads / TapGroups<T, 1, F>::count), 4 * plan.along_x);
+    plan.blocks =
+        std::min(full_waves(plan.along_x, static_cast<int64_t>(kRowsBackwardResident<T, F>) * stream.processors),
+                 divide_up(strips, 4 * kThreads / TapGroups<T, 1, F>::count));
   }
   return plan;
 }

@@ -37,7 +37,7 @@ __device__ __forceinline__ void add_in_warp(A (&values)[V], int position) {
 // Thread: V channels of R pixels and one phase. position in the warp = phase * COLUMNS + inner * lanes + lane, where
 // the warps and what is left of COLUMNS take different strips.
 template <class T, int V, int F>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kArchitecture < 100 ? 2 : 1)
     upsample_backward_kernel(UpShape s, int lanes, const T* dy, const T* x, const T* weight, acc_t<T>* partial, T* dx) {
   using A = acc_t<T>;
   constexpr int R = 2, PHASES = F * F, COLUMNS = 32 / PHASES, TAPS = 4 * F * F, P = F / 2;
