@@ -100,6 +100,34 @@ def test_batch_norm_act_in_many_blocks(layout, channels):
     check("batch_norm_act", Spec(layout=layout, out_channels=channels, height=9, width=52 if channels < 9 else 4))
 
 
+@pytest.fixture
+def many_processors(library):
+    """A machine so large that partial results are more than the threads that add them up have at once."""
+    library.cuda_host_processors(200)
+    yield
+    library.cuda_host_processors(2)
+
+
+@pytest.mark.parametrize("size", [(7, 5, 3840), (31, 4, 4900)], ids=str)
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+def test_batch_norm_act_in_more_groups_than_threads(many_processors, layout, size):
+    channels, height, width = size
+    check("batch_norm_act", Spec(layout=layout, out_channels=channels, batch=1, height=height, width=width))
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(2, 9, 40, 60), (8, 7, 8, 41), (3, 5, 31, 31)], ids=str)
+def test_batch_norm_act_of_long_runs(dtype, layout, size):
+    # Threads that take many vectors, planes of fewer vectors than threads and of more, and residuals.
+    c, n, h, w = size
+    specs = (
+        Spec(dtype, layout, out_channels=c, batch=n, height=h, width=w, residual=r, act=a)
+        for r, a in ((True, "relu"), (False, "identity"), (True, "silu"))
+    )
+    check("batch_norm_act", *specs)
+
+
 @pytest.mark.parametrize("options", [{"affine": False}, {"half_norm": True}], ids=str)
 def test_norm_variants(options):
     check("batch_norm_act", Spec(torch.float16, out_channels=16, height=4, width=8, residual=True, **options))
@@ -152,6 +180,33 @@ def test_upsample_by_more_than_shared_memory_holds(layout, factor):
 @pytest.mark.parametrize("factor", [2, 4])
 def test_upsample_in_many_blocks(layout, factor):
     check("upsample", Spec(layout=layout, out_channels=72, height=9, width=32, factor=factor))
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+def test_upsample_in_more_blocks_than_threads_that_add_them(many_processors, layout):
+    check("upsample", Spec(layout=layout, out_channels=8, batch=70, height=16, width=16, factor=2))
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_upsample_of_many_channels_and_odd_sizes(dtype, layout, factor):
+    for channels, height, width in ((72, 2, 8), (24, 2, 11)):
+        check(
+            "upsample_add",
+            Spec(dtype, layout, out_channels=channels, batch=1, height=height, width=width, factor=factor),
+        )
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+def test_either_gradient_of_upsample_alone(layout, factor):
+    run, form = torch.ops.dla_fast_cuda.upsample_backward, parity.LAYOUTS[layout]
+    x, weight = torch.randn(2, 16, 3, 8).to(memory_format=form), torch.randn(16, 1, 2 * factor, 2 * factor)
+    dy = torch.randn_like(functional.upsample(x, weight, factor)).to(memory_format=form)
+    dx, dw = run(dy, x, weight, factor, True, True)
+    assert torch.equal(dx, run(dy, x, weight, factor, True, False)[0])
+    assert torch.equal(dw, run(dy, x, weight, factor, False, True)[1])
 
 
 def inference(xs, weight, norm, residual, act, conv_bias=None):

@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 # Kernels, by name, whose template arguments say that they take 16 bytes at once, with what their code must hold.
-_LOADS_AND_STORES = ("tail_kernel", "apply_kernel", "upsample_kernel", "upsample_backward_kernel")
-_LOADS = ("moments_kernel", "reduce_kernel", "upsample_rows_backward_kernel", "aggregate_inference_kernel")
+_LOADS_AND_STORES = ("tail_kernel", "apply_kernel", "upsample_kernel", "upsample_backward_taps_kernel")
+_LOADS = ("moments_kernel", "reduce_kernel", "upsample_backward_kernel", "upsample_rows_backward_kernel")
+_MATRIX = "aggregate_inference_kernel"
 _STORES = ("upsample_rows_kernel",)
 _BYTES = {"double": 8, "float": 4, "__half": 2, "__nv_bfloat16": 2}
 
@@ -131,14 +132,14 @@ def expected(name: str) -> set[str]:
     """The instructions that a kernel of this demangled name must hold."""
     base, _, rest = name.partition("<")
     arguments = [part.strip() for part in rest.rstrip(">").split(",")]
-    wanted = {"mma"} if base == "aggregate_inference_kernel" else set()
-    if base == "aggregate_inference_kernel":
+    wanted = {"mma"} if base == _MATRIX else set()
+    if base == _MATRIX:
         wide = arguments[2] == "true"
     elif base in (*_LOADS_AND_STORES, *_LOADS, *_STORES) and len(arguments) > 1:
         wide = _BYTES[arguments[0]] * int(re.sub(r"\(int\)", "", arguments[1])) == 16
     else:
         wide = False
-    if wide and base in (*_LOADS_AND_STORES, *_LOADS):
+    if wide and base in (*_LOADS_AND_STORES, *_LOADS, _MATRIX):
         wanted.add("load")
     if wide and base in (*_LOADS_AND_STORES, *_STORES):
         wanted.add("store")

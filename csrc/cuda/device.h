@@ -98,6 +98,16 @@ __device__ __forceinline__ Pack<T, V> load(const T* p) {
   return pack;
 }
 
+// V values that fit 16 bytes, or zeros where there are none.
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load_if(bool there, const T* p) {
+  typename Words<sizeof(T) * V>::type words = {};
+  if (there) words = *reinterpret_cast<const decltype(words)*>(p);
+  Pack<T, V> pack;
+  memcpy(&pack, &words, sizeof(pack));
+  return pack;
+}
+
 template <class W>
 __device__ __forceinline__ void store_words(W* p, const W& words) {
   *p = words;
@@ -121,6 +131,47 @@ __device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
   memcpy(words, &pack, sizeof(pack));
 #pragma unroll
   for (int i = 0; i < parts; ++i) store_words(reinterpret_cast<W*>(p) + i, words[i]);
+}
+
+// All values of a vector: of those of 16 bits two share a word, and one instruction takes both or each.
+template <class T, int V>
+__device__ __forceinline__ void widen_all(const Pack<T, V>& pack, acc_t<T> (&out)[V]) {
+  if constexpr (__is_same(T, bfloat16) && V % 2 == 0) {
+    uint32_t words[V / 2];
+    memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      // A bfloat16 is the upper half of a float.
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) out[v] = widen(pack.v[v]);
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> narrow_all(const acc_t<T> (&values)[V]) {
+  Pack<T, V> pack;
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    uint32_t words[V / 2];
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      if constexpr (__is_same(T, half)) {
+        const auto pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+        memcpy(&words[i], &pair, 4);
+      } else {
+        const auto pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+        memcpy(&words[i], &pair, 4);
+      }
+    }
+    memcpy(&pack, words, sizeof(pack));
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.v[v] = narrow<T>(values[v]);
+  }
+  return pack;
 }
 
 // Values of a shared array from an index that is a multiple of V.
@@ -251,7 +302,27 @@ __host__ __device__ __forceinline__ auto with_act(Act act, const F& f) {
   }
 }
 
+template <bool WITH>
+struct With {
+  static constexpr bool value = WITH;
+};
+
+// Calls f(With<...>): a loop without the addend keeps more vectors of the others in the same registers.
+template <class F>
+__device__ __forceinline__ void with_or_without(const void* addend, const F& f) {
+  if (addend != nullptr) return f(With<true>{});
+  return f(With<false>{});
+}
+
 constexpr int kThreads = 256;
+
+// What a kernel is compiled for, as launch.h's architecture(): the same code takes a few registers more for others than
+// Hopper, which launch bounds then leave it.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 90;
+#endif
 
 // Adds up shared[k * kThreads + thread] for each k < K over threads `stride` apart: `slots` of them, a power of two, of
 // which the caller is number `slot`. The sums are then where slot 0 has its values. In a fixed order; the values must

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -70,6 +71,23 @@ inline int power_of_two(int64_t n) {
   int p = 1;
   while (p < n) p *= 2;
   return p;
+}
+
+// Into how many to cut what `along_x` blocks do, where `resident` blocks run at once: into one wave, or into so
+// many that the last one leaves little idle.
+inline int64_t full_waves(int64_t along_x, int64_t resident) {
+  int64_t best = 1;
+  double most = 0;
+  for (int64_t count = std::max<int64_t>(resident / along_x, 1); count * along_x <= 6 * resident; ++count) {
+    const int64_t blocks = count * along_x, waves = divide_up(blocks, resident);
+    const double busy = static_cast<double>(blocks) / static_cast<double>(waves * resident);
+    // Another wave costs the blocks' beginnings and ends again.
+    if (busy - 0.02 * static_cast<double>(waves) > most) {
+      most = busy - 0.02 * static_cast<double>(waves);
+      best = count;
+    }
+  }
+  return best;
 }
 
 }  // namespace dla_fast::cuda

@@ -67,8 +67,8 @@ struct Groups {
   int64_t count, size;
 };
 
-// `aligned`: every pointer of the pass is a multiple of 16 bytes.
-Groups groups_of(const Map& map, const Stream& stream, bool aligned);
+// `aligned`: every pointer of the pass is a multiple of 16 bytes. `act`: what the pass applies.
+Groups groups_of(const Map& map, const Stream& stream, bool aligned, Act act = Act::kIdentity);
 
 // mean and var (the biased variance) in the accumulation type; partial: 2 x groups x channels doubles. The running
 // statistics move by `momentum` towards the batch's; bias is added to what the running mean moves towards.

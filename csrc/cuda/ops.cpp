@@ -187,8 +187,8 @@ Tensor tail_op(const Tensor& z_in, const Tensor& mean, const Tensor& var, const 
   Tensor y = like(z, z.sizes(), channels_last);
   const NormVectors vectors(mean, var, bn_weight, bn_bias, eps, act, slope);
   const Map map = map_of(z, channels_last);
-  tail(device.stream, map, groups_of(map, device.stream, aligned(z, residual, y)), vectors.norm, z.const_data_ptr(),
-       data(residual), y.mutable_data_ptr());
+  tail(device.stream, map, groups_of(map, device.stream, aligned(z, residual, y), vectors.norm.act), vectors.norm,
+       z.const_data_ptr(), data(residual), y.mutable_data_ptr());
   return y;
 }
 
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor> tail_backward_reduce_op(const Tensor& dy_in, const Te
   const NormVectors vectors(mean, var, bn_weight, bn_bias, eps, act, slope);
   const Map map = map_of(z, channels_last);
   Tensor sum_dy = statistics(z, map.channels), sum_dy_xhat = statistics(z, map.channels);
-  const Groups groups = groups_of(map, device.stream, aligned(z, dy, residual));
+  const Groups groups = groups_of(map, device.stream, aligned(z, dy, residual), vectors.norm.act);
   const Tensor partial = partial_sums(z, groups, map.channels);
   tail_backward_reduce(device.stream, map, groups, vectors.norm, dy.const_data_ptr(), z.const_data_ptr(),
                        data(residual), partial.mutable_data_ptr<double>(), sum_dy.mutable_data_ptr(),
@@ -225,7 +225,8 @@ std::tuple<Tensor, Tensor> tail_backward_apply_op(const Tensor& dy_in, const Ten
   Tensor du = residual_grad ? like(z, z.sizes(), channels_last) : at::empty({0}, z.options());
   NormVectors vectors(mean, var, bn_weight, bn_bias, eps, act, slope);
   const Map map = map_of(z, channels_last);
-  tail_backward_apply(device.stream, map, groups_of(map, device.stream, aligned(z, dy, residual, dz, du)), vectors.norm,
+  tail_backward_apply(device.stream, map,
+                      groups_of(map, device.stream, aligned(z, dy, residual, dz, du), vectors.norm.act), vectors.norm,
                       dy.const_data_ptr(), z.const_data_ptr(), data(residual), vectors.keep(sum_dy),
                       vectors.keep(sum_dy_xhat), count > 0 ? 1.0 / count : 0.0, dz.mutable_data_ptr(),
                       residual_grad ? du.mutable_data_ptr() : nullptr);

@@ -70,17 +70,16 @@ int processors() {
   return count;
 }
 
-Groups groups_of(const Map& map, const Stream& stream, bool aligned) {
+Groups groups_of(const Map& map, const Stream& stream, bool aligned, Act act) {
   const int wide = static_cast<int>(16 / size_of(map.type));
   const int64_t run = map.channels_last ? map.channels : map.pixels;
   const int width = aligned && run % wide == 0 ? wide : 1;
   const int64_t vectors = vectors_of(map, width);
   const int64_t slots = kThreads / lanes_of(map, width);
-  // Eight blocks a multiprocessor fill it; a thread that takes fewer than four vectors is not worth its sums.
-  const int64_t wanted =
-      divide_up(8 * static_cast<int64_t>(stream.processors), std::max<int64_t>(blocks_along_x(map, width), 1));
+  const int64_t along_x = std::max<int64_t>(blocks_along_x(map, width), 1);
+  // A thread that takes fewer than four vectors is not worth its sums.
   const int64_t most = divide_up(vectors, 4 * slots);
-  const int64_t count = std::clamp<int64_t>(wanted, std::min<int64_t>(most, 1), std::max<int64_t>(most, 0));
+  const int64_t count = std::min(full_waves(along_x, static_cast<int64_t>(resident(act)) * stream.processors), most);
   if (count == 0) return {width, 0, 1};
   const int64_t size = divide_up(vectors, count);
   return {width, divide_up(vectors, size), size};

@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "upsample_backward_kernels.h"
+#include "upsample_backward_phases.h"
 
 namespace dla_fast::cuda {
 namespace {
@@ -74,22 +75,16 @@ int64_t blocks_for(const Stream& stream, int64_t values) {
 template <class T, int V>
 void upsample_channels_last(const Stream& stream, const Upsampling& up, const T* x, const T* weight, const T* skip,
                             T* y) {
-  // Floats take twice the cells for the same registers.
-  constexpr int R = V == 8 ? 2 : 4;
-  const int64_t bytes = up.taps() * V * sizeof(T);
-  const bool staged = bytes <= kShared;
-  const int lanes = lanes_of(up, V, 32, kShared);
-  const int64_t along_x = divide_up(up.channels, lanes * V);
-  const int64_t strips = up.images * (up.height + 1) * ((up.width + R) / R);
-  const dim3 grid = grid_of(along_x, blocks_for(stream, divide_up(strips, kThreads / lanes), along_x));
-  if (staged) {
-    DLA_LAUNCH((upsample_kernel<T, V, R, true>), grid, kThreads, lanes * bytes, stream, shape_of(up), lanes, x, weight,
-               skip, y);
-  } else if constexpr (V == 1) {
-    DLA_LAUNCH((upsample_kernel<T, V, R, false>), grid, kThreads, 0, stream, shape_of(up), lanes, x, weight, skip, y);
-  } else {
-    upsample_channels_last<T, 1>(stream, up, x, weight, skip, y);
-  }
+  // Of 16 bytes, eight side by side fill a line of cache.
+  const int lanes = std::min(power_of_two(divide_up(up.channels, V)), V == 1 ? 32 : 8);
+  const int64_t all = up.factor * up.factor, phases = std::min<int64_t>(all, kThreads / lanes);
+  const int64_t along_x = divide_up(up.channels, lanes * V) * divide_up(all, phases);
+  const int64_t strips =
+      up.images * divide_up(up.large(up.height), up.factor) * divide_up(divide_up(up.large(up.width), up.factor), 4);
+  const int64_t blocks = std::min(full_waves(along_x, 2 * static_cast<int64_t>(stream.processors)),
+                                  divide_up(strips, kThreads / lanes / phases));
+  DLA_LAUNCH((upsample_kernel<T, V>), grid_of(along_x, blocks), kThreads, 0, stream, shape_of(up), lanes,
+             static_cast<int>(phases), x, weight, skip, y);
 }
 
 template <class T>
@@ -99,9 +94,11 @@ void upsample_contiguous(const Stream& stream, const Upsampling& up, const T* x,
   with_factor(up.factor, [&](auto factor) {
     constexpr int F = decltype(factor)::value, W = V > F ? V : F;
     if (!has_rows<T, F>(up)) return;
-    const int64_t count = up.images * up.channels * (up.height + 1) * (up.large(up.width) / W);
-    DLA_LAUNCH((upsample_rows_kernel<T, V, F>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, shape_of(up),
-               x, weight, skip, y);
+    const int64_t count = up.images * (up.height + 1) * (up.large(up.width) / W);
+    const int64_t blocks = std::min(full_waves(up.channels, static_cast<int64_t>(kRowsResident<T>) * stream.processors),
+                                    divide_up(count, kThreads));
+    DLA_LAUNCH((upsample_rows_kernel<T, V, F>), grid_of(up.channels, blocks), kThreads, 0, stream, shape_of(up), x,
+               weight, skip, y);
     done = true;
   });
   if (done) return;
@@ -117,6 +114,10 @@ struct BackwardPlan {
   int64_t along_x = 0, blocks = 0;
 };
 
+// Whether the phases of a pixel fit a warp, channels_last.
+template <int F>
+constexpr bool kPhasesFit = F * F <= 32;
+
 // Eight halves of eight-fold rows would not fit into registers.
 template <class T, int F>
 constexpr int backward_vector() {
@@ -129,6 +130,15 @@ BackwardPlan backward_plan(const Stream& stream, const Upsampling& up) {
   if (up.channels_last) {
     constexpr int V = backward_vector<T, F>();
     if (vector_of<T>(up) == 1) return plan;
+    if constexpr (kPhasesFit<F>) {
+      plan.lanes = std::min(power_of_two(divide_up(up.channels, V)), 32 / (F * F));
+      plan.along_x = divide_up(up.channels, plan.lanes * V);
+      // A thread that takes fewer than four strips is not worth its sums.
+      const int64_t strips = up.images * up.height * divide_up(up.width, 2), slots = kThreads / (plan.lanes * F * F);
+      plan.blocks =
+          std::min(full_waves(plan.along_x, 2 * static_cast<int64_t>(stream.processors)), divide_up(strips, 4 * slots));
+      return plan;
+    }
     plan.lanes = lanes_of(up, V, kThreads / TapGroups<T, V, F>::count, kShared / 4);
     plan.along_x = divide_up(up.channels, plan.lanes * V);
     const int64_t strips = up.images * up.height * divide_up(up.width, 2);
@@ -140,7 +150,9 @@ BackwardPlan backward_plan(const Stream& stream, const Upsampling& up) {
     if (!has_rows<T, F>(up)) return plan;
     plan.along_x = up.channels;
     const int64_t strips = up.images * up.height * (up.large(up.width) / W);
-    plan.blocks = blocks_for(stream, divide_up(strips, 4 * kThreads / TapGroups<T, 1, F>::count), 4 * plan.along_x);
+    plan.blocks =
+        std::min(full_waves(plan.along_x, static_cast<int64_t>(kRowsBackwardResident<T, F>) * stream.processors),
+                 divide_up(strips, 4 * kThreads / TapGroups<T, 1, F>::count));
   }
   return plan;
 }
@@ -216,8 +228,13 @@ void upsample_backward(const Stream& stream, const Upsampling& up, const void* d
       const dim3 grid = grid_of(plan.along_x, plan.blocks);
       if (up.channels_last) {
         constexpr int V = backward_vector<T, F>();
-        DLA_LAUNCH((upsample_backward_kernel<T, V, F>), grid, kThreads, plan.lanes * V * up.taps() * sizeof(T), stream,
-                   shape_of(up), plan.lanes, dy, x, weight, partial, dx);
+        if constexpr (kPhasesFit<F>) {
+          DLA_LAUNCH((upsample_backward_kernel<T, V, F>), grid, kThreads, 0, stream, shape_of(up), plan.lanes, dy, x,
+                     weight, partial, dx);
+        } else {
+          DLA_LAUNCH((upsample_backward_taps_kernel<T, V, F>), grid, kThreads, plan.lanes * V * up.taps() * sizeof(T),
+                     stream, shape_of(up), plan.lanes, dy, x, weight, partial, dx);
+        }
       } else {
         DLA_LAUNCH((upsample_rows_backward_kernel<T, 16 / sizeof(T), F>), grid, kThreads, 0, stream, shape_of(up), dy,
                    x, weight, partial, dx);
@@ -225,7 +242,7 @@ void upsample_backward(const Stream& stream, const Upsampling& up, const void* d
       check_launch("upsample_backward_kernel");
       if (dweight != nullptr) {
         const int64_t count = up.channels * up.taps();
-        DLA_LAUNCH((weight_sum_kernel<T>), grid_of(blocks_for(stream, count)), kThreads, 0, stream, partial, count,
+        DLA_LAUNCH((weight_sum_kernel<T>), grid_of(divide_up(count, kLanes)), kThreads, 0, stream, partial, count,
                    plan.blocks, dweight);
         check_launch("weight_sum_kernel");
       }

@@ -12,6 +12,7 @@
 
 #pragma once
 
+#include "partial_sums.h"
 #include "upsample_kernels.h"
 
 namespace dla_fast::cuda {
@@ -24,11 +25,12 @@ struct TapGroups {
   static constexpr int count = 2 * F / rows;
 };
 
-// channels_last. Thread: V channels of X pixels side by side and `rows` rows of the kernel.
-// thread = (group * slots + slot) * lanes + lane.
+// channels_last where phases are more than a warp has threads. Thread: V channels of X pixels side by side and `rows`
+// rows of the kernel. thread = (group * slots + slot) * lanes + lane.
 template <class T, int V, int F>
 __global__ void __launch_bounds__(kThreads, 1)
-    upsample_backward_kernel(UpShape s, int lanes, const T* dy, const T* x, const T* weight, acc_t<T>* partial, T* dx) {
+    upsample_backward_taps_kernel(UpShape s, int lanes, const T* dy, const T* x, const T* weight, acc_t<T>* partial,
+                                  T* dx) {
   using A = acc_t<T>;
   constexpr int X = 2, ROWS = TapGroups<T, V, F>::rows, G = TapGroups<T, V, F>::count, P = F / 2, TAPS = 4 * F * F;
   DLA_DYNAMIC_SHARED(T, staged);
@@ -139,8 +141,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The same for contiguous maps whose rows of y are a multiple of W = max(V, F). A block takes one channel. Thread: W
 // values of a row of dy, which are W / F pixels of dx, and `rows` rows of the kernel.
+template <class T, int F>
+constexpr int kRowsBackwardResident = sizeof(T) == 8 ? 1 : (F == 2 ? 3 : 2);
+
 template <class T, int V, int F>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, F == 2 || kArchitecture < 100 ? kRowsBackwardResident<T, F> : 1)
     upsample_rows_backward_kernel(UpShape s, const T* dy, const T* x, const T* weight, acc_t<T>* partial, T* dx) {
   using A = acc_t<T>;
   constexpr int W = V > F ? V : F, X = W / F, P = F / 2, TAPS = 4 * F * F;
@@ -154,35 +159,36 @@ __global__ void __launch_bounds__(kThreads, 1)
   A dw[ROWS][2 * F] = {};
   const int chunks = s.out_width / W;
   const int64_t count = s.images * s.height * chunks, step = static_cast<int64_t>(gridDim.y) * slots;
-  for (int64_t begin = static_cast<int64_t>(blockIdx.y) * slots; begin < count; begin += step) {
-    const int64_t i = begin + slot;
+  int64_t i = static_cast<int64_t>(blockIdx.y) * slots + slot;
+  Strips at(i, step, chunks, s.height);
+  for (; i - slot < count; i += step, at.advance()) {
     const bool active = i < count;
-    const int chunk = active ? static_cast<int>(i % chunks) : 0;
-    const int64_t row = active ? i / chunks : 0;
-    const int iy = static_cast<int>(row % s.height);
-    const int64_t plane = row / s.height * s.channels + channel;
+    const int chunk = at.strip, iy = at.row;
+    const int64_t plane = at.image * s.channels + channel;
     const int64_t pixel = (plane * s.height + iy) * s.width + chunk * X;
+    const T* lines = dy + (plane * s.out_height + iy * F + group * ROWS - P) * s.out_width + chunk * W;
     A in[X], out[X] = {};
-#pragma unroll
-    for (int p = 0; p < X; ++p) in[p] = active ? A(widen(x[pixel + p])) : A(0);
+    widen_all(load_if<X>(active, x + pixel), in);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int ky = group * ROWS + r, oy = iy * F + ky - P;
-      if (!active || oy < 0 || oy >= s.out_height) continue;
-      const T* line = dy + (plane * s.out_height + oy) * s.out_width;
-      const int from = chunk * W;
+      const bool there = active && oy >= 0 && oy < s.out_height;
+      // Without a branch the loads of all rows are on their way at once; of larger kernels they do not fit registers.
+      if (F > 2 && !there) continue;
+      const T* line = lines + r * s.out_width;
       // P values from the neighbours on either side, W of the thread's own.
       A grad[W + F];
 #pragma unroll
       for (int j = 0; j < P; ++j) {
-        grad[j] = from > 0 ? A(widen(line[from - P + j])) : A(0);
-        grad[W + P + j] = from + W < s.out_width ? A(widen(line[from + W + j])) : A(0);
+        grad[j] = widen(load_if<1>(there && chunk > 0, line - P + j).v[0]);
+        grad[W + P + j] = widen(load_if<1>(there && chunk + 1 < chunks, line + W + j).v[0]);
       }
 #pragma unroll
       for (int part = 0; part < W; part += V) {
-        const auto value = load<V>(line + from + part);
+        A value[V];
+        widen_all(load_if<V>(there, line + part), value);
 #pragma unroll
-        for (int v = 0; v < V; ++v) grad[P + part + v] = widen(value.v[v]);
+        for (int v = 0; v < V; ++v) grad[P + part + v] = value[v];
       }
 #pragma unroll
       for (int kx = 0; kx < 2 * F; ++kx) {
@@ -208,10 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();
     }
     if (active && group == 0) {
-      Pack<T, X> value;
-#pragma unroll
-      for (int p = 0; p < X; ++p) value.v[p] = narrow<T>(out[p]);
-      store<X>(dx + pixel, value);
+      store<X>(dx + pixel, narrow_all<T>(out));
     }
   }
   if (partial == nullptr) return;
@@ -234,12 +237,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_sum_kernel(const acc_t<T>* partial, int64_t count, int64_t blocks, T* dweight) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    double sum = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) sum += partial[b * count + i];
-    dweight[i] = narrow<T>(static_cast<acc_t<T>>(sum));
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x % kLanes;
+  const int slot = threadIdx.x / kLanes;
+  double sum[1] = {0.0};
+  if (i < count) {
+    const auto add = [&](int64_t, const acc_t<T>(&of)[1]) { sum[0] += of[0]; };
+    each_group<1>(partial + i, count, 0, blocks, slot, kThreads / kLanes, add);
   }
+  sum_over_slots(sum, kLanes);
+  if (slot == 0 && i < count) dweight[i] = narrow<T>(static_cast<acc_t<T>>(sum[0]));
 }
 
 // Distance in memory of neighbours in a map.

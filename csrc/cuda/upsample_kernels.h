@@ -2,9 +2,10 @@
 // add.
 //
 // y[oy, ox] = sum over the up to 2 x 2 pixels (iy, ix) with 0 <= oy + p - iy f < 2f of x[iy, ix] w[oy + p - iy f, ...].
-// With oy + p = q f + r these are iy = q (row r of the kernel) and iy = q - 1 (row r + f): the cell q has f phases r,
-// and its f x f outputs need the same four values of x. A thread reads those once and writes all phases from registers.
-// Per low-resolution pixel and channel: 1 value read, f^2 written (and f^2 read for the add), 8 f^2 flops.
+// With oy + p = q f + r these are iy = q (row r of the kernel) and iy = q - 1 (row r + f), likewise along a row. So a
+// phase (oy mod f, ox mod f) of y needs the same four weights everywhere, and the f x f values of a cell q the same
+// four values of x. Per low-resolution pixel and channel: 1 value read, f^2 written (and f^2 read for the add), 8 f^2
+// flops.
 //
 // x: (images, channels, H, W), y and skip: (images, channels, (H - 1) f - 2p + 2f, ...), weight: (channels, 2f, 2f).
 
@@ -19,139 +20,199 @@ struct UpShape {
   int height, width, out_height, out_width, factor;
 };
 
-// channels_last. Thread: V channels of R cells side by side, whose phases share the weights that they load.
-// STAGED: the block's weights lie in shared memory, tap by tap; else they are read where they are.
-template <class T, int V, int R, bool STAGED>
-__global__ void __launch_bounds__(kThreads, 1)
-    upsample_kernel(UpShape s, int lanes, const T* x, const T* weight, const T* skip, T* y) {
-  using A = acc_t<T>;
-  DLA_DYNAMIC_SHARED(T, staged);
-  const int f = s.factor, pad = f / 2, taps = 4 * f * f;
-  const int lane = threadIdx.x % lanes, slot = threadIdx.x / lanes, slots = kThreads / lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * lanes * V, channel = first + lane * V;
-  if constexpr (STAGED) {
-    const int wide = lanes * V;
-    for (int i = threadIdx.x; i < wide * taps; i += kThreads) {
-      // Neighbouring threads read neighbouring taps of a channel.
-      const int c = i / taps, tap = i % taps;
-      staged[tap * wide + c] = first + c < s.channels ? weight[(first + c) * taps + tap] : narrow<T>(A(0));
+// Strips of a map, row after row and image after image. Advances by a fixed number of strips, by addition: a division
+// costs more than what is done with a value.
+struct Strips {
+  int strip, row;
+  int64_t image;
+
+  __device__ __forceinline__ Strips(int64_t first, int64_t step, int strips, int rows)
+      : strip(static_cast<int>(first % strips)),
+        row(static_cast<int>(first / strips % rows)),
+        image(first / strips / rows),
+        strips_(strips),
+        rows_(rows),
+        more_strips_(static_cast<int>(step % strips)),
+        more_rows_(static_cast<int>(step / strips % rows)),
+        more_images_(step / strips / rows) {}
+
+  __device__ __forceinline__ void advance() {
+    strip += more_strips_;
+    row += more_rows_;
+    image += more_images_;
+    if (strip >= strips_) {
+      strip -= strips_;
+      ++row;
     }
-    __syncthreads();
+    if (row >= rows_) {
+      row -= rows_;
+      ++image;
+    }
   }
-  if (channel >= s.channels) return;
-  const int strips = (s.width + R) / R;
-  const int64_t count = s.images * (s.height + 1) * strips;
-  for (int64_t i = static_cast<int64_t>(blockIdx.y) * slots + slot; i < count;
-       i += static_cast<int64_t>(gridDim.y) * slots) {
-    const int qx = static_cast<int>(i % strips) * R;
-    const int64_t row = i / strips;
-    const int qy = static_cast<int>(row % (s.height + 1));
-    const int64_t image = row / (s.height + 1);
-    // Rows qy - 1 and qy, columns qx - 1 to qx + R - 1; zero outside the map.
-    A in[2][R + 1][V];
+
+ private:
+  int strips_, rows_, more_strips_, more_rows_;
+  int64_t more_images_;
+};
+
+// channels_last. Thread: V channels of one phase, whose weights stay in registers, and R values of that phase in a row
+// at a time. thread = (slot * phases + phase) * lanes + lane; a block has `phases` of the f^2, so that what these read
+// of x comes from cache for all but one.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, 2)
+    upsample_kernel(UpShape s, int lanes, int phases, const T* x, const T* weight, const T* skip, T* y) {
+  using A = acc_t<T>;
+  const int f = s.factor, pad = f / 2;
+  const int lane = threadIdx.x % lanes, rest = threadIdx.x / lanes, slots = kThreads / lanes / phases;
+  const int64_t along = (s.channels + lanes * V - 1) / (lanes * V);
+  const int64_t channel = (blockIdx.x % along * lanes + lane) * V;
+  const int slot = rest / phases, phase = static_cast<int>(blockIdx.x / along) * phases + rest % phases;
+  if (slot >= slots || phase >= f * f || channel >= s.channels) return;
+  const int py = phase / f, px = phase % f, down = (py + pad) / f, right = (px + pad) / f;
+  A w[2][2][V];
 #pragma unroll
-    for (int a = 0; a < 2; ++a) {
+  for (int a = 0; a < 2; ++a) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      // The row and column before come with the kernel's second half.
+      const int64_t tap = ((py + pad) % f + (1 - a) * f) * 2 * static_cast<int64_t>(f) + (px + pad) % f + (1 - b) * f;
+#pragma unroll
+      for (int v = 0; v < V; ++v) w[a][b][v] = widen(weight[(channel + v) * (4 * static_cast<int64_t>(f) * f) + tap]);
+    }
+  }
+  with_or_without(skip, [&](auto with) {
+    constexpr int R = with.value && sizeof(T) == 2 ? 2 : 4;
+    const int rows = (s.out_height + f - 1) / f, strips = ((s.out_width + f - 1) / f + R - 1) / R;
+    const int64_t count = s.images * rows * strips, step = static_cast<int64_t>(gridDim.y) * slots;
+    const int64_t line = s.width * s.channels, apart = f * s.channels;
+    int64_t i = static_cast<int64_t>(blockIdx.y) * slots + slot;
+    for (Strips at(i, step, strips, rows); i < count; i += step, at.advance()) {
+      const int oy = at.row * f + py, ox = at.strip * (R * f) + px;
+      if (oy >= s.out_height) continue;
+      const int iy = at.row + down - 1, ix = at.strip * R + right - 1;
+      const bool above = iy >= 0, below = iy + 1 < s.height;
+      // Pointers advance by addition, too.
+      const T* from = x + ((at.image * s.height + iy) * s.width + ix) * s.channels + channel;
+      int64_t to = ((at.image * s.out_height + oy) * s.out_width + ox) * s.channels + channel;
+      Pack<T, V> in[2][R + 1], added[R];
 #pragma unroll
       for (int b = 0; b <= R; ++b) {
-        const int iy = qy - 1 + a, ix = qx - 1 + b;
-        if (iy >= 0 && iy < s.height && ix >= 0 && ix < s.width) {
-          const auto value = load<V>(x + ((image * s.height + iy) * s.width + ix) * s.channels + channel);
+        const bool inside = ix + b >= 0 && ix + b < s.width;
+        in[0][b] = load_if<V>(inside && above, from);
+        in[1][b] = load_if<V>(inside && below, from + line);
+        from += s.channels;
+      }
+      if constexpr (with.value) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) in[a][b][v] = widen(value.v[v]);
-        } else {
+        for (int r = 0; r < R; ++r) added[r] = load_if<V>(ox + r * f < s.out_width, skip + to + r * apart);
+      }
+      A before[2][V], now[2][V];
+      widen_all(in[0][0], before[0]);
+      widen_all(in[1][0], before[1]);
 #pragma unroll
-          for (int v = 0; v < V; ++v) in[a][b][v] = A(0);
+      for (int r = 0; r < R; ++r) {
+        A sum[V] = {};
+        if constexpr (with.value) widen_all(added[r], sum);
+        widen_all(in[0][r + 1], now[0]);
+        widen_all(in[1][r + 1], now[1]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const A value =
+              before[0][v] * w[0][0][v] + now[0][v] * w[0][1][v] + before[1][v] * w[1][0][v] + now[1][v] * w[1][1][v];
+          sum[v] = with.value ? value + sum[v] : value;
+          before[0][v] = now[0][v];
+          before[1][v] = now[1][v];
         }
+        if (ox + r * f < s.out_width) store<V>(y + to, narrow_all<T>(sum));
+        to += apart;
       }
     }
-    for (int ry = 0; ry < f; ++ry) {
-      const int oy = f * qy + ry - pad;
-      if (oy < 0 || oy >= s.out_height) continue;
-      for (int rx = 0; rx < f; ++rx) {
-        A w[2][2][V];
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-#pragma unroll
-          for (int b = 0; b < 2; ++b) {
-            // The row and column before come with the kernel's second half.
-            const int tap = (ry + (1 - a) * f) * 2 * f + rx + (1 - b) * f;
-            Pack<T, V> value;
-            if constexpr (STAGED) {
-              value = load_shared<V>(staged, tap * lanes * V + lane * V);
-            } else {
-#pragma unroll
-              for (int v = 0; v < V; ++v) value.v[v] = weight[(channel + v) * taps + tap];
-            }
-#pragma unroll
-            for (int v = 0; v < V; ++v) w[a][b][v] = widen(value.v[v]);
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const int ox = f * (qx + r) + rx - pad;
-          if (ox < 0 || ox >= s.out_width) continue;
-          const int64_t to = ((image * s.out_height + oy) * s.out_width + ox) * s.channels + channel;
-          Pack<T, V> out, added;
-          if (skip != nullptr) added = load<V>(skip + to);
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            A sum = in[0][r][v] * w[0][0][v] + in[0][r + 1][v] * w[0][1][v] + in[1][r][v] * w[1][0][v] +
-                    in[1][r + 1][v] * w[1][1][v];
-            if (skip != nullptr) sum += widen(added.v[v]);
-            out.v[v] = narrow<T>(sum);
-          }
-          store<V>(y + to, out);
-        }
-      }
-    }
-  }
+  });
 }
 
-// Contiguous, f = F, rows of y a multiple of W = max(V, F). Thread: W outputs in a row of all F phases of a cell row,
-// written V at a time.
+// Contiguous, f = F, rows of y a multiple of W = max(V, F). A block takes one channel. Thread: W outputs in a row of
+// all F phases of a cell row, written V at a time.
+template <class T>
+constexpr int kRowsResident = sizeof(T) == 8 ? 2 : 3;
+
 template <class T, int V, int F>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kRowsResident<T>)
     upsample_rows_kernel(UpShape s, const T* x, const T* weight, const T* skip, T* y) {
   using A = acc_t<T>;
-  constexpr int W = V > F ? V : F, P = F / 2, Q = W / F + 2;
+  constexpr int W = V > F ? V : F, P = F / 2, X = W / F, TAPS = 4 * F * F, PART = 16 / sizeof(A);
+  // Of the smallest kernel the weights fit into registers, and all that is added is read before any of it is used.
+  constexpr bool KEPT = F == 2;
+  DLA_SHARED(A, taps, TAPS);
+  const int64_t channel = blockIdx.x;
+  for (int i = threadIdx.x; i < TAPS; i += kThreads) taps[i] = widen(weight[channel * TAPS + i]);
+  __syncthreads();
+  A kept[KEPT ? TAPS : 1];
+  if constexpr (KEPT) {
+#pragma unroll
+    for (int i = 0; i < TAPS; ++i) kept[i] = taps[i];
+  }
   const int chunks = s.out_width / W;
-  const int64_t count = s.images * s.channels * (s.height + 1) * chunks;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int chunk = static_cast<int>(i % chunks);
-    const int64_t row = i / chunks;
-    const int qy = static_cast<int>(row % (s.height + 1));
-    const int64_t plane = row / (s.height + 1);
-    const T* from = x + plane * s.height * s.width;
-    const T* taps = weight + plane % s.channels * (4 * F * F);
-    A in[2][Q];
+  const int64_t count = s.images * (s.height + 1) * chunks, step = static_cast<int64_t>(gridDim.y) * kThreads;
+  int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  for (Strips at(i, step, chunks, s.height + 1); i < count; i += step, at.advance()) {
+    const int ix = at.strip * X, iy = at.row - 1;
+    const int64_t plane = at.image * s.channels + channel;
+    const T* from = x + (plane * s.height + iy) * s.width + ix;
+    const int64_t to = (plane * s.out_height + at.row * F - P) * s.out_width + ix * F;
+    const auto addend = [&](int ry, int part) {
+      const int oy = at.row * F + ry - P;
+      return load_if<V>(skip != nullptr && oy >= 0 && oy < s.out_height, skip + to + ry * s.out_width + part);
+    };
+    Pack<T, V> added[KEPT ? F : 1];
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int ry = 0; ry < F; ++ry) added[ry] = addend(ry, 0);
+    }
+    // Rows iy and iy + 1, columns ix - 1 to ix + X; zero outside the map.
+    A in[2][X + 2];
 #pragma unroll
     for (int a = 0; a < 2; ++a) {
+      const bool there = iy + a >= 0 && iy + a < s.height;
+      const auto middle = load_if<X>(there, from + a * s.width);
+      in[a][0] = widen(load_if<1>(there && ix > 0, from + a * s.width - 1).v[0]);
+      in[a][X + 1] = widen(load_if<1>(there && ix + X < s.width, from + a * s.width + X).v[0]);
 #pragma unroll
-      for (int b = 0; b < Q; ++b) {
-        const int iy = qy - 1 + a, ix = chunk * (W / F) - 1 + b;
-        const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
-        in[a][b] = inside ? widen(from[static_cast<int64_t>(iy) * s.width + ix]) : A(0);
-      }
+      for (int b = 0; b < X; ++b) in[a][b + 1] = widen(middle.v[b]);
     }
+#pragma unroll
     for (int ry = 0; ry < F; ++ry) {
-      const int oy = F * qy + ry - P;
+      const int oy = at.row * F + ry - P;
       if (oy < 0 || oy >= s.out_height) continue;
-      const auto low = load<2 * F>(taps + ry * 2 * F), high = load<2 * F>(taps + (ry + F) * 2 * F);
-      const int64_t to = (plane * s.out_height + oy) * s.out_width + static_cast<int64_t>(chunk) * W;
+      A low[2 * F], high[2 * F];
+      if constexpr (KEPT) {
+#pragma unroll
+        for (int k = 0; k < 2 * F; ++k) {
+          low[k] = kept[ry * 2 * F + k];
+          high[k] = kept[(ry + F) * 2 * F + k];
+        }
+      } else {
+#pragma unroll
+        for (int part = 0; part < 2 * F; part += PART) {
+          const auto lows = load_shared<PART>(taps, ry * 2 * F + part);
+          const auto highs = load_shared<PART>(taps, (ry + F) * 2 * F + part);
+#pragma unroll
+          for (int k = 0; k < PART; ++k) {
+            low[part + k] = lows.v[k];
+            high[part + k] = highs.v[k];
+          }
+        }
+      }
 #pragma unroll
       for (int part = 0; part < W; part += V) {
-        Pack<T, V> out, added;
-        if (skip != nullptr) added = load<V>(skip + to + part);
+        A sum[V], add[V] = {};
+        if (skip != nullptr) widen_all(KEPT ? added[KEPT ? ry : 0] : addend(ry, part), add);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const int q = (part + v + P) / F, r = (part + v + P) % F;
-          A sum = in[0][q] * widen(high.v[r + F]) + in[0][q + 1] * widen(high.v[r]) + in[1][q] * widen(low.v[r + F]) +
-                  in[1][q + 1] * widen(low.v[r]);
-          if (skip != nullptr) sum += widen(added.v[v]);
-          out.v[v] = narrow<T>(sum);
+          sum[v] = in[0][q] * high[r + F] + in[0][q + 1] * high[r] + in[1][q] * low[r + F] + in[1][q + 1] * low[r];
+          if (skip != nullptr) sum[v] += add[v];
         }
-        store<V>(y + to + part, out);
+        store<V>(y + to + ry * s.out_width + part, narrow_all<T>(sum));
       }
     }
   }

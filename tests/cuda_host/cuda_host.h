@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <ucontext.h>
 
 #include <array>
@@ -21,6 +19,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "numbers.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -61,29 +61,14 @@ inline int cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+namespace cuda_host {
+// How many multiprocessors the host says it has.
+inline int processors = 2;
+}  // namespace cuda_host
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
-  constexpr int values[] = {9, 0, 2};
+  const int values[] = {9, 0, cuda_host::processors};
   *value = values[attribute];
   return cudaSuccess;
-}
-
-struct __half {
-  c10::Half value;
-};
-struct __nv_bfloat16 {
-  c10::BFloat16 value;
-};
-inline float __half2float(__half v) {
-  return v.value;
-}
-inline float __bfloat162float(__nv_bfloat16 v) {
-  return v.value;
-}
-inline __half __float2half_rn(float v) {
-  return {c10::Half(v)};
-}
-inline __nv_bfloat16 __float2bfloat16_rn(float v) {
-  return {c10::BFloat16(v)};
 }
 
 namespace cuda_host {

@@ -39,6 +39,10 @@ void kernel(Fault fault, int* out) {
 
 }  // namespace
 
+extern "C" void cuda_host_processors(int count) {
+  cuda_host::processors = count;
+}
+
 // What is found in a kernel with the fault; empty for none. The sum of its output goes to *sum.
 extern "C" const char* cuda_host_fault(int fault, int* sum) {
   static std::string found;
