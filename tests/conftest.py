@@ -86,7 +86,7 @@ def _small_device():
     if serving.INTERPRETED:
         from dla_fast.kernels import config
 
-        config.PROGRAMS = 16
+        config.PROGRAMS, config.PROCESSORS = 16, 2
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -58,7 +58,7 @@ def test_training_is_three_launches_forward_and_at_most_five_backward(monkeypatc
     with launch.count() as names:
         y.sum().backward(retain_graph=True)
     reduction = ["reduce_kernel", "reduce_sum_kernel"]
-    assert names == [*reduction, "weight_kernel", "weight_sum_kernel"]
+    assert names == [*reduction, "fused_kernel", "weight_sum_kernel"]
     large(monkeypatch)
     with launch.count() as names:
         y.sum().backward()
@@ -169,7 +169,7 @@ def test_full_gradcheck():
         run, inputs = parity.gradient_function(parity.aggregate(spec))
         assert torch.autograd.gradcheck(run, inputs)
         assert torch.autograd.gradgradcheck(run, inputs)
-    assert {"stage_kernel", "weight_kernel", "reduce_kernel"} <= set(names)
+    assert {"stage_kernel", "fused_kernel", "reduce_kernel"} <= set(names)
 
 
 @pytest.mark.parametrize("layout", list(parity.LAYOUTS))

@@ -212,14 +212,14 @@ def test_the_library_takes_what_no_kernel_does(layout):
             check(Node(kernel=7, channels=(3,), factors=(1,), sides=(8, 9), stride=2, **options))
             check(Node(kernel=3, channels=(4, 4), factors=(1, 2), sides=(4, 6), groups=8, residual=True, **options))
             check(Node(kernel=1, channels=(8, 8), groups=2, residual=1, **options))
-        assert not {"stage_kernel", "inference_kernel", "weight_kernel", "dx_kernel"} & set(names)
+        assert not {"stage_kernel", "inference_kernel", "weight_kernel", "dx_kernel", "fused_kernel"} & set(names)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_library_takes_what_it_was_measured_to_do_better(monkeypatch, layout):
-    """As on a GPU whose architecture was measured: the products of a backward, and 3 x 3 convolutions."""
+def test_the_library_takes_what_it_does_better(monkeypatch, layout):
+    """As on a GPU whose architecture was looked at: the products of wide nodes' backward, and 3 x 3 convolutions."""
     monkeypatch.setattr(library, "DEVICE", "cpu")
-    monkeypatch.setattr(library, "LARGE", 0)
+    monkeypatch.setattr(library, "WIDE", 0)
     config.install({})  # forgets plans
     modes = ((1, False, True), (1, 1, True), (1, True, False), (3, 0, True), (3, True, False))
     for (kernel, residual, training), split in itertools.product(modes, (False, True)):
@@ -228,7 +228,7 @@ def test_the_library_takes_what_it_was_measured_to_do_better(monkeypatch, layout
                 patch.setattr(config, "fits_fused", lambda *args: False)
             options = {"channels": (8, 8), "layout": layout, "residual": residual, "training": training}
             check(Node(kernel=kernel, dtype=torch.float16, **options))
-        assert not {"weight_kernel", "dx_kernel"} & set(names)
+        assert not {"weight_kernel", "dx_kernel", "fused_kernel"} & set(names)
         assert ("stage_kernel" in names) == (kernel == 1)
     config.install({})
 

@@ -45,11 +45,11 @@ class Moved:
         torn: sectors of which a store writes a part; each time they are written as a whole.
     """
 
-    requests: int = 0
-    sectors: int = 0
-    asked: int = 0
-    stored: int = 0
-    torn: int = 0
+    requests: float = 0
+    sectors: float = 0
+    asked: float = 0
+    stored: float = 0
+    torn: float = 0
 
 
 @dataclass

@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.gates import compiled, effects, emulate, pipes, registers, sass
 from benchmarks.gates.compiled import TARGETS, source
-from benchmarks.gates.emulate import Memory, Trace
+from benchmarks.gates.emulate import Memory, Moved, Trace
 from benchmarks.gates.pipes import SECTOR, SPACE
 from dla_fast.kernels import launch
 
@@ -28,6 +28,8 @@ PARAMETERS = 0x210
 REPEATED = 4
 # one of so few bytes was left there by the launch before, a twelfth of the cache.
 LEFT_BEHIND = 4_000_000
+# Programs along a dimension that are followed where they differ.
+SAMPLES = 4
 # Threads of a warp.
 _WARP = 32
 
@@ -198,6 +200,22 @@ def cached_operands(trace: Trace, operands: list[int], threads: int) -> frozense
     )
 
 
+def spread(n: int) -> list[int]:
+    """Numbers below n, evenly spaced."""
+    return sorted({(2 * i + 1) * n // (2 * SAMPLES) for i in range(SAMPLES)})
+
+
+def mean_of(traces: list[Trace]) -> Trace:
+    """The first of some programs, with the time and the traffic of their mean."""
+    n = len(traces)
+    every = [t.moved for t in traces]
+    moved = {
+        operand: Moved(*(sum(getattr(m[operand], f.name) for m in every if operand in m) / n for f in fields(Moved)))
+        for operand in sorted({o for m in every for o in m})
+    }
+    return replace(traces[0], moved=moved, cycles=sum(t.cycles for t in traces) / n)
+
+
 def features(
     one: launch.Launch, dtype: torch.dtype, memory: Memory, cache: Path | None = None, target: str = "sm_90"
 ) -> Features:
@@ -225,8 +243,13 @@ def features(
     grid = (x, y, z)
     first = emulate.run(instructions, bank, grid, one.config.num_warps, memory)
     known = cached_operands(first, operands, one.config.num_warps * math.prod(grid))
-    trace = emulate.run(
-        instructions, bank, grid, one.config.num_warps, Memory(memory.far, memory.near, memory.port, known)
+    memory = replace(memory, cached=known)
+    # Where a grid has two dimensions, one of them chooses between inputs, or groups that are not alike.
+    at = [(x // 2, y // 2)]
+    if x > 1 and y > 1:
+        at = [(i, j) for i in spread(x) for j in spread(y)]
+    trace = mean_of(
+        [emulate.run(instructions, bank, grid, one.config.num_warps, memory, (i, j, z // 2)) for i, j in at]
     )
     found = gathered(trace, code, one, operands, target)
     if path is not None:

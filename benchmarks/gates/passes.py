@@ -124,13 +124,13 @@ class Unit:
             found = {"inference_kernel": k + n, "stage_kernel": k + n, "tail_kernel": 2 * n + again}
             found["reduce_kernel"] = 2 * n + again
             together = case.out_channels * sum(case.in_channels) * 4 <= _FUSED_BYTES
-            if "dx_kernel" in kernels:
-                # Where they should have been one pass, what they share is counted once.
-                found["dx_kernel"] = 2 * n + k + again
-                found["weight_kernel"] = (0 if together else 2 * n) + k
-            else:
-                # A residual is the first input, which this pass reads anyway.
-                found["weight_kernel"] = (2 * n if together else 4 * n) + 2 * k
+            # Where one pass should have made both, what they share is counted once. dz is left to the weight's pass.
+            found["dx_kernel"] = (2 if together else 3) * n + k + again
+            found["weight_kernel"] = (0 if together else n) + k
+            # A residual is the first input, which this pass reads anyway.
+            found["fused_kernel"] = 2 * n + 2 * k
+            # The library's products are no kernels of ours.
+            found["apply_kernel"] = 3 * n + 2 * again
         return {name: float(values) for name, values in found.items() if name in kernels}
 
     def is_weight(self, t: Tensor) -> bool:

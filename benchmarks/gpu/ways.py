@@ -25,15 +25,15 @@ LADDER = ((64, 128), (128, 64), (256, 32))
 def _by(way: str, setting: Setting) -> Iterator[None]:
     from dla_fast.kernels import config, library
 
-    before = library.MEASURED, library.LARGE
+    before = library.ARCHITECTURES, library.WIDE
     arch = config.arch_of(setting.device)
-    library.MEASURED, library.LARGE = ((arch,) if way == "library" else ()), 0
+    library.ARCHITECTURES, library.WIDE = ((arch,) if way == "library" else ()), 0
     # Plans were made with the other choice.
     config.install({})
     try:
         yield
     finally:
-        library.MEASURED, library.LARGE = before
+        library.ARCHITECTURES, library.WIDE = before
         config.install({})
 
 

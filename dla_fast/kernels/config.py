@@ -194,12 +194,10 @@ def channel_block(channels: tuple[int, ...], most: int) -> int:
     return common if common >= 16 else power_of_two(max(channels, default=1), 16, min(most, 32))
 
 
-# Forward products: of one tap, with a residual, with moments; the same of several taps; with inputs that are
-# upsampled on the way.
-FORWARD = ("forward", "added", "stage", "conv", "conv_added", "conv_stage", "merge")
-
-
-FLAT = FORWARD[:3]
+# Forward products: of one tap, with a residual, with moments, of contiguous maps whose pixels come one by one; of
+# several taps; with inputs that are upsampled on the way.
+FLAT = ("forward", "added", "stage", "torn")
+FORWARD = (*FLAT, "conv", "conv_added", "conv_stage", "merge")
 
 
 def _wide(kernel: str, n: int, channels_last: bool) -> TileConfig:
@@ -236,7 +234,8 @@ def _narrow(m: int, n: int, step: int, dtype: torch.dtype) -> TileConfig:
 
 def _product(kernel: str, m: int, n: int, step: int, dtype: torch.dtype, arch: int, channels_last: bool) -> TileConfig:
     """Forward product; chosen on sm_90 by the model of benchmarks.gates.predict, not by measuring."""
-    if dtype.itemsize == 2 and arch == 90 and kernel != "merge" and (channels_last or not kernel.startswith("conv")):
+    looked_at = kernel in FLAT[:3] or (channels_last and kernel.startswith("conv"))
+    if dtype.itemsize == 2 and arch == 90 and looked_at:
         wide = _wide(kernel, n, channels_last)
         if math.ceil(m / wide.block_m) * math.ceil(n / wide.block_n) >= PROCESSORS * wide.resident:
             return replace(wide, block_n=power_of_two(n, 16, wide.block_n), block_k=min(step, wide.block_k))

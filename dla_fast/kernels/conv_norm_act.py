@@ -90,7 +90,9 @@ class _Plan:
             height, width = height * width, 1
         depth = node.depth * kernel**2
         kind = "stage" if moments is not None else "added" if added else "forward"
-        if not flat:
+        if flat and not node.channels_last and node.alignment * node.dtype.itemsize < 8:
+            kind = "torn"
+        elif not flat:
             kind = "merge" if upsamples else f"conv_{kind}".removesuffix("_forward")
         sizes = (node.total, depth, node.out_channels)
         cfg = config.choose(kind, *sizes, node.dtype, node.arch, node.step, node.channels_last)

@@ -306,7 +306,9 @@ class Map:
 
     def each(self, most: int, waves: int = 4) -> int:
         """Tiles that a program takes one after the other: about as many as leave so many times a GPU's programs."""
-        return max(1, min(-(-self.tiles * self.blocks // (waves * config.PROGRAMS)), most))
+        few = max(1, min(-(-self.tiles * self.blocks // (waves * config.PROGRAMS)), most))
+        # As many programs, but all with about as many tiles.
+        return max(1, -(-self.tiles // max(1, -(-self.tiles // few))))
 
     def grid(self, each: int) -> tuple[int, int]:
         """Programs for so many tiles each, as ``program_of`` reads it."""

@@ -70,7 +70,7 @@ def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: 
         return True
     if not fused and not config.holds_dz(node.out_channels, node.dtype, node.exact):
         return True
-    return not fused and node.out_channels > WIDE and _compared(weight)
+    return node.out_channels > WIDE and _compared(weight)
 
 
 def upsampled(

@@ -21,7 +21,7 @@ into ranges of pixels: N + K read, 2KN flops. 4N + 2K together. A residual adds 
 import triton
 import triton.language as tl
 
-from dla_fast.kernels.tile import along, at, batch_terms, fetch, gradient_of, inside, norm_of, pixel_range, tf32
+from dla_fast.kernels.tile import along, at, batch_terms, dz_of, fetch, gradient_of, inside, norm_of, pixel_range, tf32
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def dx_kernel(
         offset = row + along(n, pixels, CL, I64, ALIGN)[None, :]
         mask = inside(rows, outs, EVEN_N, EVEN_M)
         grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
-        part = (grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty)
+        part = dz_of(grad, off, scale, tilt, drop, sum_dy is None).to(w.dtype.element_ty)
         if dz is not None:
             tl.store(dz + offset, part, mask=mask)
         parts = parts + (tf32(part, PRECISION),)  # type: ignore[assignment]
@@ -150,7 +150,7 @@ def fused_kernel(
         offset = row + along(n, pixels, CL, I64, ALIGN)[None, :]
         mask = inside(rows, outs, EVEN_N, EVEN_M)
         grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
-        dz = tf32((grad * scale[None, :] - off * tilt[None, :] - drop[None, :]).to(w.dtype.element_ty), PRECISION)
+        dz = tf32(dz_of(grad, off, scale, tilt, drop, sum_dy is None).to(w.dtype.element_ty), PRECISION)
         sums = ()
         for i in tl.static_range(EACH):
             block = tl.program_id(0) * EACH + i

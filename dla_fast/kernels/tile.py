@@ -208,3 +208,12 @@ def gradient_of(
             u += read(residual + offset, mask, ACC)
         grad = activate_backward(u, grad, ACT, SLOPE)
     return grad, off
+
+
+@triton.jit
+def dz_of(grad, off, scale, tilt, drop, FROZEN: tl.constexpr):
+    """dz of a tile from :func:`gradient_of` and :func:`batch_terms`; FROZEN: there are no such terms."""
+    dz = grad * scale[None, :]
+    if not FROZEN:
+        dz = dz - off * tilt[None, :] - drop[None, :]
+    return dz
