@@ -178,7 +178,7 @@ def tiles_per_program(tiles: int, blocks: int, cfg: TileConfig, device: torch.de
         device: the tensors'.
     """
     slots = processors_of(device) * cfg.resident
-    each = math.ceil(tiles * blocks / slots)
+    each = max(1, math.ceil(tiles * blocks / slots))
     # A few tiles each would leave slots empty in the last round; programs of one tile fill them as they come free.
     return each if tiles * blocks >= 0.85 * each * slots else 1
 
@@ -263,7 +263,8 @@ def _backward(
             block_m, block_n, min(step, 64 if narrow else 128), 4 if narrow else 8, stages, resident=resident
         )
     if slow:
-        return TileConfig(power_of_two(m, 16, 32), power_of_two(n, 16, 32), min(step, 32), 4, 1)
+        block_m = power_of_two(m, 16, 16 if kernel == "dx" else 32)
+        return TileConfig(block_m, power_of_two(n, 16, 32), min(step, 32), 4, 1)
     if kernel == "dx":
         if modern and n <= 128:
             return TileConfig(power_of_two(m, 16, 128), power_of_two(n, 16, 64), min(step, 64), 4, 2)
@@ -276,8 +277,9 @@ def _backward(
     )
 
 
-# Values of dW that the threads of a program hold beside a tile.
-FUSED_VALUES = 64 * 128
+def fused_values(arch: int) -> int:
+    """Values of dW that the threads of a program may hold beside a tile; several blocks of it compile up to sm_90."""
+    return 64 * 128 if arch <= 90 else 0
 
 
 def holds_dz(n: int, dtype: torch.dtype, exact: bool = False) -> bool:
@@ -329,7 +331,9 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
         rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
             kernel, masked
         )
-        columns = 64 if kernel == "merge" else cfg.block_n
+        columns = 32 if kernel == "merge" else cfg.block_n
+        if kernel == "merge" and dtype != torch.bfloat16 and dtype != torch.float16:
+            rows = 16
         cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)), block_n=min(cfg.block_n, columns))
         warps = 8 if flat else 4 if kernel == "fused" else cfg.num_warps
         return replace(cfg, num_warps=warps, num_stages=min(cfg.num_stages, 2))
@@ -344,6 +348,9 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     if arch != 90 and kernel in FORWARD and kernel not in FLAT:
         rows = 32 if arch < 90 or dtype == torch.float32 else 64
         cfg = replace(cfg, block_m=min(cfg.block_m, rows), block_n=min(cfg.block_n, 64))
+    if arch != 90 and kernel == "merge":
+        rows = 16 if dtype == torch.float64 else 32
+        cfg = replace(cfg, block_m=min(cfg.block_m, rows), block_n=min(cfg.block_n, 32 if arch >= 100 else 64))
     # Left alone the compiler takes few registers and spills some bytes, so that more blocks fit.
     limited = {80: ("dx", "dw", "merge"), 90: ("merge",), 100: ("dx", "dw", "merge", "fused")}
     if kernel in limited.get(arch, ()) or cfg.num_warps < 8:

@@ -103,7 +103,7 @@ class _Plan:
         tiles, blocks = triton.cdiv(node.total, cfg.block_m), triton.cdiv(node.out_channels, cfg.block_n)
         per_program = config.tiles_per_program(tiles, blocks, cfg, node.device)
         programs = triton.cdiv(tiles, per_program)
-        carried = bool(moments) and cfg.carries_moments
+        carried = bool(moments) and cfg.carries_moments and not upsamples and node.dtype != torch.float64
         return _Plan(
             node=node,
             before=before,

@@ -138,7 +138,7 @@ def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx
     channels, starts, needed = (operands.of_inputs(v) for v in (node.channels, node.starts, need_dx))
     blocks = _blocks(channels, cfg.block_k)
     # All blocks in one program, which then forms dz once, where its registers hold all of dW.
-    each = blocks[-1] if blocks[-1] * cfg.block_k * cfg.block_n <= config.FUSED_VALUES else 1
+    each = blocks[-1] if blocks[-1] * cfg.block_k * cfg.block_n <= config.fused_values(node.arch) else 1
     programs = blocks[-1] // each
     ranges = _Ranges.of(node, cfg, programs, dw)
     # Something must stand where no gradient is written.
