@@ -256,8 +256,9 @@ def _backward(
     modern = arch >= 90 and half
     if kernel == "fused":
         # Warpgroup instructions want 64 pixels; others leave more of a thread's registers to the accumulators.
-        block_m, block_n = power_of_two(m, 16, 64 if modern else 32), power_of_two(n, 16, 128)
-        narrow = modern and block_n == step == 64
+        block_n = power_of_two(n, 16, 128)
+        block_m = power_of_two(m, 16, 64 if modern or (half and block_n <= 64) else 32)
+        narrow = arch == 90 and half and block_n == step == 64
         stages, resident = 3 if modern else 2, 2 if narrow else 1
         return TileConfig(
             block_m, block_n, min(step, 64 if narrow else 128), 4 if narrow else 8, stages, resident=resident
@@ -278,8 +279,8 @@ def _backward(
 
 
 def fused_values(arch: int) -> int:
-    """Values of dW that the threads of a program may hold beside a tile; several blocks of it compile up to sm_90."""
-    return 64 * 128 if arch <= 90 else 0
+    """Values of dW that the threads of a program may hold beside a tile; several blocks of it spill but on sm_90."""
+    return 64 * 128 if arch == 90 else 0
 
 
 def holds_dz(n: int, dtype: torch.dtype, exact: bool = False) -> bool:
@@ -326,16 +327,21 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     """
     if arch == _CDNA3:
         # 64 KB of shared memory; a warp is 64 threads wide.
-        flat, kernel = kernel in FLAT, "merge" if kernel.startswith("conv") else kernel
-        masked = 16 if flat and cfg.block_k <= 32 else cfg.block_m
-        rows = {"merge": 32, "fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
+        if kernel in FORWARD and kernel not in FLAT:
+            short = kernel == "merge" or dtype.itemsize > 2
+            block_k = min(cfg.block_k, 16 if kernel == "merge" and dtype.itemsize > 2 else 32)
+            cfg = replace(
+                cfg, block_m=min(cfg.block_m, 16 if short else 32), block_n=min(cfg.block_n, 32), block_k=block_k
+            )
+            return replace(cfg, num_stages=1 if short else min(cfg.num_stages, 2))
+        masked = 16 if kernel in FLAT and cfg.block_k <= 32 else cfg.block_m
+        rows = {"fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
             kernel, masked
         )
-        columns = 32 if kernel == "merge" else cfg.block_n
-        if kernel == "merge" and dtype != torch.bfloat16 and dtype != torch.float16:
-            rows = 16
-        cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)), block_n=min(cfg.block_n, columns))
-        warps = 8 if flat else 4 if kernel == "fused" else cfg.num_warps
+        cfg = replace(cfg, block_m=max(1, min(cfg.block_m, rows)))
+        warps = 8 if kernel in FLAT else cfg.num_warps
+        if kernel == "fused":
+            warps = 8 if cfg.block_n <= 64 else 4
         return replace(cfg, num_warps=warps, num_stages=min(cfg.num_stages, 2))
     if kernel in ("elementwise", "upsample", "upsample_backward"):
         return cfg
@@ -352,7 +358,7 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
         rows = 16 if dtype == torch.float64 else 32
         cfg = replace(cfg, block_m=min(cfg.block_m, rows), block_n=min(cfg.block_n, 32 if arch >= 100 else 64))
     # Left alone the compiler takes few registers and spills some bytes, so that more blocks fit.
-    limited = {80: ("dx", "dw", "merge"), 90: ("merge",), 100: ("dx", "dw", "merge", "fused")}
+    limited = {80: ("dx", "dw", "fused", "merge"), 90: ("merge",), 100: ("dx", "dw", "merge", "fused")}
     if kernel in limited.get(arch, ()) or cfg.num_warps < 8:
         cfg = replace(cfg, max_registers=255)
     return cfg
