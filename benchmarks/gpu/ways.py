@@ -25,15 +25,16 @@ LADDER = ((64, 128), (128, 64), (256, 32))
 def _by(way: str, setting: Setting) -> Iterator[None]:
     from dla_fast.kernels import config, library
 
-    before = library.ARCHITECTURES, library.WIDE
+    before = library.ARCHITECTURES, library.WIDE, library.CONVOLVED
     arch = config.arch_of(setting.device)
-    library.ARCHITECTURES, library.WIDE = ((arch,) if way == "library" else ()), 0
+    library.ARCHITECTURES = (arch,) if way == "library" else ()
+    library.WIDE, library.CONVOLVED = 0, range(0)
     # Plans were made with the other choice.
     config.install({})
     try:
         yield
     finally:
-        library.ARCHITECTURES, library.WIDE = before
+        library.ARCHITECTURES, library.WIDE, library.CONVOLVED = before
         config.install({})
 
 

@@ -210,8 +210,8 @@ def _wide(kernel: str, n: int, channels_last: bool) -> TileConfig:
     if n <= 64:
         return TileConfig(128, 64, 64, 4, 4 if channels_last and kernel in ("forward", "stage") else 3, resident=2)
     if kernel.startswith("conv"):
-        if n > 128 and kernel == "conv":
-            return TileConfig(128, 256, 64, 8, 4)
+        if kernel == "conv":
+            return TileConfig(128, 128, 32, 4, 4, resident=2) if n <= 128 else TileConfig(128, 256, 64, 8, 4)
         return TileConfig(128, 128, 64, 8, 3) if kernel == "conv_stage" else TileConfig(128, 128, 32, 8, 4)
     if n > 128 and kernel == "forward":
         return TileConfig(128, 256, 64 if channels_last else 32, 8, 4)
@@ -334,7 +334,9 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
                 cfg, block_m=min(cfg.block_m, 16 if short else 32), block_n=min(cfg.block_n, 32), block_k=block_k
             )
             return replace(cfg, num_stages=1 if short else min(cfg.num_stages, 2))
-        masked = 16 if kernel in FLAT and cfg.block_k <= 32 else cfg.block_m
+        masked = cfg.block_m
+        if kernel in FLAT:
+            masked = 16 if cfg.block_k <= 32 else min(masked, 64 if cfg.block_n >= 128 else 128)
         rows = {"fused": 16, "dw": 32, "elementwise": cfg.block_m // 4, "upsample": cfg.block_m // 2}.get(
             kernel, masked
         )

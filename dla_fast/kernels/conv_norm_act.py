@@ -201,7 +201,7 @@ def _plan(
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     steps, options = Geometry(*geometry), host.epilogue(*epilogue) if epilogue else {}
-    served = not library.serves(weight, steps)
+    served = not library.serves(weight, steps, bool(epilogue))
     plan = None
     if served:
         wanted, added = (None, operands[0] is not None) if epilogue else (operands, False)

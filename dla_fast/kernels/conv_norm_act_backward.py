@@ -299,5 +299,8 @@ def specialisations() -> Iterable[launch.Specialisation]:
                     conv_norm_act_backward(
                         z, xs, [], weight, None, z, v, v, v, v, total, total, *options, every, [], True, False
                     )  # fmt: skip
+            # Of the weight alone, whose gradient is a product of dz.
+            needed, options = [False] * len(xs), (example.factors, 1, 1, 1, -1, 4.0, 1e-5, "relu", 0.0)
+            conv_norm_act_backward(z, xs, [], weight, None, z, v, v, v, v, v, v, *options, needed, [], True, False)
         found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in launches]
     return launch.distinct(found)

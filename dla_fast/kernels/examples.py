@@ -80,6 +80,9 @@ def roots() -> Iterator[Example]:
     for channels, out_channels, side in _NODES:
         residuals = (False, True) if len(channels) == 5 or out_channels == 1024 else (False,)
         yield Example(channels, out_channels, side, 256, torch.bfloat16, True, ("relu",), residuals)
+    # Contiguous maps of many pixels, whose vectors are shorter at 14 x 14.
+    yield Example((128, 128), 128, 28, 256, torch.bfloat16, False)
+    yield Example((256, 256), 256, 14, 256, torch.bfloat16, False)
     for channels, out_channels, side in (_NODES[1], _NODES[5]):
         yield Example(channels, out_channels, side, 1, torch.bfloat16, True)
         yield Example(channels, out_channels, side, 32, torch.bfloat16, False)

@@ -5,9 +5,11 @@ of :mod:`dla_fast.kernels.product` are made for. An input that is to be upsample
 
 On the architectures that were looked at (:data:`ARCHITECTURES`) the library also takes
 
-- every 3 x 3 convolution: on the nodes of an IDA ladder at 512 x 512 an H200 ran the kernels of that time at 0.09 to
-  0.21 of a bare convolution's speed (benchmarks/results/gpu-h200.json), and the model of benchmarks.gates.predict puts
-  today's under 0.8 of it;
+- 3 x 3 convolutions, except in inference with as many output channels as :data:`CONVOLVED` says: on the nodes of an
+  IDA ladder at 512 x 512 an H200 ran the kernels of that time at 0.09 to 0.21 of a bare convolution's speed
+  (benchmarks/results/gpu-h200.json). The model of benchmarks.gates.predict puts today's at 0.55 to 0.9 of it, bound by
+  the second-level cache, which reads the map once for each tap; concatenation and tail, which the library needs beside
+  its convolution, cost as much but in the middle;
 - the products of a 1 x 1 node's backward with more than :data:`WIDE` output channels, behind a dz that is formed once:
   there a tile of dz is short, the weight is read again for each, and by the same model the library is the faster.
 
@@ -33,6 +35,8 @@ from dla_fast.ops.layout import empty_like_layout
 DEVICE = "cuda"
 # Architectures on which the library stands beside the kernels.
 ARCHITECTURES = (90,)
+# Output channels of a 3 x 3 node whose inference is the kernels' there.
+CONVOLVED = range(65, 129)
 # Output channels up to which a 1 x 1 node's backward is the kernels' there.
 WIDE = 128
 
@@ -51,10 +55,13 @@ def _compared(weight: Tensor) -> bool:
     return rounds and weight.device.type == DEVICE and config.arch_of(weight.device) in ARCHITECTURES
 
 
-def serves(weight: Tensor, geometry: Geometry) -> bool:
+def serves(weight: Tensor, geometry: Geometry, inference: bool) -> bool:
     """Whether the library convolves in the forward, and not a kernel: the one place where that is chosen."""
     kernel = weight.shape[2]
-    return geometry.groups > 1 or kernel not in (1, 3) or (kernel == 3 and _compared(weight))
+    if geometry.groups > 1 or kernel not in (1, 3):
+        return True
+    ours = kernel == 1 or (inference and int(weight.shape[0]) in CONVOLVED)
+    return not ours and _compared(weight)
 
 
 def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: bool) -> bool:
