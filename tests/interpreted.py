@@ -51,6 +51,8 @@ def test_inference_is_one_launch():
 
 
 def test_training_is_three_launches_forward_and_at_most_five_backward(monkeypatch):
+    # So many that pixels are shared among them.
+    monkeypatch.setattr(config, "processors_of", lambda device: 132)
     xs, *rest = node(size=(2, 17, 31))
     with launch.count() as names:
         y = functional.aggregate(xs, *rest, training=True, residual=True)
@@ -240,8 +242,8 @@ def test_moments_of_the_z_that_is_written():
 
 def test_a_measured_configuration_is_used():
     entry = config.TileConfig(16, 32, 16, 2, 1)
-    key = config.key(config.DEFAULT_ARCH, "forward", torch.float32, 70, 30, 24)
-    xs, *rest = node(channels=(24, 6))
+    key = config.key(config.DEFAULT_ARCH, "forward", torch.float32, 80, 30, 24)
+    xs, *rest = node(channels=(24, 6), size=(2, 8, 5))
     with torch.no_grad():
         functional.aggregate(xs, *rest, training=False)
     try:
