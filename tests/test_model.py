@@ -188,6 +188,21 @@ def test_time_is_the_assemblers_schedule_and_what_loads_wait_for():
     assert going_on.cycles < 20
 
 
+def test_threads_vote():
+    w = after("S2R R0, SR_TID.X", "ISETP.EQ.AND P0, PT, R0, 0x3, PT", "VOTEU.ANY UP0, P0", "VOTEU.ALL UP1, P0")
+    assert (w.files["UP"][0], w.files["UP"][1]) == (True, False)
+
+
+def test_programs_that_differ_stand_for_each_other():
+    assert launches.spread(1) == [0]
+    assert launches.spread(2) == [0, 1]
+    assert launches.spread(100) == [12, 37, 62, 87]
+    one, other = (emulate.Trace(cycles=c, moved={i: emulate.Moved(sectors=8)}) for i, c in ((1, 10.0), (2, 30.0)))
+    mean = launches.mean_of([one, other])
+    assert mean.cycles == 20
+    assert [mean.moved[i].sectors for i in (1, 2)] == [4, 4]
+
+
 def test_asynchronous_copies_are_waited_for_by_the_group():
     copy = "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64]"
     start = ("S2R R0, SR_TID.X", "LDC.64 R2, c[0x0][0x210]", copy, "LDGDEPBAR")
@@ -210,6 +225,10 @@ def test_a_branch_on_memory_is_an_error_that_names_it():
     # A division's slow path is a call behind such a branch, and not taken.
     code = assembled("FCHK P0, R4, R5", "@!P0 BRA 0x40", "MOV R2, 0x40", "CALL.REL.NOINC 0x50", "EXIT", "RET 0x0")
     assert run(code).issued == 3
+    # A whole loop is none, whatever it calls.
+    loop = ("FCHK P0, R4, R5", "@!P0 BRA 0x230", "CALL.REL.NOINC 0x50", *["NOP"] * 32, "EXIT")
+    with pytest.raises(emulate.UnknownBranch, match=r"0x0010: @!P0 BRA 0x230"):
+        run(assembled(*loop))
     with pytest.raises(emulate.UnknownBranch, match="no end"):
         emulate.Emulator(assembled("BRA 0x0"), Registers(bank(), {}), 4, MEMORY).run(most=100)
 

@@ -356,6 +356,19 @@ def _ready(w: Registers, ins: Instruction) -> None:
             w.put(o.kind, o.index, True)
 
 
+def _vote(w: Registers, ins: Instruction) -> None:
+    """Whether a predicate holds in any thread, or in all."""
+    *targets, asked = ins.operands
+    value = w.predicate(asked)
+    values = value if isinstance(value, tuple) else (value,)
+    agreed = any if "ANY" in ins.mods else all
+    for o in targets:
+        if o.kind in ("P", "UP"):
+            w.put(o.kind, o.index, None if None in values else agreed(values))
+        else:
+            w.write(o, None)
+
+
 EFFECTS: dict[str, Callable[[Registers, Instruction], None]] = {
     "IADD3": _add, "VIADD": _add, "IMAD": _multiply, "LEA": _scaled, "SHF": _shift, "LOP3": _logic,
     "PLOP3": _predicate_logic, "ISETP": _compare, "SEL": _select, "IMNMX": _extreme, "VIMNMX": _extreme,
@@ -363,6 +376,7 @@ EFFECTS: dict[str, Callable[[Registers, Instruction], None]] = {
     "LDC": _load_constant, "R2UR": _to_uniform, "S2R": _special, "S2UR": _special, "CS2R": _special,
     "I2F": _from_integer, "F2I": _to_integer, "MUFU": _function_unit, "HFMA2": _packed_constant, "SHFL": _shuffle,
     "P2R": _pack_predicates, "R2P": _unpack_predicates, "SYNCS": _ready, "ELECT": _ready,
+    "VOTE": _vote, "VOTEU": _vote,
 }  # fmt: skip
 _STATELESS = (
     "STG",

@@ -93,6 +93,10 @@ class Trace:
         return found
 
 
+# Bytes of code within which a division's slow path is called and returned from.
+SLOW_PATH = 0x200
+
+
 class UnknownBranch(RuntimeError):
     """A branch depends on a value that only the device knows."""
 
@@ -298,7 +302,8 @@ class Emulator:
         """
         here = ins.address
         if target > here:
-            skipped = any(here < c < target for c in self.calls)
+            # No more than that: a whole loop that holds one of them is not skipped.
+            skipped = target - here < SLOW_PATH and any(here < c < target for c in self.calls)
             # A slow path that lies behind the function's end is followed by a jump back.
             beyond = any(target <= c < target + 0x400 for c in self.calls)
             if skipped:
