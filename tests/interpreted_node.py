@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dla_fast.kernels import config, conv_norm_act, launch, library
+from dla_fast.kernels import config, conv_norm_act, conv_norm_act_backward, launch, library, tail
 
 OPS = torch.ops.dla_fast_triton
 DTYPES = (torch.float64, torch.float32, torch.float16)
@@ -244,6 +244,49 @@ def test_launches():
         node.call(leaves, node.buffers).sum().backward()
     assert names[:3] == ["stage_kernel", "finalise_kernel", "tail_kernel"]
     assert names[3:6] == ["reduce_kernel", "reduce_sum_kernel", "fused_kernel"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_input_upsampled_on_the_way(monkeypatch, training):
+    """No plain input, and whole tiles, which nothing masks."""
+    monkeypatch.setattr(conv_norm_act, "ON_LOAD_PIXELS", 2**14)
+    options = {"out_channels": 16, "kernel": 3, "training": training}
+    check(Node(channels=(16,), factors=(2,), sides=(8, 8), **options))
+    check(Node(channels=(16, 16), factors=(2, 2), sides=(8, 8), **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_without_channels(layout):
+    for channels in ((8, 0), (0, 8, 0, 5)):
+        for kernel, training in ((1, False), (1, True), (3, True)):
+            check(
+                Node(channels=channels, factors=(1,) * len(channels), kernel=kernel, training=training, layout=layout)
+            )
+
+
+def test_what_is_no_pixel_adds_nothing():
+    """Beyond the last pixel dz is none of a map's, and may not fit half precision: times nothing it would be NaN."""
+    x, dy = torch.randn(1, 16, 1, 33).half(), (torch.randn(1, 16, 1, 33) * 3e3).half()
+    z = (torch.randn(1, 16, 1, 33) + 300).half()
+    weight, v = torch.randn(16, 16, 1, 1).half(), torch.ones(16)
+    mean, var = z.float().mean((0, 2, 3)), z.float().var((0, 2, 3), correction=0)
+    x_hat = (z.float() - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    sums = dy.float().sum((0, 2, 3)), (dy.float() * x_hat).sum((0, 2, 3))
+    _, _, dw, _ = conv_norm_act_backward.conv_norm_act_backward(
+        dy, [x], [], weight, None, z, mean, var, v, v, *sums, [1], 1, 1, 1, -1, 33.0, 1e-5, "identity", 0.0,
+        [True], [], True, False,
+    )  # fmt: skip
+    dz = dy.float() - (sums[0] / 33)[:, None, None] - x_hat * (sums[1] / 33)[:, None, None]
+    dz /= (var[:, None, None] + 1e-5).sqrt()
+    expected = torch.einsum("nchw,nkhw->ck", dz, x.float())
+    torch.testing.assert_close(dw[:, :, 0, 0].float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+def test_a_grid_of_many_tiles_stays_within_a_launch():
+    x, v = torch.empty(512, 16, 512, 512, dtype=torch.bfloat16, device="meta"), torch.empty(16, device="meta")
+    with launch.record() as launches:
+        tail.tail(x.to(memory_format=torch.channels_last), v, v, v, v, None, 1e-5, "relu", 0.0)
+    assert launches[0].grid[1] <= 65535
 
 
 def test_one_input_as_every_layout_of_a_weight_has_it():

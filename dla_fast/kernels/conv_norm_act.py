@@ -42,6 +42,7 @@ class _Plan:
         cfg: tiles.
         grid: programs.
         order: numbers of the inputs as the kernel takes them: those that it upsamples come last.
+        reordered: whether that is another order than theirs.
         shapes: of the inputs, in that order: heights, widths, channels, starts.
         sizes: the kernel's integers.
         groups: of pixels, each of which leaves moments behind.
@@ -57,6 +58,7 @@ class _Plan:
     cfg: config.TileConfig
     grid: tuple[int]
     order: tuple[int, ...]
+    reordered: bool
     shapes: tuple[Any, Any, tuple[int, ...], tuple[int, ...]]
     sizes: tuple[int, ...]
     groups: int
@@ -97,7 +99,9 @@ class _Plan:
         sizes = (node.total, depth, node.out_channels)
         cfg = config.choose(kind, *sizes, node.dtype, node.arch, node.step, node.channels_last)
         arranged = _even_taps(weight)
-        order = tuple(sorted(range(len(xs)), key=lambda i: on_load[i] > 1))
+        # An input without channels is none.
+        there = [i for i in range(len(xs)) if node.channels[i] > 0]
+        order = tuple(sorted(there, key=lambda i: on_load[i] > 1))
         taken = [i for i in order if on_load[i] == 1]
         steps = max(1, sum(triton.cdiv(node.channels[i], cfg.block_k) for i in taken)) * kernel**2
         tiles, blocks = triton.cdiv(node.total, cfg.block_m), triton.cdiv(node.out_channels, cfg.block_n)
@@ -115,6 +119,7 @@ class _Plan:
             cfg=cfg,
             grid=(programs * blocks,),
             order=order,
+            reordered=order != tuple(range(len(xs))),
             shapes=(
                 tuple(int(xs[i].shape[2]) for i in order) if upsamples else None,
                 tuple(int(xs[i].shape[3]) for i in order) if upsamples else None,
@@ -147,11 +152,13 @@ class _Plan:
         if not self.ready:
             maps = tuple(library.upsampled(xs, up_weights, self.before, self.node.channels_last))
             up_weights, weight = [up.contiguous() for up in up_weights], _even_taps(weight)
+        if self.reordered:
+            maps = tuple([maps[i] for i in self.order])
         tensors = (*maps, weight, *operands)
         if self.on_load is not None:
             kernels = iter(up_weights)
             given = [next(kernels) if factor > 1 else None for factor in self.on_load]
-            maps, ups = tuple([maps[i] for i in self.order]), tuple([given[i] for i in self.order])
+            ups = tuple([given[i] for i in self.order])
             tensors += ups
         args = (maps, ups, *self.shapes, weight, *operands, *self.sizes)
         launch.launch(kernel, self.grid, args, self.constexprs, self.cfg, self.memo, tensors)

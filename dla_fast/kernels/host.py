@@ -17,6 +17,8 @@ from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, is_channe
 from dla_fast.ops.precision import tf32_products
 
 _LARGE = 2**31
+# Programs that CUDA launches along a grid's second dimension.
+_MOST_ROWS = 65535
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -307,6 +309,8 @@ class Map:
     def each(self, most: int, waves: int = 4) -> int:
         """Tiles that a program takes one after the other: about as many as leave so many times a GPU's programs."""
         few = max(1, min(-(-self.tiles * self.blocks // (waves * config.PROGRAMS)), most))
+        if self.channels_last:
+            few = max(few, -(-self.tiles // _MOST_ROWS))
         # As many programs, but all with about as many tiles.
         return max(1, -(-self.tiles // max(1, -(-self.tiles // few))))
 

@@ -58,7 +58,7 @@ def _compared(weight: Tensor) -> bool:
 def serves(weight: Tensor, geometry: Geometry, inference: bool) -> bool:
     """Whether the library convolves in the forward, and not a kernel: the one place where that is chosen."""
     kernel = weight.shape[2]
-    if geometry.groups > 1 or kernel not in (1, 3):
+    if geometry.groups > 1 or kernel not in (1, 3) or weight.shape[1] == 0:
         return True
     ours = kernel == 1 or (inference and int(weight.shape[0]) in CONVOLVED)
     return not ours and _compared(weight)
@@ -73,7 +73,7 @@ def serves_backward(node: host.Node, weight: Tensor, geometry: Geometry, fused: 
         geometry: of its convolution.
         fused: whether one kernel would make all gradients.
     """
-    if weight.shape[2] > 1 or geometry.stride > 1 or geometry.groups > 1:
+    if weight.shape[2] > 1 or geometry.stride > 1 or geometry.groups > 1 or weight.shape[1] == 0:
         return True
     if not fused and not config.holds_dz(node.out_channels, node.dtype, node.exact):
         return True

@@ -199,7 +199,7 @@ def advance(i, first, tap, own, BK: tl.constexpr, PLAIN: tl.constexpr, KERNEL: t
     ends = ends & (first >= own)
     first = tl.where(ends, 0, first)
     i = tl.where(ends, i + 1, i)
-    last = i >= PLAIN
+    last = ends & (i >= PLAIN)
     return tl.where(last, 0, i), first, tap, last
 
 
@@ -336,7 +336,8 @@ def stage_kernel(
             if partial is not None:
                 # Sums are taken around the mean of the first tile, any value near the others would do, or of each.
                 if WARPS == 0 or tile == begin:
-                    shift = tl.sum(value, 0) / tl.minimum(total - tile * BM, BM).to(ACC)
+                    first_pixel = (tile.to(tl.int64) if I64 else tile) * BM
+                    shift = tl.sum(value, 0) / tl.minimum(total - first_pixel, BM).to(ACC)
                 off = value - shift[None, :]
                 if not EVEN_M:
                     off = tl.where((m < total)[:, None], off, 0.0)

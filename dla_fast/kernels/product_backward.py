@@ -150,7 +150,11 @@ def fused_kernel(
         offset = row + along(n, pixels, CL, I64, ALIGN)[None, :]
         mask = inside(rows, outs, EVEN_N, EVEN_M)
         grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
-        dz = tf32(dz_of(grad, off, scale, tilt, drop, sum_dy is None).to(w.dtype.element_ty), PRECISION)
+        dz = dz_of(grad, off, scale, tilt, drop, sum_dy is None)
+        # Nothing times what does not fit the dtype would be no number.
+        if not EVEN_M:
+            dz = tl.where(rows[:, None], dz, 0.0)
+        dz = tf32(dz.to(w.dtype.element_ty), PRECISION)
         sums = ()
         for i in tl.static_range(EACH):
             block = tl.program_id(0) * EACH + i

@@ -28,6 +28,14 @@ from dla_fast.kernels.tile import along, inside, multiple, read
 
 
 @triton.jit
+def wide_if(n, I64: tl.constexpr):
+    """A side from which offsets in an image of 2^31 values follow without overflow."""
+    if I64:
+        n = tl.full((), 0, tl.int64) + n
+    return n
+
+
+@triton.jit
 def place_of(row, pixel, column, there, cols, width, channels, CL: tl.constexpr, EVEN: tl.constexpr):
     """(offset of a tile at one row, or a row for each pixel, of an image; its mask)."""
     if CL:
@@ -175,7 +183,7 @@ def upsample_kernel(
     first = program % chunks * each
     image = (program // chunks).to(tl.int64)
     last = tl.minimum(first + each, height + 1)
-    out_width = multiple(out_width, ALIGN)
+    width, out_width = wide_if(width, I64), wide_if(multiple(out_width, ALIGN), I64)
     x += image * channels * height * width
     y += image * channels * out_height * out_width
     if skip is not None:
@@ -235,7 +243,7 @@ def backward_kernel(
     p, ky, kx = pixel + r // PHASES, r // FX % FY, r % FX
     c = block * BN + tl.arange(0, BN)
     cols = c < channels
-    out_width = multiple(out_width, ALIGN)
+    width, out_width = wide_if(width, I64), wide_if(multiple(out_width, ALIGN), I64)
     column = along(c, height * width, CL, I64)[None, :]
     out_column = along(c, out_height * out_width, CL, I64)[None, :]
     o = p * F - F // 2 + kx
