@@ -92,7 +92,7 @@ def test_what_is_wrong_or_does_not_run_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "mode", "kernels"),
     [
-        (NODE, "training", {"forward", "elementwise", "fused"}),
+        (NODE, "training", {"stage", "elementwise", "fused"}),
         (Case("up", (8,), 8, 8, 8, op="upsample"), "training", {"upsample", "upsample_backward"}),
         (Case("ida", (8, 8), 8, 8, 8, op="merge", kernel=3), "inference", {"merge"}),
     ],

@@ -83,7 +83,7 @@ for part in (conv_norm_act, conv_norm_act_backward, moments, tail, upsample):
             assert len(compiled.asm["cubin"]) > 1000
             assert not s.gemm or dtype == "fp64" or "mma" in compiled.asm["ptx"], s.name
             seen.add((part.__name__, kernel, dtype))
-print(*sorted(kernel for _, kernel, dtype in seen if dtype == "bf16"))
+print(*sorted({kernel for _, kernel, dtype in seen if dtype == "bf16"}))
 """
 
 
