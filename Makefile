@@ -74,7 +74,7 @@ asan: install ## run the kernels' tests under AddressSanitizer
 	cp -r csrc dla_fast tests setup.py pyproject.toml README.md LICENSE $(ASAN)
 	rm -f $(ASAN)/dla_fast/_C*.so
 	cd $(ASAN) && DLA_FAST_SANITIZE=address DLA_FAST_BUILD_EXT=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
-	cd $(ASAN) && DLA_FAST_TEST_EVERY=5 DLA_FAST_SANITIZE=address LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	cd $(ASAN) && DLA_FAST_TEST_EVERY=7 DLA_FAST_SANITIZE=address LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider \
 	  tests/test_aggregate.py tests/test_batch_norm_act.py tests/test_merge.py tests/test_conv_norm_act.py \
 	  tests/test_strides.py tests/test_cpu_convolution.py \

@@ -21,18 +21,18 @@ from dla_fast.ops.precision import fp32_precision
 
 # Where kernels are interpreted only every so many combinations run, coprime to the numbers of dtypes and layouts.
 THINNED = {
-    "test_parity_of_one_to_eight_inputs": 11,
-    "test_inference": 11,
-    "test_parity_of_norm_variants": 11,
-    "test_parity": 7,
-    "test_nan_goes_through": 7,
-    "test_gradcheck": 3,
-    "test_opcheck": 7,
-    "test_stride_and_dilation": 5,
-    "test_any_input_is_the_residual": 5,
-    "test_gradients_that_are_wanted_alone": 3,
-    "test_gradcheck_of_every_geometry": 7,
-    "test_the_node": 3,
+    "test_parity_of_one_to_eight_inputs": 17,
+    "test_inference": 17,
+    "test_parity_of_norm_variants": 17,
+    "test_parity": 11,
+    "test_nan_goes_through": 11,
+    "test_gradcheck": 5,
+    "test_opcheck": 11,
+    "test_stride_and_dilation": 7,
+    "test_any_input_is_the_residual": 7,
+    "test_gradients_that_are_wanted_alone": 5,
+    "test_gradcheck_of_every_geometry": 11,
+    "test_the_node": 5,
 }
 
 
