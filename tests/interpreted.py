@@ -9,7 +9,7 @@ import torch
 from serving import DTYPES
 
 from dla_fast import backend, functional, ops, reference, use_backend
-from dla_fast.kernels import config, host, launch, moments
+from dla_fast.kernels import config, host, launch, moments, table
 from dla_fast.proof import parity
 from dla_fast.proof.parity import Spec
 
@@ -242,7 +242,7 @@ def test_moments_of_the_z_that_is_written():
 
 def test_a_measured_configuration_is_used():
     entry = config.TileConfig(16, 32, 16, 2, 1)
-    key = config.key(config.DEFAULT_ARCH, "forward", torch.float32, 80, 30, 24)
+    key = table.key(config.DEFAULT_ARCH, "forward", torch.float32, 80, 30, 24)
     xs, *rest = node(channels=(24, 6), size=(2, 8, 5))
     with torch.no_grad():
         functional.aggregate(xs, *rest, training=False)
@@ -253,7 +253,7 @@ def test_a_measured_configuration_is_used():
         assert launches[0].config == entry
         assert launches[0].constexprs["BM"] == 16
     finally:
-        config.TABLE.clear()
+        table.TABLE.clear()
         config.install({})
 
 

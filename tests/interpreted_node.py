@@ -289,6 +289,32 @@ def test_a_grid_of_many_tiles_stays_within_a_launch():
     assert launches[0].grid[1] <= 65535
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("values", [0, 2**20])
+def test_blocks_of_one_pass_are_a_program_each_or_one(monkeypatch, layout, values):
+    monkeypatch.setattr(config, "fused_values", lambda arch: values)
+    with launch.count() as names:
+        for residual in (0, False):
+            check(Node(kernel=1, channels=(16, 40), out_channels=16, residual=residual, layout=layout))
+    assert "fused_kernel" in names
+
+
+def test_the_library_adds_in_a_fixed_order(monkeypatch):
+    """Its convolutions' gradients too, whatever the caller's flag says, which it finds as it was."""
+    seen = []
+    backward = torch.ops.aten.convolution_backward
+
+    def noted(*args):
+        seen.append(torch._C._get_cudnn_deterministic())
+        return backward(*args)
+
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", noted)
+    check(Node(channels=(8, 4), kernel=3))
+    assert seen
+    assert all(seen)
+    assert not torch._C._get_cudnn_deterministic()
+
+
 def test_one_input_as_every_layout_of_a_weight_has_it():
     """A plan must not serve a call whose weight lies otherwise, or that upsamples at another place."""
     node = Node(channels=(8, 8), training=False)

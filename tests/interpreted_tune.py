@@ -10,21 +10,21 @@ import torch
 from dla_fast import cli, functional, use_backend
 from dla_fast.bench import Case
 from dla_fast.commands import tune
-from dla_fast.kernels import config, launch
+from dla_fast.kernels import config, launch, table
 from dla_fast.kernels.config import DEFAULT_ARCH, TileConfig
 
 CPU = torch.device("cpu")
 NODE = Case("node", (16, 16), 16, 8, 8)
-KEY = config.key(DEFAULT_ARCH, "forward", torch.float32, 128, 32, 16)
+KEY = table.key(DEFAULT_ARCH, "forward", torch.float32, 128, 32, 16)
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch, tmp_path):
     """No test reads or leaves a table."""
-    monkeypatch.setattr(config, "table_path", lambda arch: tmp_path / f"sm_{arch}.json")
+    monkeypatch.setattr(table, "table_path", lambda arch: tmp_path / f"sm_{arch}.json")
     yield
-    config.TABLE.clear()
-    config._read.clear()
+    table.TABLE.clear()
+    table._read.clear()
     config.install({})
 
 
@@ -53,10 +53,10 @@ def test_the_fastest_is_written_and_used_by_the_next_launch(tmp_path):
     assert (entry.ms, entry.heuristic_ms) == (1.0, 4.0)
     assert entry.best not in (before, TileConfig(0, 0))
     assert entry.tried >= 4
-    path = config.table_path(DEFAULT_ARCH)
+    path = table.table_path(DEFAULT_ARCH)
     tune.write(path, [entry], CPU)
-    config.TABLE.clear()
-    config._read.clear()
+    table.TABLE.clear()
+    table._read.clear()
     config.install({})
     assert launched() == entry.best
     data = json.loads(path.read_text())
@@ -117,7 +117,7 @@ def test_candidates_begin_with_the_heuristic():
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"entries": [{"kernel": "forward"}]}'])
 def test_a_broken_table_is_told_and_left_alone(text):
-    config.table_path(DEFAULT_ARCH).write_text(text)
+    table.table_path(DEFAULT_ARCH).write_text(text)
     config.install({})
     with pytest.warns(RuntimeWarning, match="the heuristic chooses"):
         assert launched().block_m > 0
@@ -147,7 +147,7 @@ def test_an_interrupted_run_keeps_its_entries(fake_gpu, monkeypatch, tmp_path, c
     file = tmp_path / "table.json"
     arguments = ["tune", "--models", "dla34", "--batch", "2", "--dtype", "float32"]
     assert cli.main([*arguments, "--out", str(file)]) == 130
-    assert config.read_table(file, DEFAULT_ARCH) == {KEY: entry.best}
+    assert table.read_table(file, DEFAULT_ARCH) == {KEY: entry.best}
     assert "2.00x the heuristic's" in capsys.readouterr().out
     monkeypatch.setattr(tune, "tune", lambda problem, known: [])
     assert cli.main([*arguments, "--out", str(file), "--minutes", "0"]) == 0

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks.gates import compiled, predict
 from benchmarks.gates.compiled import TARGETS, Result, compile_one, source
 from benchmarks.gates.model import H200
-from benchmarks.gates.prediction import Prediction
+from benchmarks.gates.prediction import Prediction, aligned
 
 CACHE = Path(__file__).resolve().parents[1] / "out" / "aot"
 
@@ -115,8 +115,7 @@ def table(results: Sequence[Result], every: bool) -> str:
         spans.append(f"{min(shares):.0%}" if min(shares) == max(shares) else f"{min(shares):.0%}..{max(shares):.0%}")
         matrix = sorted({kind.split(".")[0] for r in made for kind in r.matrix})
         lines.append([*names, str(len(group)), *spans, "+".join(matrix) or "-"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from dla_fast.kernels import upsample as upsampling
 
 MODES = ("inference", "forward", "backward")
 # N * K * 4 bytes up to which the design asks for dx and dW in one pass.
-_FUSED_BYTES = 128 * 1024
+FUSED_BYTES = 128 * 1024
 # What the kernels are given beside their maps and weights.
 _EPS, _MOMENTUM, _ACT, _SLOPE = 1e-5, 0.1, "relu", 0.0
 
@@ -123,7 +123,7 @@ class Unit:
         else:
             found = {"inference_kernel": k + n, "stage_kernel": k + n, "tail_kernel": 2 * n + again}
             found["reduce_kernel"] = 2 * n + again
-            together = case.out_channels * sum(case.in_channels) * 4 <= _FUSED_BYTES
+            together = case.out_channels * sum(case.in_channels) * 4 <= FUSED_BYTES
             # Where one pass should have made both, what they share is counted once. dz is left to the weight's pass.
             found["dx_kernel"] = (2 if together else 3) * n + k + again
             found["weight_kernel"] = (0 if together else n) + k

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gates.passes import Unit, work_of
+from benchmarks.gates.passes import FUSED_BYTES, Unit, work_of
 from benchmarks.gpu.draw import as_cudnn
 from dla_fast.bench import Case, ida_cases, network_cases
 from dla_fast.kernels import config, launch, library
 
-# Gradients of dx and dW are two launches from this size of N x K x 4 bytes on (benchmarks/gates/passes.py).
-_FUSED_BYTES = 128 * 1024
 # Images of the maps whose passes are predicted alone: what block "bandwidth" of a run on a GPU measures.
 _MANY = 2048
 _aten = torch.ops.aten
@@ -155,7 +153,7 @@ def floor_of(work: Work) -> tuple[float, float]:
     elif work.mode == "forward":
         values = k + 3 * n + again
     else:
-        together = case.out_channels * sum(case.in_channels) * 4 <= _FUSED_BYTES
+        together = case.out_channels * sum(case.in_channels) * 4 <= FUSED_BYTES
         values = 2 * n + again + (2 * n if together else 4 * n + again) + 2 * k
         flops *= 2
     return float(values * unit.dtype.itemsize), flops

@@ -20,7 +20,7 @@ from dla_fast import functional, models, use_backend
 from dla_fast.bench import cases, timing
 from dla_fast.bench.records import machine_facts, versions
 from dla_fast.commands import CommandError
-from dla_fast.kernels import config
+from dla_fast.kernels import config, table
 from dla_fast.kernels.config import Key, TileConfig
 from dla_fast.proof import measure, parity
 
@@ -90,7 +90,7 @@ def noting() -> Iterator[dict[Key, TileConfig]]:
 
     def choose(kernel: str, m: int, k: int, n: int, dtype: torch.dtype, arch: int, *rest: Any) -> TileConfig:
         given = right(kernel, m, k, n, dtype, arch, *rest)
-        asked[config.key(arch, kernel, dtype, m, k, n)] = given
+        asked[table.key(arch, kernel, dtype, m, k, n)] = given
         return given
 
     choose.cache_clear = right.cache_clear  # type: ignore[attr-defined]
@@ -159,7 +159,7 @@ def tune(problem: Problem, known: Iterable[Key], time_pass: Clock = clock) -> li
                 entry.refused.append(f"{candidate}: {timing.one_line(error)}")
                 continue
             finally:
-                config.TABLE.pop(key, None)
+                table.TABLE.pop(key, None)
                 config.install({})
             entry.tried += 1
             if candidate == first:
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("no CUDA device was found: tile configurations are measured on the GPU they are for")
     device = torch.device("cuda", torch.cuda.current_device())
     arch = config.arch_of(device)
-    path = args.out or config.table_path(arch)
+    path = args.out or table.table_path(arch)
     found = {c.name: c for name in args.models for c in cases.network_cases(name)} | {
         c.name: c for c in cases.ida_cases()
     }

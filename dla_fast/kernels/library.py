@@ -7,7 +7,7 @@ On the architectures that were looked at (:data:`ARCHITECTURES`) the library als
 
 - 3 x 3 convolutions, except in inference with as many output channels as :data:`CONVOLVED` says: on the nodes of an
   IDA ladder at 512 x 512 an H200 ran the kernels of that time at 0.09 to 0.21 of a bare convolution's speed
-  (benchmarks/results/gpu-h200.json). The model of benchmarks.gates.predict puts today's at 0.55 to 0.9 of it, bound by
+  (benchmarks/results/gpu-h200.json). The model of benchmarks.gates.predict puts today's at 0.6 to 0.9 of it, bound by
   the second-level cache, which reads the map once for each tap; concatenation and tail, which the library needs beside
   its convolution, cost as much but in the middle;
 - the products of a 1 x 1 node's backward with more than :data:`WIDE` output channels, behind a dz that is formed once:
@@ -22,7 +22,8 @@ one. The library's convolutions are asked for deterministic gradients, as all of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -141,6 +142,20 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a.float(), b.float())
 
 
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Gradients whose parts are added in a fixed order: what holds of the kernels holds of the library for them.
+
+    The flag itself: ``torch.backends.cudnn`` refuses where flags are frozen, and its ``flags`` sets every other too.
+    """
+    before = torch._C._get_cudnn_deterministic()
+    torch._C._set_cudnn_deterministic(True)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_deterministic(before)
+
+
 def gradients(
     dz: Tensor,
     maps: Sequence[Tensor],
@@ -166,7 +181,8 @@ def gradients(
         if wanted or need_dw:
             own = host.arranged(weight.narrow(1, start, depth), channels_last)
             steps = _steps(weight, geometry)
-            dx, part_dw, _ = torch.ops.aten.convolution_backward(dz, x, own, None, *steps, [wanted, need_dw, False])
+            with _deterministic():
+                dx, part_dw, _ = torch.ops.aten.convolution_backward(dz, x, own, None, *steps, [wanted, need_dw, False])
             if wanted:
                 for i, one in zip(part, dx.split([maps[i].shape[1] for i in part], 1), strict=True):
                     dxs[i] = host.in_layout(one, channels_last) if need_dx[i] else dxs[i]

@@ -204,6 +204,40 @@ def advance(i, first, tap, own, BK: tl.constexpr, PLAIN: tl.constexpr, KERNEL: t
 
 
 @triton.jit
+def next_step(
+    acc, i, first, tap, last, tile, image, place, taps, xs, ups, heights, widths, channels, starts, w, n,
+    total, height, width, out_channels, stride_n, stride_k, stride_t,
+    BM: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr,
+    FACTORS: tl.constexpr, PLAIN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+):  # fmt: skip
+    """One step of the flat loop: what it leaves behind, whether it was its tile's last, and the tile's pixels."""
+    m = pixel_range(tile, BM, I64)
+    if KERNEL == 1 and STRIDE == 1 and CL:
+        image, place, taps = m, m, (m < total).to(tl.int32)
+    elif last:
+        # Apart from what ends a tile, which waits for its product: the next loads must not.
+        image, place, taps = place_of(m, total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN)
+    own = BK
+    if PLAIN > 0:
+        x, own, start = chosen(xs, channels, starts, i, PLAIN)
+        acc = add_step(
+            acc, x, own, start, first, tap, image, place, taps, w, n, height, width, out_channels,
+            stride_n, stride_k, stride_t,
+            BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, KERNEL, STRIDE, DILATION, ALIGN,
+        )  # fmt: skip
+    i, first, tap, last = advance(i, first, tap, own, BK, PLAIN, KERNEL)
+    if len(xs) > PLAIN:  # noqa: SIM102, the inner condition is the device's
+        if last:
+            acc = add_upsampled(
+                acc, xs, ups, heights, widths, channels, starts, w, m, n, total, height, width, out_channels,
+                stride_n, stride_k, stride_t,
+                BK, CL, EVEN_K, EVEN_N, PRECISION, ACC, I64, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
+            )  # fmt: skip
+    return acc, i, first, tap, last, m, image, place, taps
+
+
+@triton.jit
 def output_of(m, n, pixels, out_channels, CL: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr):
     """Offsets of a tile of the output."""
     return at(m, pixels, out_channels, CL, ALIGN)[:, None] + along(n, pixels, CL, I64, ALIGN)[None, :]
@@ -231,7 +265,6 @@ def inference_kernel(
     ALIGN: tl.constexpr, FACTORS: tl.constexpr, PLAIN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    FLAT: tl.constexpr = KERNEL == 1 and STRIDE == 1 and CL
     blocks = tl.cdiv(out_channels, BN)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     outs, pixels = n < out_channels, strided(height, STRIDE) * strided(width, STRIDE)
@@ -245,28 +278,12 @@ def inference_kernel(
     i, first, tap, last = 0, 0, 0, tile < 0
     acc = tl.zeros((BM, BN), ACC)
     for _ in range(0, mine * steps):
-        m = pixel_range(tile, BM, I64)
-        if FLAT:
-            image, place, taps = m, m, (m < total).to(tl.int32)
-        elif last:
-            # Apart from what ends a tile, which waits for its product: the next loads must not.
-            image, place, taps = place_of(m, total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN)
-        own = BK
-        if PLAIN > 0:
-            x, own, start = chosen(xs, channels, starts, i, PLAIN)
-            acc = add_step(
-                acc, x, own, start, first, tap, image, place, taps, w, n, height, width, out_channels,
-                stride_n, stride_k, stride_t,
-                BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, KERNEL, STRIDE, DILATION, ALIGN,
-            )  # fmt: skip
-        i, first, tap, last = advance(i, first, tap, own, BK, PLAIN, KERNEL)
+        acc, i, first, tap, last, m, image, place, taps = next_step(
+            acc, i, first, tap, last, tile, image, place, taps, xs, ups, heights, widths, channels, starts, w, n,
+            total, height, width, out_channels, stride_n, stride_k, stride_t,
+            BM, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
+        )  # fmt: skip
         if last:
-            if len(xs) > PLAIN:
-                acc = add_upsampled(
-                    acc, xs, ups, heights, widths, channels, starts, w, m, n, total, height, width, out_channels,
-                    stride_n, stride_k, stride_t,
-                    BK, CL, EVEN_K, EVEN_N, PRECISION, ACC, I64, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
-                )  # fmt: skip
             offset = output_of(m, n, pixels, out_channels, CL, I64, ALIGN)
             mask = inside(m < total, outs, EVEN_N, EVEN_M)
             u = (acc - center[None, :]) * scale[None, :] + shift[None, :]
@@ -287,7 +304,6 @@ def stage_kernel(
     DILATION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """WARPS: over how many of them a tile's rows are spread, where moments are carried from tile to tile; else 0."""
-    FLAT: tl.constexpr = KERNEL == 1 and STRIDE == 1 and CL
     blocks = tl.cdiv(out_channels, BN)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     outs, pixels = n < out_channels, strided(height, STRIDE) * strided(width, STRIDE)
@@ -306,28 +322,12 @@ def stage_kernel(
     i, first, tap, last = 0, 0, 0, tile < 0
     acc = tl.zeros((BM, BN), ACC)
     for _ in range(0, mine * steps):
-        m = pixel_range(tile, BM, I64)
-        if FLAT:
-            image, place, taps = m, m, (m < total).to(tl.int32)
-        elif last:
-            # Apart from what ends a tile, which waits for its product: the next loads must not.
-            image, place, taps = place_of(m, total, height, width, CL, KERNEL, STRIDE, DILATION, ALIGN)
-        own = BK
-        if PLAIN > 0:
-            x, own, start = chosen(xs, channels, starts, i, PLAIN)
-            acc = add_step(
-                acc, x, own, start, first, tap, image, place, taps, w, n, height, width, out_channels,
-                stride_n, stride_k, stride_t,
-                BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, KERNEL, STRIDE, DILATION, ALIGN,
-            )  # fmt: skip
-        i, first, tap, last = advance(i, first, tap, own, BK, PLAIN, KERNEL)
+        acc, i, first, tap, last, m, image, place, taps = next_step(
+            acc, i, first, tap, last, tile, image, place, taps, xs, ups, heights, widths, channels, starts, w, n,
+            total, height, width, out_channels, stride_n, stride_k, stride_t,
+            BM, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
+        )  # fmt: skip
         if last:
-            if len(xs) > PLAIN:
-                acc = add_upsampled(
-                    acc, xs, ups, heights, widths, channels, starts, w, m, n, total, height, width, out_channels,
-                    stride_n, stride_k, stride_t,
-                    BK, CL, EVEN_K, EVEN_N, PRECISION, ACC, I64, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
-                )  # fmt: skip
             written = acc.to(z.dtype.element_ty)
             offset = output_of(m, n, pixels, out_channels, CL, I64, ALIGN)
             mask = inside(m < total, outs, EVEN_N, EVEN_M)

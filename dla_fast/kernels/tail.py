@@ -32,6 +32,7 @@ from dla_fast.kernels.tile import (
     along,
     at,
     batch_terms,
+    dz_of,
     gradient_of,
     inside,
     multiple,
@@ -151,13 +152,13 @@ def reduce_sum_kernel(partial, sum_dy, sum_dy_xhat, channels, groups, BC: tl.con
 def apply_tile(
     dy, z, residual, dz, du, tile, column, cols, center, scale, shift, tilt, drop, total, pixels, channels,
     BM: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, WHOLE: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, FROZEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     m = pixel_range(tile, BM, I64)
     mask = inside(m < total, cols, EVEN, WHOLE)
     offset = at(m, pixels, channels, CL, ALIGN)[:, None] + column
     grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
-    value = grad * scale[None, :] - (off * tilt[None, :] + drop[None, :])
+    value = dz_of(grad, off, scale, tilt, drop, FROZEN)
     tl.store(dz + offset, value.to(dz.dtype.element_ty), mask=mask)
     if du is not None:
         tl.store(du + offset, grad.to(du.dtype.element_ty), mask=mask)
@@ -183,13 +184,13 @@ def apply_kernel(
     for tile in range(first, last):
         apply_tile(
             dy, z, residual, dz, du, tile, column, cols, center, scale, shift, tilt, drop, total, pixels, channels,
-            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, True,
+            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, sum_dy is None, True,
         )  # fmt: skip
     # The last tile of all, where it is not a whole one.
     if (last < first + each) & (last * BM < total):
         apply_tile(
             dy, z, residual, dz, du, last, column, cols, center, scale, shift, tilt, drop, total, pixels, channels,
-            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, False,
+            BM, CL, EVEN, ACC, I64, ALIGN, ACT, SLOPE, sum_dy is None, False,
         )  # fmt: skip
 
 

@@ -159,17 +159,6 @@ def activate_backward(u, dy, ACT: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def moments_of(value, rows, count, ACC: tl.constexpr):
-    """Per channel of a tile: its mean, the sum of squares around it, and the sum of what rounding the mean left.
-
-    ``value`` is zero outside ``rows``; ``count`` is how many rows there are.
-    """
-    mean = tl.sum(value, 0) / count
-    off = tl.where(rows[:, None], value - mean[None, :], 0.0)
-    return mean, tl.sum(off * off, 0), tl.sum(off, 0)
-
-
-@triton.jit
 def norm_of(mean, var, gamma, beta, c, cols, EPS: tl.constexpr, ACC: tl.constexpr):
     """A norm's coefficients for a block of channels: mean, 1 / sigma, gamma / sigma, beta. To be formed outside loops:
     a root and a division cost more than all the arithmetic of a value, and nothing hoists them past a store."""
@@ -215,5 +204,5 @@ def dz_of(grad, off, scale, tilt, drop, FROZEN: tl.constexpr):
     """dz of a tile from :func:`gradient_of` and :func:`batch_terms`; FROZEN: there are no such terms."""
     dz = grad * scale[None, :]
     if not FROZEN:
-        dz = dz - off * tilt[None, :] - drop[None, :]
+        dz = dz - (off * tilt[None, :] + drop[None, :])
     return dz
