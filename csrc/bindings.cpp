@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "cpu/operators/conv_norm_act.h"
+#include "cpu/operators/packed.h"
 #include "cpu/operators/tail.h"
 #include "cpu/operators/upsample.h"
 #include "cpu/shared/isa.h"
@@ -23,6 +24,9 @@ TORCH_LIBRARY_IMPL(dla_fast_cpu, CPU, m) {
   m.impl("conv_norm_act_inference", &cpu::conv_norm_act_inference);
   m.impl("conv_norm_act_stage", &cpu::conv_norm_act_stage);
   m.impl("conv_norm_act_backward", &cpu::conv_norm_act_backward);
+  m.impl("conv_norm_act_way", &cpu::conv_norm_act_way);
+  m.impl("conv_norm_act_pack", &cpu::conv_norm_act_pack);
+  m.impl("conv_norm_act_packed", &cpu::conv_norm_act_packed);
   m.impl("upsample", &cpu::upsample);
   m.impl("upsample_add", &cpu::upsample_add);
   m.impl("upsample_backward", &cpu::upsample_backward);
@@ -35,4 +39,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return dla_fast::cpu::isa_name(dla_fast::cpu::current_isa()); },
       "The instruction set the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx.");
+  m.def("release_maps", &dla_fast::cpu::release_maps, "Free the memory that packed calls keep for their maps.");
 }

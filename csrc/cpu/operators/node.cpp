@@ -116,7 +116,7 @@ std::vector<Tensor> taken(const Node& node) {
 }  // namespace
 
 template <class T>
-NativeNode<T>::NativeNode(const Node& node, const void* packed, int64_t arithmetic)
+NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Arithmetic> arithmetic)
     : kept_(taken(node)), weight_(arranged(node.weight, node.kernel > 1 && is_channels_last(node.weight))) {
   in_ = {node.channels_last,
          node.images,
@@ -141,8 +141,13 @@ NativeNode<T>::NativeNode(const Node& node, const void* packed, int64_t arithmet
     }
     in_.xs.push_back(input);
   }
-  arithmetic_ = arithmetic >= 0 ? static_cast<Arithmetic>(arithmetic) : arithmetic_of(in_);
+  arithmetic_ = arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false);
   product_ = product_of(in_, arithmetic_);
+}
+
+template <class T>
+Arithmetic NativeNode<T>::arithmetic_kept() const {
+  return arithmetic_of(in_, true);
 }
 
 template <class T>

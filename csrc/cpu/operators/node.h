@@ -50,11 +50,13 @@ template <class T>
 class NativeNode {
  public:
   // packed: the weight as the product of that arithmetic packed it before, where it did.
-  explicit NativeNode(const Node& node, const void* packed = nullptr, int64_t arithmetic = -1);
+  explicit NativeNode(const Node& node, const void* packed = nullptr,
+                      std::optional<Arithmetic> arithmetic = std::nullopt);
   NativeNode(const NativeNode&) = delete;
 
   const Product<T>* operator->() const { return product_.get(); }
-  Arithmetic arithmetic() const { return arithmetic_; }
+  // The best one where the weight is packed once for many calls.
+  Arithmetic arithmetic_kept() const;
   // A new tensor for the gradient of the weight, laid out as the products write it.
   Tensor weight_gradient() const;
 

@@ -1,5 +1,6 @@
 #include "product.h"
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "bf16_gemm.h"
@@ -9,14 +10,15 @@ namespace dla_fast::cpu {
 namespace {
 
 // Winograd's algorithm takes 8KN flops a pixel where the sum of products takes 18KN, but has a weight of 16KN values to
-// form and to read, and whole tiles to fill. Measured on Zen 4, 2 cores (docs/benchmarks.md).
+// form and to read, and whole tiles to fill.
 template <class T>
-bool winograd_pays(const Inputs<T>& in) {
+bool winograd_pays(const Inputs<T>& in, bool kept) {
   if (in.kernel != 3 || in.stride != 1 || in.dilation != 1) return false;
   for (const Input<T>& x : in.xs) {
     if (x.factor > 1) return true;  // it alone upsamples on the way
   }
-  return true;
+  if (const char* e = std::getenv("W")) return e[0] == '1';
+  return kept || in.total() > 0;
 }
 
 }  // namespace
@@ -24,7 +26,7 @@ bool winograd_pays(const Inputs<T>& in) {
 // Where the processor has instructions for bfloat16 they serve it, and where those are so fast that six products of
 // theirs take less than one of float, they serve float; else everything is multiplied as float or double.
 template <class T>
-Arithmetic arithmetic_of(const Inputs<T>& in) {
+Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
   const bool plain = in.stride == 1 && in.dilation == 1;
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (bf16_kernels() != nullptr) {
@@ -36,7 +38,7 @@ Arithmetic arithmetic_of(const Inputs<T>& in) {
     if (std::is_same_v<T, float> && bf16x3_kernels() != nullptr) return Arithmetic::bf16x3_pointwise;
     return Arithmetic::float_pointwise;
   }
-  return winograd_pays(in) ? Arithmetic::winograd : Arithmetic::direct;
+  return winograd_pays(in, kept) ? Arithmetic::winograd : Arithmetic::direct;
 }
 
 template <class T>
@@ -62,7 +64,7 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
 }
 
 #define DLA_INSTANTIATE(T)                                \
-  template Arithmetic arithmetic_of(const Inputs<T>&);    \
+  template Arithmetic arithmetic_of(const Inputs<T>&, bool);   \
   template ProductOf<T> product_of(const Inputs<T>&, Arithmetic);
 
 DLA_INSTANTIATE(float)

@@ -133,9 +133,9 @@ class PackedWeight {
 // The ways to multiply there are. Those of a name serve one layout of the tensors, or both.
 enum class Arithmetic : int { float_pointwise, winograd, direct, bf16_pointwise, bf16_convolution, bf16x3_pointwise };
 
-// The one that serves a node on this processor.
+// The one that serves a node on this processor. kept: its weight is packed once for many calls.
 template <class T>
-Arithmetic arithmetic_of(const Inputs<T>& in);
+Arithmetic arithmetic_of(const Inputs<T>& in, bool kept);
 
 // A product of a node. `in` has to outlive it, and neither pixels nor output channels may be zero.
 template <class T>
