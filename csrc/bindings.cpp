@@ -6,9 +6,12 @@
 #endif
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include "cpu/operators/conv_norm_act.h"
+#include "cpu/operators/fingerprint.h"
 #include "cpu/operators/tail.h"
 #include "cpu/operators/upsample.h"
 #include "cpu/shared/isa.h"
@@ -35,4 +38,6 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return dla_fast::cpu::isa_name(dla_fast::cpu::current_isa()); },
       "The instruction set the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx.");
+  m.def("fingerprint", &dla_fast::cpu::fingerprint,
+        "A number of where tensors lie, what they are and what is in them (of large ones of some values), or 0.");
 }
