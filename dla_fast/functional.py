@@ -101,7 +101,7 @@ def _node(
     x, up_weights, factors = xs[0], [], [1] * len(xs)
     images, _, height, width = x.shape
     channels, _, kernel, _ = weight.shape
-    if upsample is None and op == "aggregate":
+    if upsample is None and (op == "aggregate" or len(xs) == 1):
         checks.check_same_size(xs)
     else:
         upsample = checks.check_upsampling([None] * len(xs) if upsample is None else upsample, xs, _autocast)
