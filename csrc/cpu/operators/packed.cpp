@@ -1,6 +1,7 @@
 #include "packed.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 #include <cstring>
@@ -45,7 +46,7 @@ NormVectors<A> folded(const Tensor& scale, const Tensor& shift, std::string_view
 }
 
 template <class T>
-void pack(const Tensor& weight, at::IntArrayRef in_channels, int64_t way, Tensor& packed) {
+void pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way, Tensor& packed) {
   const bool taps_first = weight.size(2) > 1 && is_channels_last(weight);
   const Tensor dense = arranged(weight, taps_first);
   Inputs<T> in = {layout_of_way(way), 1, 1, 1, weight.size(1), weight.size(0), weight.size(2), {},
@@ -65,7 +66,7 @@ void pack(const Tensor& weight, at::IntArrayRef in_channels, int64_t way, Tensor
 
 }  // namespace
 
-int64_t conv_norm_act_way(at::TensorList xs, at::TensorList up_weights, const Tensor& weight, at::IntArrayRef factors,
+int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight, const std::vector<int64_t>& factors,
                           int64_t stride, int64_t dilation, int64_t groups) {
   const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
   if (node.way() == Way::library || node.empty()) return kLibrary;
@@ -77,17 +78,18 @@ int64_t conv_norm_act_way(at::TensorList xs, at::TensorList up_weights, const Te
   return way;
 }
 
-Tensor conv_norm_act_pack(const Tensor& weight, at::IntArrayRef in_channels, int64_t way) {
+Tensor conv_norm_act_pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way) {
   Tensor packed = nothing(weight);
   if (way == kLibrary) return packed;
   dispatch(weight.scalar_type(), [&](auto zero) { pack<decltype(zero)>(weight, in_channels, way, packed); });
   return packed;
 }
 
-Tensor conv_norm_act_packed(at::TensorList xs, at::TensorList up_weights, const Tensor& weight, const Tensor& packed,
+Tensor conv_norm_act_packed(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight, const Tensor& packed,
                             int64_t way, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual_given,
-                            at::IntArrayRef factors, int64_t stride, int64_t dilation, int64_t groups,
-                            int64_t residual_input, std::string_view act, double slope) {
+                            const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
+                            int64_t residual_input, const std::string& act, double slope) {
+  RECORD_FUNCTION("dla_fast_cpu::conv_norm_act_packed", std::vector<c10::IValue>());
   const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
   const OptionalTensor residual = node.residual(residual_given, residual_input);
   Tensor y = reused_map(weight, {node.images, node.out_channels, node.height, node.width}, node.channels_last);
