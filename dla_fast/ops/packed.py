@@ -14,12 +14,21 @@ if STATUS.loaded:
 else:
 
     def fingerprint(tensors: Sequence[Tensor | None]) -> int:
-        """A number of where tensors lie, what they are and what is in them, as csrc/cpu/operators/fingerprint.h says."""
+        """A number of where tensors lie, what they are and what is in them, as csrc/cpu/operators/fingerprint.h says.
+
+        Zero where there is none.
+        """
         return 0
 
 
 def way_of(
-    xs: Sequence[Tensor], weight: Tensor, factors: Sequence[int], stride: int, dilation: int, groups: int
+    xs: Sequence[Tensor],
+    up_weights: Sequence[Tensor],
+    weight: Tensor,
+    factors: Sequence[int],
+    stride: int,
+    dilation: int,
+    groups: int,
 ) -> int:
     """Which of the CPU's products serves a call, by its shapes, layouts and dtype."""
     return 0
@@ -55,5 +64,5 @@ def run(
     return y
 
 
-def release_buffers() -> None:
+def release_maps() -> None:
     """Free the memory that packed calls keep for their maps."""

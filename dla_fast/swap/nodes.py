@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from dla_fast import backend
 from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.frozen import KEY
 from dla_fast.nn.unit import parameter, run_unit
 from dla_fast.reference.activation import ActSpec
 
@@ -127,7 +128,9 @@ def rebind(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def restore(module: FusedNode) -> None:
-    """Give a swapped module its class back."""
+    """Give a swapped module its class back; what was frozen inside of it is no longer."""
+    for child in module.modules():
+        child.__dict__.pop(KEY, None)
     rebind(module, type(module)._dla_fast_original)
 
 
