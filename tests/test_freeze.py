@@ -430,7 +430,11 @@ def test_calls_that_are_taken_apart(calls):
         assert counted.get_total_flops() > 0
     with use_backend("reference"):
         assert relative(infer(model, x), want) < 1e-5
-    assert calls["run"] == 0
+    # A view of what is negated once it is read.
+    negated = torch.complex(x, -x).conj().imag
+    assert torch.equal(infer(model, negated), want)
+    assert negated.is_neg()
+    assert calls["run"] == 1
 
 
 @needs_kernels
@@ -507,8 +511,11 @@ def test_replicas(calls):
     replica = model[0]._replicate_for_data_parallel()
     for name, child in model[0].named_children():
         part = child._replicate_for_data_parallel()
-        for key, p in child.named_parameters():
-            setattr(part, key, p.detach() * 2)
+        for key, p in child._parameters.items():
+            if p is None:
+                part._parameters[key] = None
+            else:
+                setattr(part, key, p.detach() * 2)
         replica._modules[name] = part
     model[0].conv.weight.data.mul_(2)
     for p in model[0].bn.parameters():
