@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dla_fast.nn.batch_norm import parameter
+from dla_fast.nn.frozen import KEY
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
 
 MAX_INPUTS = 8
@@ -113,7 +114,9 @@ def original_class(module: object) -> type:
 
 
 def restore(module: FusedNode) -> None:
-    """Give a swapped module its class back."""
+    """Give a swapped module its class back; what was frozen inside of it is no longer."""
+    for child in module.modules():
+        child.__dict__.pop(KEY, None)
     rebind(module, type(module)._dla_fast_original)
 
 
