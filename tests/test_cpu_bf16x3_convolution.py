@@ -144,7 +144,8 @@ def test_parity(poisoned, layout):
     """The last input is upsampled on the way."""
     for channels, out_channels, factor in (((64, 64), 64, 2), ((70, 5, 66), 130, 3), ((256,), 48, 2)):
         pool = parity.Pool()
-        for training, (batch, height, width) in itertools.product((False, True), ((1, 3, 4), (2, 5, 7))):
+        sizes = ((1, 3, 4), (2, 5, 7))
+        for training, (batch, height, width), seed in itertools.product((False, True), sizes, range(3)):
             problem = parity.merge(
                 parity.Spec(
                     layout=layout,
@@ -156,6 +157,7 @@ def test_parity(poisoned, layout):
                     kernel=3,
                     factor=factor,
                     training=training,
+                    seed=seed,
                 )
             )
             pool.add(problem)
