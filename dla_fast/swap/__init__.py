@@ -1,4 +1,4 @@
-"""Model surgery: swap aggregation nodes of existing models for fused ones, and back."""
+"""Model surgery: swap modules of existing models for fused ones, and back."""
 
 from dla_fast.swap.report import SwapEntry, SwapReport
 from dla_fast.swap.surgery import swap_, unswap_
