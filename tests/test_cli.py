@@ -199,6 +199,7 @@ def measured(monkeypatch):
         result = {
             "task": dataclasses.asdict(task),
             "swapped": ["level2.root"],
+            "units": {"nodes": 1, "blocks": 2},
             "serves": {},
             "reference": demo._reference("cpu"),
             "difference": {row: {"relative": 1e-7, "absolute": 1e-6, "PyTorch alone": 2e-7} for row in rows},
@@ -223,6 +224,7 @@ def test_demo(demo_extras, capsys, tmp_path):
     assert match[1] == "6"
     assert float(match[2]) < 1e-5
     assert "level4.tree2.root" in "\n".join(lines)
+    assert "and 12 blocks, 7 convs" in lines
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

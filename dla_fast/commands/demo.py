@@ -194,7 +194,7 @@ def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dic
         before = make_model(task)
         after = copy.deepcopy(before)
         report = dla_fast.swap_(after)
-        names = [entry.name for entry in report.swapped]
+        names = [entry.name for entry in report.swapped if entry.kind == "aggregate"]
         if not names:
             raise CommandError(f"swap_ found no aggregation node in {task.model}:\n{report}")
     with stages.stage("differences"):
@@ -202,6 +202,7 @@ def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dic
     result: dict[str, Any] = {
         "task": asdict(task),
         "swapped": names,
+        "units": report.counts(),
         "serves": {c.backend: c.reason for c in backend.explain("aggregate", x.device.type) if c.chosen},
         "reference": _reference(x.device.type),
         "difference": differences,

@@ -91,7 +91,9 @@ def text(result: dict[str, Any]) -> str:
     """The report; its last line is :func:`last_line`."""
     first = notice(result)
     lines = [*([first] if first else []), heading(result), machine(result), ""]
-    lines += [f"swapped {len(result['swapped'])} nodes: {', '.join(result['swapped'])}", ""]
+    others = [f"{count} {unit}" for unit, count in result["units"].items() if count and unit != "nodes"]
+    lines.append(f"swapped {len(result['swapped'])} nodes: {', '.join(result['swapped'])}")
+    lines += [f"and {', '.join(others)}", ""] if others else [""]
     lines += [*_difference_rows(result), *_FOOTNOTE, ""]
     lines.append(f"{'milliseconds':<36}{'before':>12}{'after':>12}   before/after")
     for name in _TIMES:
