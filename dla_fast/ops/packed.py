@@ -30,8 +30,8 @@ fingerprint: Callable[[Sequence[Tensor | None]], int] = _function("fingerprint")
 way_of: Callable[..., int] = _function("conv_norm_act_way")
 # pack(weight, in_channels, way): the weight as that product reads it; opaque.
 pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_pack")
-# run(xs, up_weights, weight, packed, way, scale, shift, residual, factors, stride, dilation, groups, residual_input, act,
-# slope): act(scale * conv(cat(xs)) + shift + residual).
+# run(xs, up_weights, weight, packed, way, scale, shift, residual, factors, stride, dilation, groups, residual_input,
+# act, slope): act(scale * conv(cat(xs)) + shift + residual).
 run: Callable[..., Tensor] = _function("conv_norm_act_packed")
 
 
