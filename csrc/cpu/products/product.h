@@ -24,8 +24,8 @@ struct Input {
   const T* up_weight = nullptr;  // [channels][2f][2f], where that is not 1
 };
 
-// The inputs and the weight of a node. Products of a 1x1 kernel know no stride and no dilation: they are given the pixels
-// that it takes.
+// The inputs and the weight of a node. Products of a 1x1 kernel know no stride and no dilation: they are given the
+// pixels that it takes.
 template <class T>
 struct Inputs {
   bool channels_last;

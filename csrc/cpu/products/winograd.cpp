@@ -63,29 +63,38 @@ class Blockwise {
   Blockwise(const Blockwise&) = delete;
 
   void run(RowEpilogue<A> epilogue) const {
-    const int64_t depth = in_.in_channels, tiles = grid_.tiles(), count = static_cast<int64_t>(panels_.size());
-    const int64_t threads = thread_count();
-    const int64_t groups = std::clamp<int64_t>(divide_up(2 * threads, grid_.count()), 1, std::max<int64_t>(count, 1));
-    const int64_t cost = tiles * depth * divide_up(count, groups) * kPanel;
-    parallel_queue(grid_.count() * groups, cost, [&](const Take& take) {
-      const Scratch<A> v(16 * tiles * depth), m(divide_up(count, groups) * 16 * tiles * kPanel), z(4 * tiles * kPanel),
+    // Small maps come several together, so that the weight passes by less often.
+    const int64_t tiles = grid_.tiles(), blocks = grid_.row_blocks * grid_.col_blocks;
+    const int64_t together =
+        blocks > 1 ? 1 : std::clamp<int64_t>(48 / tiles, 1, std::max<int64_t>(in_.images / thread_count(), 1));
+    const int64_t depth = in_.in_channels, count = static_cast<int64_t>(panels_.size()), all = together * tiles;
+    const int64_t threads = thread_count(), tasks = divide_up(grid_.count(), together);
+    const int64_t groups = std::clamp<int64_t>(divide_up(2 * threads, tasks), 1, std::max<int64_t>(count, 1));
+    const int64_t cost = all * depth * divide_up(count, groups) * kPanel;
+    parallel_queue(tasks * groups, cost, [&](const Take& take) {
+      const Scratch<A> v(16 * all * depth), m(divide_up(count, groups) * 16 * all * kPanel), z(4 * tiles * kPanel),
           rows(in_.channels_last ? 0 : kPanel * 2 * grid_.cols);
       const typename Blocks<T>::Work work(blocks_);
       for (int64_t task = take(); task >= 0; task = take()) {
-        const TileGrid::Block block = grid_[task / groups];
+        const int64_t begin = task / groups * together, end = std::min(begin + together, grid_.count());
         const int64_t group = task % groups, first = count * group / groups, last = count * (group + 1) / groups;
-        for (size_t i = 0; i < in_.xs.size(); ++i) {
-          blocks_.gather(i, block, work);
-          float_kernels<A>().winograd_input(
-              {grid_.rows, grid_.cols, in_.xs[i].channels, v.get() + in_.xs[i].offset, tiles * depth, depth},
-              work.patch.get());
+        for (int64_t b = begin; b < end; ++b) {
+          for (size_t i = 0; i < in_.xs.size(); ++i) {
+            blocks_.gather(i, grid_[b], work);
+            float_kernels<A>().winograd_input(
+                {grid_.rows, grid_.cols, in_.xs[i].channels, v.get() + (b - begin) * tiles * depth + in_.xs[i].offset,
+                 all * depth, depth},
+                work.patch.get());
+          }
         }
-        products(first, last, v.get(), m.get());
+        products(first, last, v.get(), m.get(), (end - begin) * tiles, all);
         for (int64_t p = first; p < last; ++p) {
-          float_kernels<A>().winograd_output({grid_.rows, grid_.cols, panels_[p].count,
-                                              m.get() + (p - first) * 16 * tiles * kPanel, tiles * kPanel, kPanel},
-                                             z.get());
-          for_rows<T, A>(in_, grid_, block, panels_[p], z.get(), 2 * grid_.cols, rows.get(), epilogue);
+          for (int64_t b = begin; b < end; ++b) {
+            A* const from = m.get() + ((p - first) * 16 * all + (b - begin) * tiles) * kPanel;
+            float_kernels<A>().winograd_output({grid_.rows, grid_.cols, panels_[p].count, from, all * kPanel, kPanel},
+                                               z.get());
+            for_rows<T, A>(in_, grid_, grid_[b], panels_[p], z.get(), 2 * grid_.cols, rows.get(), epilogue);
+          }
         }
       }
     });
@@ -96,16 +105,17 @@ class Blockwise {
     return packed_ + (panel * 16 + position) * in_.in_channels * kPanel;
   }
 
-  // m[panel][position][tile][kPanel]; position by position, so that its part of v serves all panels from the cache.
-  void products(int64_t first, int64_t last, const A* v, A* m) const {
-    const int64_t depth = in_.in_channels, tiles = grid_.tiles();
+  // m[panel][position][tile][kPanel], positions `all` tiles apart, like those of v; position by position, so that its
+  // part of v serves all panels from the cache.
+  void products(int64_t first, int64_t last, const A* v, A* m, int64_t tiles, int64_t all) const {
+    const int64_t depth = in_.in_channels;
     for (int64_t position = 0; position < 16; ++position) {
-      const Segment<A> segment = {v + position * tiles * depth, depth, depth};
+      const Segment<A> segment = {v + position * all * depth, depth, depth};
       for (int64_t p = first; p < last; ++p) {
         const A* next = p + 1 < last ? packed(p + 1, position) : packed(first, (position + 1) % 16);
         Ahead ahead = Ahead::of<const A>({next, kPanel}, depth, kPanel);
         float_kernels<A>().gemm({tiles, panels_[p].count, &segment, 1, false, packed(p, position), kPanel,
-                                 m + ((p - first) * 16 + position) * tiles * kPanel, kPanel, false, &ahead});
+                                 m + ((p - first) * 16 + position) * all * kPanel, kPanel, false, &ahead});
       }
     }
   }
@@ -159,8 +169,7 @@ class Winograd : public Convolution<T> {
       const PackedWeight<A> weight(*this, in);
       return Blockwise<T>(in, std::move(panels), weight.get()).run(epilogue);
     }
-    const bool ragged =
-        std::any_of(panels.begin(), panels.end(), [](const Panel& p) { return p.count % kPanel != 0; });
+    const bool ragged = std::any_of(panels.begin(), panels.end(), [](const Panel& p) { return p.count % kPanel != 0; });
     const Scratch<A> weight(packed_values(panels, in.in_channels), ragged);
     transform(Taps<T>{in.weight, in.out_channels, in.in_channels, in.taps_first, true}, panels, weight.get());
     Blockwise<T>(in, std::move(panels), weight.get()).run(epilogue);
