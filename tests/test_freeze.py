@@ -392,3 +392,39 @@ def test_swapping_before_and_after(calls):
     dla_fast.unswap_(model)
     assert attributes == {name: set(vars(m)) for name, m in model.named_modules()}
     assert dla_fast.unfreeze_(model) == 0
+
+
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).tanh()
+
+
+@needs_kernels
+def test_units_of_a_sequential(calls):
+    """Of what a swapped module holds, its units alone."""
+    model = randomise(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), Foreign(), nn.Conv2d(8, 4, 1)))
+    dla_fast.swap_(model.eval())
+    assert dla_fast.freeze_(model).units == 1
+    x = torch.randn(1, 8, 5, 3)
+    assert_same(infer(model, x), unfrozen(model, x))
+    assert calls == {"pack": 1, "run": 1}
+    model[3].bn.train()
+    dla_fast.freeze_(model)
+
+
+def test_scripting_leaves_nothing():
+    model, x = (
+        randomise(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())).eval(),
+        torch.randn(1, 8, 3, 3),
+    )
+    dla_fast.swap_(model)
+    dla_fast.freeze_(model)
+    want = infer(model, x)
+    with pytest.warns(UserWarning, match="was unswapped"):
+        scripted = torch.jit.script(model)
+    assert relative(infer(scripted, x), want) < 1e-5
+    assert not states(model)
