@@ -109,6 +109,7 @@ template <class A>
 const FloatKernels<A>& float_kernels() {
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::amx_emulated:
     case Isa::amx:
     case Isa::avx512_bf16:
     case Isa::avx512:

@@ -35,10 +35,13 @@ Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
       if (in.kernel == 3 && plain) return Arithmetic::bf16_convolution;
     }
   }
-  if (in.kernel == 1) {
-    if (std::is_same_v<T, float> && bf16x3_kernels() != nullptr) return Arithmetic::bf16x3_pointwise;
-    return Arithmetic::float_pointwise;
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16x3_kernels() != nullptr && bf16x3_pays(in)) {
+      if (in.kernel == 1) return Arithmetic::bf16x3_pointwise;
+      if (in.kernel == 3 && plain) return Arithmetic::bf16x3_winograd;
+    }
   }
+  if (in.kernel == 1) return Arithmetic::float_pointwise;
   return winograd_pays(in, kept) ? Arithmetic::winograd : Arithmetic::direct;
 }
 
@@ -53,6 +56,9 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
       break;
     case Arithmetic::bf16x3_pointwise:
       if constexpr (std::is_same_v<T, float>) return bf16x3_pointwise(in);
+      break;
+    case Arithmetic::bf16x3_winograd:
+      if constexpr (std::is_same_v<T, float>) return bf16x3_winograd(in);
       break;
     case Arithmetic::winograd:
       return winograd(in);
