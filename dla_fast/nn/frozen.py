@@ -137,8 +137,8 @@ class Frozen:
             return None
 
         stride, dilation, groups = conv.stride[0], conv.dilation[0], conv.groups
-        given = isinstance(residual, Tensor)
-        key: list[Any] = [act, stride, dilation, groups, len(xs), "tensor" if given else residual]
+        added = residual if isinstance(residual, Tensor) else None
+        key: list[Any] = [act, stride, dilation, groups, len(xs), residual if added is None else "tensor"]
         maps, up_weights = [*xs], []
         if upsample is not None:
             for up in upsample:
@@ -146,11 +146,11 @@ class Frozen:
                 if up is not None:
                     up_weights.append(up[0])
             maps += up_weights
-        if given:
-            maps.append(residual)
+        if added is not None:
+            maps.append(added)
         dtype = weight.dtype
         for x in maps:
-            if type(x) not in _PLAIN or not x.is_cpu or x.dtype is not dtype:
+            if type(x) not in _PLAIN or not x.is_cpu or x.dtype is not dtype or x.is_neg():
                 return None
             key += x.shape, x.stride()
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*maps, *tensors)):
@@ -171,7 +171,8 @@ class Frozen:
         call = folded.calls.get(kind)
         if call is None:
             call = folded.calls[kind] = self._serve(folded, xs, conv, tensors, residual, upsample, act)
-        added = residual if given else None if call.added_input is None else xs[call.added_input]
+        if call.added_input is not None:
+            added = xs[call.added_input]
         return packed.run(
             xs, up_weights, weight, call.packed, call.way, folded.scale, folded.shift, added, call.factors, stride,
             dilation, groups, call.residual_input, call.act, call.slope,
@@ -210,13 +211,13 @@ class Frozen:
         call = functional.checked(
             "conv_norm_act", xs, weight, norm, None, conv_bias, *geometry, residual, upsample, act
         )
-        way = packed.way_of(xs, [] if upsample is None else [up[0] for up in upsample if up is not None], weight, call.factors, *geometry)
-        channels = [x.shape[1] for x in xs]
+        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry)
+        product = (way, *(x.shape[1] for x in xs))
         with self._making, torch.inference_mode(False), torch.no_grad():
-            if (way, *channels) not in folded.weights:
-                folded.weights[way, *channels] = packed.pack(weight, channels, way)
+            kept = folded.weights.get(product)
+            if kept is None:
+                kept = folded.weights[product] = packed.pack(weight, product[1:], way)
             if len(folded.calls) >= CALLS:
                 folded.calls.clear()
         added_input = residual if call.added is not None and isinstance(residual, int) else None
-        kept = folded.weights[way, *channels]
         return _Call(kept, way, call.factors, call.residual_input, added_input, call.act, call.slope)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from dla_fast import functional
 from dla_fast.checks import Upsampling
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain
+from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain, parameter
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
+from dla_fast.nn.frozen import KEY, Frozen
 from dla_fast.reference.activation import ActSpec
 
 
@@ -46,7 +47,8 @@ def run_unit(
     """``act(bn(conv(cat(xs))) + residual)``, on the parameters of a convolution and a batch norm.
 
     Fused where the children are an nn.Conv2d of the usual kind and an nn.BatchNorm2d. What has become something else
-    (SyncBatchNorm, a folded norm), has other options or is watched by hooks runs as the module it is.
+    (SyncBatchNorm, a folded norm), has other options or is watched by hooks runs as the module it is. A unit that
+    :func:`dla_fast.freeze_` has frozen runs from what is kept of it, where the call is one of inference.
 
     Args:
         xs: inputs (N, C_i, H_i, W_i); those to be upsampled are still low-resolution.
@@ -64,6 +66,11 @@ def run_unit(
         return _op_by_op(xs, conv, bn, act, residual, upsample)
     if isinstance(residual, Tensor) and residual.dtype != xs[0].dtype:
         residual = residual.to(xs[0].dtype)
+    if not torch.compiler.is_compiling():
+        frozen: Frozen | None = conv.__dict__.get(KEY)
+        y = None if frozen is None else frozen.run(xs, conv, bn, act, residual, upsample)
+        if y is not None:
+            return y
     y = functional.conv_norm_act(
         xs, parameter(conv, "weight"), conv_bias=parameter(conv, "bias"), stride=conv.stride[0],
         dilation=conv.dilation[0], groups=conv.groups, residual=residual, upsample=upsample, act=act,
@@ -71,11 +78,6 @@ def run_unit(
     )  # fmt: skip
     count_batch(bn)
     return y
-
-
-def parameter(module: nn.Module, name: str) -> Any:
-    """``getattr`` in a tenth of its time; the parameters of DataParallel's replicas are plain attributes."""
-    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def _op_by_op(

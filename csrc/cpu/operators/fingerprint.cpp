@@ -52,7 +52,7 @@ int64_t step_of(const Tensor& t) {
 }
 
 bool is_known(const Tensor& t) {
-  return t.is_cpu() && t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() &&
+  return t.is_cpu() && t.layout() == at::kStrided && !t.is_neg() && !t.unsafeGetTensorImpl()->is_python_dispatch() &&
          (t.dim() == 1 || t.is_non_overlapping_and_dense()) && (t.numel() == 0 || t.const_data_ptr() != nullptr);
 }
 
