@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 from bench_helpers import CPU, FIELDS, OPS, RATES, TINY, quick, run
 
+import dla_fast
 from dla_fast import backend, bench, functional
 from dla_fast.bench import Case, Rates, cases, network_timing, networks, peers, timing
 from dla_fast.proof import measure
+from dla_fast.swap.report import SwapReport
 
 MEASURE_RATES = cases.measure_rates
 
@@ -301,6 +305,26 @@ def test_a_network(mode):
     outcome = network_timing.time_network(network, mode, quick("eager", "eager_other_layout"), RATES)
     assert [r["impl"] for r in outcome.records] == ["dla_fast", "eager", "eager_other_layout"], outcome.records
     assert all(r["floor_ms"] > 0 for r in outcome.records)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_stock_network_swapped(timm, mode):
+    """Beside this package's own: timm's classifier, and for dense prediction one written op by op around it."""
+    for name in ("dla46_c", "dla34up"):
+        settings = dataclasses.replace(quick("eager"), variants=(peers.SWAPPED,))
+        outcome = network_timing.time_network(networks.Network(name, 64, 2), mode, settings, RATES)
+        found = [(r["impl"], r["network"].split(",")[0]) for r in outcome.records]
+        assert found == [("dla_fast", "dla_fast"), (peers.SWAPPED, "timm"), ("eager", "timm")], outcome.records
+        assert int(re.search(r"(\d+) units swapped", outcome.records[1]["network"])[1]) > 1
+        assert outcome.records[1]["backend"] == outcome.records[0]["backend"]
+
+
+def test_swapping_nothing_gives_no_figure(timm, monkeypatch):
+    monkeypatch.setattr(dla_fast, "swap_", lambda model: SwapReport([]))
+    settings = dataclasses.replace(quick("eager"), variants=(peers.SWAPPED,))
+    (record,) = network_timing.time_network(networks.Network("dla46_c", 64, 2), "inference", settings, RATES).records
+    assert "swap_ took nothing of it" in record["error"]
+    assert record["median_ms"] is None
 
 
 def test_a_network_with_a_parameter_that_is_not_trained():

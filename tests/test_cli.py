@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_fast import _extension, backend, cli, commands, ops
+from dla_fast import _extension, backend, cli, ops
 from dla_fast.bench import records
 from dla_fast.commands import demo, demo_memory, demo_report, demo_setup, doctor
 from dla_fast.proof import machine, measure
@@ -320,10 +321,8 @@ def test_demo_weights_that_cannot_be_fetched(demo_extras, capsys, tmp_path, monk
 
 
 def test_demo_without_its_extras(capsys, monkeypatch):
-    real = commands.importlib.util.find_spec
-    monkeypatch.setattr(
-        commands.importlib.util, "find_spec", lambda name: None if name in ("timm", "sklearn") else real(name)
-    )
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("timm", "sklearn") else real(name))
     assert cli.main(["demo"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("dla_fast demo: timm, scikit-learn not installed: pip install timm scikit-learn")

@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dla_fast
 from dla_fast import backend, functional, reference
-from dla_fast.bench import eager
+from dla_fast.bench import eager, exported
 from dla_fast.bench.cases import Case
 from dla_fast.proof import parity
 
 FUSED = "dla_fast"
+# This package's other ways to serve a network: the stock network after ``swap_``, and that after ``freeze_`` too.
+SWAPPED = f"{FUSED}+swapped"
+FROZEN = f"{FUSED}+frozen"
+VARIANTS = (SWAPPED, FROZEN)
 # What may be asked for beside dla_fast and its backends, which are always there.
 PEERS = (
     "eager",
@@ -29,6 +34,7 @@ PEERS = (
     "compile_frozen",
     "reference",
     "library",
+    *exported.MODULES,
 )
 # How a compiled peer is compiled: ``mode`` of torch.compile.
 _COMPILE_MODES = {
@@ -77,10 +83,33 @@ def implementations(
         wanted = [peer for peer in wanted if peer not in ("compile_frozen", "library")]
     if op not in ("aggregate", "merge"):
         wanted = [peer for peer in wanted if peer != "library"]
+    wanted = [peer for peer in wanted if peer not in exported.MODULES]
     if device == "cpu" and served == "reference" and "reference" in wanted:
         # dla_fast is the reference then.
         wanted.remove("reference")
     return [FUSED, *others, *wanted]
+
+
+def network_implementations(
+    device: str, dtype: torch.dtype, peers: Sequence[str], mode: str, variants: Sequence[str] = ()
+) -> list[str]:
+    """The names of what is timed for a whole network: dla_fast, the variants of it that there are, and the peers.
+
+    Args:
+        device: where.
+        dtype: of the network.
+        peers: of :data:`PEERS`; those that do not exist for this are left out.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
+        variants: of :data:`VARIANTS`; frozen there is in inference alone.
+    """
+    mine, others = [], []
+    for impl in implementations("aggregate", device, dtype, peers, mode):
+        if impl not in YARDSTICKS:
+            (mine if impl.startswith(FUSED) else others).append(impl)
+    there = (SWAPPED, FROZEN) if mode == "inference" and hasattr(dla_fast, "freeze_") else (SWAPPED,)
+    mine += [impl for impl in there if impl in variants]
+    outside = [impl for impl in exported.MODULES if impl in peers and exported.runs(impl, device, dtype, mode)]
+    return [*mine, *others, *outside]
 
 
 def backend_of(impl: str) -> str:

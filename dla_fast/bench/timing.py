@@ -43,6 +43,7 @@ class Settings:
         layout: channels_last or contiguous.
         rounds: samples of each peer.
         peers: whom to compare with, of :data:`dla_fast.bench.peers.PEERS`.
+        variants: other ways of dla_fast to time, of :data:`dla_fast.bench.peers.VARIANTS`.
         seconds: time that one case may take; a long one gets fewer rounds, 3 at least.
         rotate: copies of the inputs to go through; by default as many as pass a GPU's cache, and one on a CPU.
     """
@@ -54,6 +55,7 @@ class Settings:
     peers: tuple[str, ...] = ("eager",)
     seconds: float = 8.0
     rotate: int | None = None
+    variants: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:

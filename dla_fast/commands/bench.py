@@ -83,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PEER",
         help=f"whom to compare with, beside every backend of dla_fast: {', '.join(peers.PEERS)}, all",
     )
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=["swapped", "frozen"],
+        choices=["swapped", "frozen"],
+        help="whole networks: beside the one of this package's modules, the stock network after swap_, and after "
+        "freeze_ too (default: both)",
+    )
     parser.add_argument("--rounds", type=_positive, default=15, help="samples of each peer")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for a case: a long one gets fewer rounds")
     parser.add_argument("--minutes", type=float, help="start no new case after this time; what is left out is told")
@@ -256,7 +264,14 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     chosen = tuple(peers.PEERS) if "all" in args.peers else tuple(args.peers)
     settings = timing.Settings(
-        device, args.dtype, args.layout, args.rounds, chosen, seconds=args.seconds, rotate=args.rotate
+        device,
+        args.dtype,
+        args.layout,
+        args.rounds,
+        chosen,
+        seconds=args.seconds,
+        rotate=args.rotate,
+        variants=tuple(f"{peers.FUSED}+{name}" for name in args.variants),
     )
     result = Run(device, args.json, sys.argv[1:])
     rates = _Rates(settings, result)
