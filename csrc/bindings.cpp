@@ -6,9 +6,14 @@
 #endif
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include "cpu/operators/conv_norm_act.h"
+#include "cpu/operators/fingerprint.h"
+#include "cpu/operators/packed.h"
+#include "cpu/operators/reused_maps.h"
 #include "cpu/operators/tail.h"
 #include "cpu/operators/upsample.h"
 #include "cpu/shared/isa.h"
@@ -35,4 +40,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return dla_fast::cpu::isa_name(dla_fast::cpu::current_isa()); },
       "The instruction set the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx.");
+  m.def("fingerprint", &dla_fast::cpu::fingerprint,
+        "A number of where tensors lie, what they are and what is in them (of large ones of some values), or 0.");
+  // Functions and no operators: they serve inference alone, of plain tensors, whose calls they are to cost little beside.
+  const pybind11::call_guard<pybind11::gil_scoped_release> released;
+  m.def("conv_norm_act_way", &dla_fast::cpu::conv_norm_act_way, released, "See csrc/cpu/operators/packed.h.");
+  m.def("conv_norm_act_pack", &dla_fast::cpu::conv_norm_act_pack, released, "See csrc/cpu/operators/packed.h.");
+  m.def("conv_norm_act_packed", &dla_fast::cpu::conv_norm_act_packed, released, "See csrc/cpu/operators/packed.h.");
+  m.def("release_maps", &dla_fast::cpu::release_maps, "Free the memory that packed calls keep for their maps.");
 }

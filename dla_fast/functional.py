@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def _autocast(tensors: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _needs_reference() -> bool:
+def needs_reference() -> bool:
     """Whether the call is being taken apart (vmap, jvp, export, tracing), which only plain PyTorch ops survive."""
     if torch.compiler.is_compiling():
         return backend.is_exporting()
@@ -64,7 +64,7 @@ def _needs_reference() -> bool:
 
 
 def _serving(op: str, device: str, dtype: torch.dtype) -> str:
-    return "reference" if _needs_reference() else backend.resolve(op, device, dtype)
+    return "reference" if needs_reference() else backend.resolve(op, device, dtype)
 
 
 def _any_needs_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -75,7 +75,35 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and _any_needs_grad(tensors)
 
 
-def _node(
+class Checked(NamedTuple):
+    """A node's arguments when they have been checked, and cast where autocast says so.
+
+    Attributes:
+        xs: the inputs.
+        weight: of the convolution.
+        conv_bias: its bias, or None.
+        added: the tensor that is added before the activation, where it is not an input as a kernel loads it.
+        residual_input: the index of the input that is, else -1.
+        upsample: per input None or ``(up_weight, factor)``; None where no input is upsampled.
+        up_weights: of the inputs that are upsampled, in order.
+        factors: per input, 1 where it is taken as it is.
+        act: name of the activation.
+        slope: of a leaky one.
+    """
+
+    xs: list[Tensor]
+    weight: Tensor
+    conv_bias: Tensor | None
+    added: Tensor | None
+    residual_input: int
+    upsample: Upsampling | None
+    up_weights: list[Tensor]
+    factors: list[int]
+    act: str
+    slope: float
+
+
+def checked(
     op: str,
     xs: Sequence[Tensor],
     weight: Tensor,
@@ -88,11 +116,15 @@ def _node(
     residual: int | Tensor | None,
     upsample: Upsampling | None,
     act: ActSpec,
-) -> Tensor:
-    """:func:`conv_norm_act` of a norm, under the name ``op``, with a weight of one of some kernels, or of any."""
+) -> Checked:
+    """The arguments of :func:`conv_norm_act`, under the name ``op``, with a weight of one of some kernels, or of any.
+
+    Raises:
+        ValueError: as :func:`conv_norm_act`.
+        TypeError: as :func:`conv_norm_act`.
+    """
     xs = checks.check_inputs(xs)
-    device = xs[0].device.type
-    if _autocasts_on(device):
+    if _autocasts_on(xs[0].device.type):
         *xs, weight, conv_bias = _autocast([*xs, weight, conv_bias])
     checks.check_one_kind(xs)
     if stride != 1 or dilation != 1 or groups != 1:
@@ -101,7 +133,7 @@ def _node(
     x, up_weights, factors = xs[0], [], [1] * len(xs)
     images, _, height, width = x.shape
     channels, _, kernel, _ = weight.shape
-    if upsample is None and op == "aggregate":
+    if upsample is None and (op == "aggregate" or len(xs) == 1):
         checks.check_same_size(xs)
     else:
         upsample = checks.check_upsampling([None] * len(xs) if upsample is None else upsample, xs, _autocast)
@@ -125,14 +157,36 @@ def _node(
                 added, residual_input = xs[residual_input], -1
     name, slope = parse_act(act)
     checks.check_norm(norm, channels=channels, like=x, values_per_channel=images * height * width)
+    return Checked(xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope)
+
+
+def _node(
+    op: str,
+    given: Sequence[Tensor],
+    given_weight: Tensor,
+    norm: Norm,
+    kernels: tuple[int, ...] | None,
+    given_bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    groups: int,
+    residual: int | Tensor | None,
+    given_upsample: Upsampling | None,
+    act: ActSpec,
+) -> Tensor:
+    """:func:`conv_norm_act` of a norm, see :func:`checked`."""
+    xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope = checked(
+        op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
+    )
     gamma, beta, running_mean, running_var, training, momentum, eps = norm
+    x, device = xs[0], xs[0].device.type
     differentiable = training or (
         torch.is_grad_enabled() and _any_needs_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
     )
     serving = None
-    if device == cuda.DEVICE and not differentiable and not _needs_reference():
+    if device == cuda.DEVICE and not differentiable and not needs_reference():
         # Those kernels are for the inference of aggregation nodes alone.
-        plain = kernel == stride == groups == 1 and not up_weights and added is None and residual_input <= 0
+        plain = weight.shape[2] == stride == groups == 1 and not up_weights and added is None and residual_input <= 0
         serving = backend.serves_inference("aggregate", device, x.dtype) if plain else None
     serving = serving or _serving(op, device, x.dtype)
     if serving == "reference":

@@ -8,24 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dla_fast import checks, functional
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain
-from dla_fast.reference.activation import ActSpec, activate, parse_act
-
-
-def run_aggregate(xs: Sequence[Tensor], conv: nn.Conv2d, bn: nn.BatchNorm2d, *, residual: bool, act: ActSpec) -> Tensor:
-    """One aggregation node on the parameters of a 1x1 convolution and a batch norm.
-
-    Op by op where a child has become something else (SyncBatchNorm, a folded norm) or is watched by hooks.
-    """
-    if not is_plain(bn) or is_observed(conv):
-        y = bn(conv(torch.cat(list(xs), 1)))
-        return activate(y + xs[0] if residual else y, act)
-    y = functional.aggregate(
-        xs, conv.weight, conv_bias=conv.bias, residual=residual, act=act, **batch_norm_arguments(bn)
-    )
-    count_batch(bn)
-    return y
+from dla_fast import checks
+from dla_fast.nn.unit import run_unit
+from dla_fast.reference.activation import ActSpec, parse_act
 
 
 class AggregationNode(nn.Module):
@@ -81,7 +66,7 @@ class AggregationNode(nn.Module):
         # Two inputs exchanged have the same channels together, and would be taken silently.
         if isinstance(self.in_channels, tuple) and isinstance(inputs, Sequence):
             checks.check_channels("xs", inputs, self.in_channels, "in_channels")
-        return run_aggregate(inputs, self.conv, self.bn, residual=self.residual, act=self.act)
+        return run_unit(inputs, self.conv, self.bn, act=self.act, residual=0 if self.residual else None)
 
     def extra_repr(self) -> str:
         channels = list(self.in_channels) if isinstance(self.in_channels, tuple) else self.in_channels

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether a module has hooks, which a functional call in its place would not run."""
+    """Whether somebody watches or changes a module's calls, which a functional call in its place would not make."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
-def is_plain(bn: nn.Module) -> bool:
+def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
 
     A SyncBatchNorm or an Identity put in its place later (conversion, folding) has to run as the module it is.

@@ -11,7 +11,7 @@ from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_plain
 from dla_fast.reference.activation import ActSpec, activate, parse_act
 
 
-def run_batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: ActSpec = "relu") -> Tensor:
+def run_batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, act: ActSpec = "relu") -> Tensor:
     """``act(bn(x) + residual)`` on the parameters of a batch norm."""
     if residual is not None and residual.dtype != x.dtype:
         # Autocast: the convolution before the norm has cast, a residual that comes from outside has not been.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
-from dla_fast.nn.batch_norm_act import run_batch_norm_act
+from dla_fast.nn.unit import run_unit
 
 
 class ConvLevel(nn.Sequential):
@@ -60,7 +58,7 @@ class ConvLevel(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self)
         for conv, bn in zip(layers[0::3], layers[1::3], strict=True):
-            x = run_batch_norm_act(conv(x), cast(nn.BatchNorm2d, bn))
+            x = run_unit([x], conv, bn)
         return x
 
 
@@ -119,8 +117,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        y = run_batch_norm_act(self.conv1(x), self.bn1)
-        return run_batch_norm_act(self.conv2(y), self.bn2, x if shortcut is None else shortcut)
+        y = run_unit([x], self.conv1, self.bn1)
+        return run_unit([y], self.conv2, self.bn2, residual=x if shortcut is None else shortcut)
 
 
 class _BottleneckBase(nn.Module):
@@ -146,9 +144,9 @@ class _BottleneckBase(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        y = run_batch_norm_act(self.conv1(x), self.bn1)
-        y = run_batch_norm_act(self.conv2(y), self.bn2)
-        return run_batch_norm_act(self.conv3(y), self.bn3, x if shortcut is None else shortcut)
+        y = run_unit([x], self.conv1, self.bn1)
+        y = run_unit([y], self.conv2, self.bn2)
+        return run_unit([y], self.conv3, self.bn3, residual=x if shortcut is None else shortcut)
 
 
 class Bottleneck(_BottleneckBase):

@@ -8,30 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dla_fast import checks, functional
-from dla_fast.nn.aggregate import run_aggregate
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain
+from dla_fast import checks
+from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.unit import run_unit
 from dla_fast.nn.upsample import Upsample
-from dla_fast.reference.activation import ActSpec, activate
 
 MERGES = ("concat", "add")
-
-
-def run_merge(
-    xs: Sequence[Tensor],
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
-    act: ActSpec = "relu",
-    upsample: Sequence[tuple[Tensor, int] | None] | None = None,
-) -> Tensor:
-    """``act(bn(conv(cat(xs))))``, inputs upsampled first where ``upsample`` says so, on the children's parameters."""
-    if not is_plain(bn) or is_observed(conv):
-        ups = upsample if upsample is not None else [None] * len(xs)
-        full = [x if up is None else functional.upsample(x, *up) for x, up in zip(xs, ups, strict=True)]
-        return activate(bn(conv(torch.cat(full, 1))), act)
-    y = functional.merge(xs, conv.weight, conv_bias=conv.bias, upsample=upsample, act=act, **batch_norm_arguments(bn))
-    count_batch(bn)
-    return y
 
 
 class ConvNormAct(nn.Sequential):
@@ -61,10 +43,7 @@ class ConvNormAct(nn.Sequential):
         )
 
     def forward(self, *xs: Tensor, upsample: Sequence[tuple[Tensor, int] | None] | None = None) -> Tensor:
-        conv, bn = cast(nn.Conv2d, self[0]), cast(nn.BatchNorm2d, self[1])
-        if conv.kernel_size == (1, 1) and upsample is None:
-            return run_aggregate(xs, conv, bn, residual=False, act="relu")
-        return run_merge(xs, conv, bn, "relu", upsample)
+        return run_unit(xs, self[0], self[1], upsample=upsample)
 
 
 class IDAUp(nn.Module):

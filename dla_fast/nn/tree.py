@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dla_fast import checks
-from dla_fast.nn.aggregate import AggregationNode, run_aggregate
-from dla_fast.nn.batch_norm import is_plain
+from dla_fast.nn.aggregate import AggregationNode
+from dla_fast.nn.unit import run_unit
 
 BlockFactory = Callable[..., nn.Module]
 
@@ -44,10 +43,7 @@ class Projection(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, bn = cast(nn.Conv2d, self[0]), cast(nn.BatchNorm2d, self[1])
-        if not is_plain(bn):
-            return bn(conv(x))
-        return run_aggregate([x], conv, bn, residual=False, act="identity")
+        return run_unit([x], self[0], self[1], act="identity")
 
 
 class Tree(nn.Module):

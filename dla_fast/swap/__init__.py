@@ -1,6 +1,7 @@
-"""Model surgery: swap aggregation nodes of existing models for fused ones, and back."""
+"""Model surgery: swap modules of existing models for fused ones, freeze these for inference, and back."""
 
+from dla_fast.swap.freeze import FreezeReport, freeze_, unfreeze_
 from dla_fast.swap.report import SwapEntry, SwapReport
 from dla_fast.swap.surgery import swap_, unswap_
 
-__all__ = ["SwapEntry", "SwapReport", "swap_", "unswap_"]
+__all__ = ["FreezeReport", "SwapEntry", "SwapReport", "freeze_", "swap_", "unfreeze_", "unswap_"]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dla_fast.checks import FLOATING
+from dla_fast.nn.batch_norm import is_observed
 from dla_fast.swap import verify
 from dla_fast.swap.ida_adapter import IDAAdapter
 from dla_fast.swap.nodes import (
@@ -23,7 +24,6 @@ from dla_fast.swap.nodes import (
     FusedNode,
     class_reason,
     fused_act,
-    is_observed,
 )
 
 _NORMS = ("bn", "norm")

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast import backend, functional
-from dla_fast.nn.aggregate import run_aggregate
-from dla_fast.nn.batch_norm_act import run_batch_norm_act
-from dla_fast.nn.ida import run_merge
+from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.unit import run_unit
 from dla_fast.reference.activation import ActSpec
-from dla_fast.swap.nodes import FusedNode, forcing, fused_act, is_observed
+from dla_fast.swap.nodes import FusedNode, forcing, fused_act
 
 _PLAIN = (Tensor, nn.Parameter)
 _HALF = (torch.float16, torch.bfloat16)
@@ -52,18 +51,6 @@ def child(module: nn.Module, spec: IDASpec, kind: str, i: int) -> nn.Module | No
     held = module._modules.get(f"{kind}s")
     at = i if spec.first and kind != "node" else i - 1
     return held[at] if isinstance(held, nn.ModuleList) and 0 <= at < len(held) else None
-
-
-def is_plain_conv(conv: nn.Module) -> bool:
-    """Whether a child is a 1x1 or 3x3 convolution that keeps the size and does nothing else."""
-    return type(conv) is nn.Conv2d and (
-        conv.kernel_size in ((1, 1), (3, 3))
-        and conv.padding == (conv.kernel_size[0] // 2,) * 2
-        and conv.stride == (1, 1)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-    )
 
 
 def up_factor(up: nn.Module | None) -> int | None:
@@ -106,49 +93,41 @@ def parts(unit: nn.Module) -> tuple[nn.Module, nn.BatchNorm2d, nn.Module] | None
     return conv, bn, act
 
 
-def run_unit(unit: nn.Module, xs: list[Tensor], upsample: list[tuple[Tensor, int] | None] | None = None) -> Tensor:
+def run_child(unit: nn.Module, xs: list[Tensor], upsample: list[tuple[Tensor, int] | None] | None = None) -> Tensor:
     """A projection or node on its inputs: fused, or with the norm and activation alone fused, or as it is."""
     if type(unit) is nn.Identity and not is_observed(unit):
         return xs[0]
     found = None if is_observed(unit) else parts(unit)
     if found is not None:
-        conv, bn, act_module = found
-        act = cast(ActSpec, fused_act(act_module))
-        if is_plain_conv(conv) and not is_observed(conv):
-            plain = cast(nn.Conv2d, conv)
-            if plain.kernel_size == (1, 1) and upsample is None:
-                return run_aggregate(xs, plain, bn, residual=False, act=act)
-            return run_merge(xs, plain, bn, act, upsample)
+        conv, bn, act = found
+        return run_unit(xs, conv, bn, act=cast(ActSpec, fused_act(act)), upsample=upsample)
     if upsample is not None:
         xs = [x if up is None else functional.upsample(x, *up) for x, up in zip(xs, upsample, strict=True)]
-    x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
-    if found is None:
-        return cast(Tensor, unit(x))
-    return run_batch_norm_act(conv(x), bn, None, act)
+    return cast(Tensor, unit(xs[0] if len(xs) == 1 else torch.cat(xs, 1)))
 
 
 def _step(module: nn.Module, spec: IDASpec, i: int, before: Tensor, layer: Tensor) -> Tensor:
     """Project layer i, bring it up, and merge it into what was before."""
     proj, up, node = (cast(nn.Module, child(module, spec, kind, i)) for kind in ("proj", "up", "node"))
-    low = run_unit(proj, [layer])
+    low = run_child(proj, [layer])
     factor = None if is_observed(up) else up_factor(up)
     if factor is None:
         low, factor = up(low), 1
     weight = cast(Tensor, up.weight) if factor > 1 else None
     if spec.merge == "add":
         both = low + before if weight is None else functional.upsample_add(low, before, weight, factor)
-        return run_unit(node, [both])
+        return run_child(node, [both])
     xs, ups = [before, low], [None, None if weight is None else (weight, factor)]
     if spec.merge == "concat_reversed":
         xs, ups = xs[::-1], ups[::-1]
-    return run_unit(node, xs, None if weight is None else ups)
+    return run_child(node, xs, None if weight is None else ups)
 
 
 def run_ida(module: nn.Module, spec: IDASpec, layers: Any, start: int, end: int) -> Any:
     """The ladder over ``layers[start:end]``, with the original's treatment of the caller's list."""
     work = layers if spec.mutates else list(layers)
     if spec.first:
-        x = run_unit(cast(nn.Module, child(module, spec, "proj", 0)), [work[start]])
+        x = run_child(cast(nn.Module, child(module, spec, "proj", 0)), [work[start]])
         up = cast(nn.Module, child(module, spec, "up", 0))
         factor = None if is_observed(up) else up_factor(up)
         if factor is None:

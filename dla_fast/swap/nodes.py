@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dla_fast import backend
-from dla_fast.nn.aggregate import run_aggregate
+from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.frozen import KEY
+from dla_fast.nn.unit import parameter, run_unit
 from dla_fast.reference.activation import ActSpec
 
 MAX_INPUTS = 8
@@ -126,7 +128,9 @@ def rebind(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def restore(module: FusedNode) -> None:
-    """Give a swapped module its class back."""
+    """Give a swapped module its class back; what was frozen inside of it is no longer."""
+    for child in module.modules():
+        child.__dict__.pop(KEY, None)
     rebind(module, type(module)._dla_fast_original)
 
 
@@ -167,17 +171,6 @@ def fused_act(module: nn.Module) -> ActSpec | None:
     return None
 
 
-def is_observed(child: nn.Module) -> bool:
-    """Whether somebody watches or changes the calls of a child, which the fused path would not make."""
-    return bool(
-        child._forward_hooks
-        or child._forward_pre_hooks
-        or child._backward_hooks
-        or child._backward_pre_hooks
-        or "forward" in child.__dict__
-    )
-
-
 def is_plain_conv1x1(conv: nn.Conv2d) -> bool:
     """Whether an exact Conv2d has the options of :data:`CONV1X1`; written out, as every call asks."""
     return (
@@ -188,11 +181,6 @@ def is_plain_conv1x1(conv: nn.Conv2d) -> bool:
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
-
-
-def _parameter(module: nn.Module, name: str) -> Any:
-    """``getattr`` in a tenth of its time; the parameters of DataParallel's replicas are plain attributes."""
-    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def _dtypes_agree(xs: Sequence[Tensor], weight: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: bool) -> bool:
@@ -208,11 +196,11 @@ def _dtypes_agree(xs: Sequence[Tensor], weight: Tensor, conv: nn.Conv2d, bn: nn.
             return False
         dtype = cast
     else:
-        bias = _parameter(conv, "bias")
+        bias = parameter(conv, "bias")
         if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
             return False
     for name in ("weight", "bias"):
-        if not _fits(_parameter(bn, name), dtype):
+        if not _fits(parameter(bn, name), dtype):
             return False
     return _fits(bn._buffers.get("running_mean"), dtype) and _fits(bn._buffers.get("running_var"), dtype)
 
@@ -255,7 +243,7 @@ def can_fuse(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> bo
     if torch.jit.is_tracing() or backend.is_exporting():
         return False
     # fx proxies and tensor subclasses (DTensor, quantized weights) have rules of their own; meta computes nothing.
-    weight = _parameter(conv, "weight")
+    weight = parameter(conv, "weight")
     if type(xs[0]) not in _PLAIN or type(weight) not in _PLAIN or weight.is_meta:
         return False
     if spec.residual and xs[0].dim() == 4 and xs[0].shape[1] != weight.shape[0]:
@@ -268,7 +256,8 @@ def run_fused(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> T
     children: Any = module._modules
     conv, bn, act = children["conv"], children[spec.bn], fused_act(children[spec.act])
     assert act is not None
+    residual = 0 if spec.residual else None
     if spec.backend in ("auto", backend.selected()):
-        return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)
+        return run_unit(xs, conv, bn, act=act, residual=residual)
     with forcing(spec.backend):
-        return run_aggregate(xs, conv, bn, residual=spec.residual, act=act)
+        return run_unit(xs, conv, bn, act=act, residual=residual)

@@ -9,26 +9,10 @@
 
 #include <type_traits>
 
-#include "library.h"
+#include "inference.h"
 
 namespace dla_fast::cpu {
 namespace {
-
-template <class T>
-void infer(const Node& node, const NormVectors<acc_t<T>>& norm, const OptionalTensor& residual, Tensor& y) {
-  using A = acc_t<T>;
-  const T* skip = data_or_null<T>(residual);
-  T* out = y.mutable_data_ptr<T>();
-  if (node.way() == Way::library) {
-    const Tensor z = library_convolution(node);
-    return tail_pass(node.size(), norm, z.const_data_ptr<T>(), skip, out);
-  }
-  const int64_t ld = node.channels_last ? node.out_channels : node.height * node.width;
-  NativeNode<T>(node)->forward(nullptr, [&](const Piece& piece, Strided<const A> z) {
-    kernels<T>().tail_accumulated(piece.shape, norm.from(piece.channel), z,
-                                  {skip == nullptr ? nullptr : skip + piece.at, ld}, {out + piece.at, ld});
-  });
-}
 
 // z; and its moments where mean is not null.
 template <class T>
@@ -75,7 +59,9 @@ Tensor conv_norm_act_inference(at::TensorList xs, at::TensorList up_weights, con
   if (node.empty()) return y;
   dispatch(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    infer<T>(node, norm.vectors<acc_t<T>>(conv_bias), residual, y);
+    const NormVectors<acc_t<T>> vectors = norm.vectors<acc_t<T>>(conv_bias);
+    if (node.way() == Way::library) return infer_by_library<T>(node, vectors, residual, y);
+    infer<T>(node, NativeNode<T>(node), vectors, residual, y);
   });
   return y;
 }

@@ -56,16 +56,20 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
   width = in_width == 0 ? 0 : (in_width - 1) / stride + 1;
 }
 
-// Measured (docs/benchmarks.md): on every root and every ladder step of the networks our products, with the tail or the
-// moments behind them in cache, were faster than the library's 1x1 and 3x3 convolutions followed by passes. Not
-// measured: a stride, which costs a 1x1 kernel one copy of the pixels that it takes (a dilation means nothing to it).
-// The 3x3 products read blocks with a pixel around them, so they know neither strides nor dilations; groups and larger
-// kernels are rare in these networks, and what the library lacks there, the fusion, is worth less the more flops a
-// pixel takes.
+// Measured (docs/benchmarks.md): on every convolution of the networks our products of floats, with the tail or the
+// moments behind them in cache, were faster than the library's convolutions followed by passes. In half precision the
+// library has instructions that our strided, dilated and larger kernels have not; without vectors of eight floats it
+// has the better code. Groups are rare in these networks.
 Way Node::way() const {
-  if (groups == 1 && kernel == 1) return Way::pointwise;
-  if (groups == 1 && kernel == 3 && stride == 1 && dilation == 1) return Way::convolution;
-  return Way::library;
+  if (groups != 1) return Way::library;
+  if (kernel == 1) return Way::pointwise;
+  if (kernel == 3 && stride == 1 && dilation == 1) return Way::convolution;
+  const bool floats = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble;
+  return floats && current_isa() != Isa::generic ? Way::convolution : Way::library;
+}
+
+bool Node::upsamples_on_the_way() const {
+  return kernel == 3 && stride == 1 && dilation == 1;
 }
 
 Tensor Node::map(int64_t channels) const {
@@ -99,9 +103,9 @@ namespace {
 
 // The inputs as the products take them: a 1x1 product those pixels that the stride takes of upsampled maps.
 std::vector<Tensor> taken(const Node& node) {
-  if (node.way() == Way::convolution) return node.xs;
+  if (node.upsamples_on_the_way()) return node.xs;
   std::vector<Tensor> xs = node.all_full();
-  if (node.stride > 1) {
+  if (node.kernel == 1 && node.stride > 1) {
     for (Tensor& x : xs) {
       x = arranged(x.slice(2, 0, std::nullopt, node.stride).slice(3, 0, std::nullopt, node.stride), node.channels_last);
     }
@@ -112,7 +116,7 @@ std::vector<Tensor> taken(const Node& node) {
 }  // namespace
 
 template <class T>
-NativeNode<T>::NativeNode(const Node& node)
+NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Arithmetic> arithmetic)
     : kept_(taken(node)), weight_(arranged(node.weight, node.kernel > 1 && is_channels_last(node.weight))) {
   in_ = {node.channels_last,
          node.images,
@@ -123,8 +127,11 @@ NativeNode<T>::NativeNode(const Node& node)
          node.kernel,
          {},
          weight_.template const_data_ptr<T>(),
-         node.kernel > 1 && is_channels_last(node.weight)};
-  const bool upsampling = node.way() == Way::convolution;
+         node.kernel > 1 && is_channels_last(node.weight),
+         node.kernel > 1 ? node.stride : 1,
+         node.kernel > 1 ? node.dilation : 1,
+         packed};
+  const bool upsampling = node.upsamples_on_the_way();
   for (int64_t i = 0; i < node.count(); ++i) {
     const Tensor& x = kept_[i];
     Input<T> input = {x.const_data_ptr<T>(), x.size(1), node.offsets[i], x.size(2), x.size(3)};
@@ -134,7 +141,13 @@ NativeNode<T>::NativeNode(const Node& node)
     }
     in_.xs.push_back(input);
   }
-  product_ = product_of(in_);
+  arithmetic_ = arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false);
+  product_ = product_of(in_, arithmetic_);
+}
+
+template <class T>
+Arithmetic NativeNode<T>::arithmetic_kept() const {
+  return arithmetic_of(in_, true);
 }
 
 template <class T>

@@ -14,7 +14,7 @@ namespace dla_fast::cpu {
 // How a node's convolution is computed.
 enum class Way {
   pointwise,    // by our 1x1 products, of the pixels that the stride takes
-  convolution,  // by our 3x3 products, inputs upsampled on the way
+  convolution,  // by our products of larger kernels
   library,      // by the library's convolution of the concatenation
 };
 
@@ -32,6 +32,8 @@ struct Node {
        int64_t dilation, int64_t groups);
 
   Way way() const;
+  // Whether our products upsample what they gather; else upsampled maps are made for them.
+  bool upsamples_on_the_way() const;
   bool empty() const { return images * height * width * out_channels == 0; }
   MapSize size() const { return {channels_last, images, out_channels, height * width}; }
   int64_t count() const { return static_cast<int64_t>(xs.size()); }
@@ -47,10 +49,14 @@ struct Node {
 template <class T>
 class NativeNode {
  public:
-  explicit NativeNode(const Node& node);
+  // packed: the weight as the product of that arithmetic packed it before, where it did.
+  explicit NativeNode(const Node& node, const void* packed = nullptr,
+                      std::optional<Arithmetic> arithmetic = std::nullopt);
   NativeNode(const NativeNode&) = delete;
 
   const Product<T>* operator->() const { return product_.get(); }
+  // The best one where the weight is packed once for many calls.
+  Arithmetic arithmetic_kept() const;
   // A new tensor for the gradient of the weight, laid out as the products write it.
   Tensor weight_gradient() const;
 
@@ -58,6 +64,7 @@ class NativeNode {
   std::vector<Tensor> kept_;  // inputs and up-weights
   Tensor weight_;
   Inputs<T> in_;
+  Arithmetic arithmetic_;
   ProductOf<T> product_;
 };
 

@@ -15,15 +15,6 @@ at::ScalarType accumulation_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-Act act_of(std::string_view name) {
-  if (name == "identity") return Act::identity;
-  if (name == "relu") return Act::relu;
-  if (name == "silu") return Act::silu;
-  if (name == "leaky_relu") return Act::leaky_relu;
-  if (name == "hardswish") return Act::hardswish;
-  TORCH_CHECK_VALUE(false, "act: unknown activation '", std::string(name), "'");
-}
-
 // Value by value, of any dtype and stride: an operator of the library's would take longer than all of them.
 template <class A>
 std::vector<A> vector_of(const OptionalTensor& t, int64_t n, A otherwise) {
@@ -48,6 +39,15 @@ std::vector<A> batch_term(const OptionalTensor& sum, double count, int64_t chann
 }
 
 }  // namespace
+
+Act act_of(std::string_view name) {
+  if (name == "identity") return Act::identity;
+  if (name == "relu") return Act::relu;
+  if (name == "silu") return Act::silu;
+  if (name == "leaky_relu") return Act::leaky_relu;
+  if (name == "hardswish") return Act::hardswish;
+  TORCH_CHECK_VALUE(false, "act: unknown activation '", std::string(name), "'");
+}
 
 Tensor empty_map(const Tensor& like, at::IntArrayRef sizes, bool channels_last) {
   Tensor out = at::empty(sizes, like.options().memory_format(format_of(channels_last)));

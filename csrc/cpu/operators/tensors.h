@@ -62,6 +62,9 @@ const T* data_or_null(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr<T>() : nullptr;
 }
 
+// The activation of a name.
+Act act_of(std::string_view name);
+
 // The normalisation of a call. Each vector may have any dtype and stride.
 struct NormArgs {
   const Tensor &mean, &var;

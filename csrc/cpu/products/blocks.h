@@ -50,7 +50,10 @@ struct Map {
       std::fill_n(to + end * count, (cols - end) * count, A(0));
       const int64_t pixel = (h + r) * width + w + begin, pixels = height * width;
       const Strided<A> dst = {to + begin * count, count};
-      if (channels_last) {
+      if (channels_last && count == channels) {
+        const int64_t values = (end - begin) * count;
+        kernels<T>().load({data + (image * pixels + pixel) * channels, values}, {dst.data, values}, 1, values);
+      } else if (channels_last) {
         kernels<T>().load({data + (image * pixels + pixel) * channels + first, channels}, dst, end - begin, count);
       } else {
         kernels<T>().load_transposed({data + (image * channels + first) * pixels + pixel, pixels}, dst, count,
@@ -176,6 +179,13 @@ struct Panel {
     for (int64_t c = 0; c < channels; c += kPanel) panels.push_back({first + c, std::min(kPanel, channels - c)});
   }
 };
+
+// Those of all output channels.
+inline std::vector<Panel> panels_of(int64_t channels) {
+  std::vector<Panel> panels;
+  Panel::add(panels, 0, channels);
+  return panels;
+}
 
 // A row of pixels of the output; `group` counts the rows of blocks, for the moments.
 struct PixelRow {

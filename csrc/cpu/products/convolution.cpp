@@ -4,10 +4,8 @@ namespace dla_fast::cpu {
 
 template <class T>
 void Convolution<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
-  std::vector<Panel> panels;
-  Panel::add(panels, 0, in_.out_channels);
   convolve(
-      in_, false, std::move(panels), [&](const Shape& shape, const PixelRow& row, int64_t channel, Strided<const A> z) {
+      in_, false, panels_of(in_.out_channels), [&](const Shape& shape, const PixelRow& row, int64_t channel, Strided<const A> z) {
         epilogue({shape, row.group, channel, in_.at(in_.out_channels, row.image, row.h * in_.width + row.w, channel)},
                  z);
       });
@@ -21,6 +19,7 @@ void Convolution<T>::input_gradients(const Gradient<T>& g) const {
   }
   if (panels.empty()) return;
   Inputs<T> from = in_;
+  from.packed = nullptr;
   std::swap(from.in_channels, from.out_channels);
   from.xs = {{g.dz, in_.out_channels, 0, in_.height, in_.width}};
   const auto& k = kernels<T>();

@@ -12,13 +12,14 @@ constexpr int64_t kPanel = 64;
 
 // One input of a sum of products: M x k values read through lda (element (i, p) at a[i * lda + p], or at
 // a[p * lda + i] when the left-hand side is transposed). Its right-hand side is b, or where that is null lies below
-// that of the segment before.
+// that of the segment before. Where rows come in groups, a group begins `step` values behind the one before.
 template <class A>
 struct Segment {
   const A* a;
   int64_t lda;
   int64_t k;
   const A* b = nullptr;
+  int64_t step = 0;
 };
 
 // Memory that is wanted soon: rows of so many cache lines, `stride` bytes apart. A product fetches it in passing and
@@ -61,6 +62,7 @@ struct Gemm {
   int64_t ldc;
   bool add;
   Ahead* ahead = nullptr;
+  int64_t group = 0;  // rows of a group, where they come in groups
 };
 
 // Winograd's minimal filtering F(2x2, 3x3): a tile of 2x2 outputs of a 3x3 convolution takes 16 products a channel pair

@@ -7,26 +7,33 @@
 #include "float_pointwise.h"
 
 namespace dla_fast::cpu {
-namespace {
 
-// The weight transposed into panels of kPanel output channels: panel j holds [K][kPanel].
-template <class T, class A>
-Scratch<A> pack_weight(const T* weight, int64_t out_channels, int64_t in_channels) {
-  const int64_t panels = divide_up(out_channels, kPanel);
-  Scratch<A> packed(panels * in_channels * kPanel, out_channels % kPanel != 0);
-  const int64_t blocks = divide_up(in_channels, kPanel);
-  parallel(panels * blocks, kPanel * kPanel, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / blocks * kPanel, k = i % blocks * kPanel;
-      kernels<T>().load_transposed({weight + n * in_channels + k, in_channels},
-                                   {packed.get() + (i / blocks * in_channels + k) * kPanel, kPanel},
-                                   std::min(kPanel, out_channels - n), std::min(kPanel, in_channels - k));
-    }
-  });
-  return packed;
+// Panel by panel of kPanel output channels the weight transposed, [K][kPanel]; of contiguous tensors as it is, but wide.
+template <class T>
+int64_t FloatPointwise<T>::packed_bytes() const {
+  const int64_t values = in_.in_channels * static_cast<int64_t>(sizeof(A));
+  if (in_.channels_last) return round_up(in_.out_channels, kPanel) * values;
+  return std::is_same_v<T, A> ? 0 : in_.out_channels * values;
 }
 
-}  // namespace
+template <class T>
+void FloatPointwise<T>::pack(void* to) const {
+  A* const packed = static_cast<A*>(to);
+  const int64_t depth = in_.in_channels, n = in_.out_channels;
+  if (!in_.channels_last) {
+    if (!std::is_same_v<T, A>) kernels<T>().load({in_.weight, depth}, {packed, depth}, n, depth);
+    return;
+  }
+  const int64_t blocks = divide_up(depth, kPanel);
+  parallel(divide_up(n, kPanel) * blocks, kPanel * kPanel, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t channel = i / blocks * kPanel, k = i % blocks * kPanel;
+      kernels<T>().load_transposed({in_.weight + channel * depth + k, depth},
+                                   {packed + (i / blocks * depth + k) * kPanel, kPanel}, std::min(kPanel, n - channel),
+                                   std::min(kPanel, depth - k));
+    }
+  });
+}
 
 template <class T>
 void FloatPointwise<T>::forward_channels_last(A* out, Epilogue<A> epilogue) const {
@@ -34,7 +41,7 @@ void FloatPointwise<T>::forward_channels_last(A* out, Epilogue<A> epilogue) cons
   const int64_t total = in_.total(), rows_max = tile_rows(total, weights()), depth = in_.in_channels,
                 n = in_.out_channels;
   const Tasks tasks(divide_up(total, rows_max), divide_up(n, kPanel));
-  const Scratch<A> packed = pack_weight<T, A>(in_.weight, n, depth);
+  const PackedWeight<A> packed(*this, in_);
   parallel_queue(tasks.count, rows_max * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
     const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
     std::vector<Segment<A>> segments(in_.xs.size());
@@ -74,14 +81,9 @@ void FloatPointwise<T>::forward_contiguous(A* out, Epilogue<A> epilogue) const {
   const int64_t depth = in_.in_channels, n = in_.out_channels, pixels = in_.pixels(),
                 tiles_per_image = divide_up(pixels, kPanel);
   const Tasks tasks(in_.images * tiles_per_image, divide_up(n, block));
-  const Scratch<A> wide(std::is_same_v<T, A> ? 0 : n * depth);
-  const A* w;
-  if constexpr (std::is_same_v<T, A>) {
-    w = in_.weight;
-  } else {
-    k.load({in_.weight, depth}, {wide.get(), depth}, n, depth);
-    w = wide.get();
-  }
+  const PackedWeight<A> wide(*this, in_);
+  const A* w = wide.get();
+  if constexpr (std::is_same_v<T, A>) w = in_.weight;
   parallel_queue(tasks.count, kPanel * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
     const Scratch<A> z(block * kPanel), x_panel(depth * kPanel, pixels % kPanel != 0);
     for (int64_t task = take(); task >= 0; task = take()) {

@@ -15,6 +15,8 @@ class FloatPointwise : public Product<T> {
  public:
   explicit FloatPointwise(const Inputs<T>& in) : in_(in) {}
 
+  int64_t packed_bytes() const override;
+  void pack(void* to) const override;
   int64_t groups() const override {
     return in_.channels_last ? divide_up(in_.total(), tile_rows(in_.total(), weights()))
                              : in_.images * divide_up(in_.pixels(), kPanel);

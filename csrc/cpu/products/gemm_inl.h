@@ -20,7 +20,7 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
   for (int64_t p0 = 0; p0 < count; p0 += line) {
     if constexpr (!TRANSPOSED) {
       // The next rows of a: memory is too far for the processor to begin on them by itself.
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) __builtin_prefetch(a + (MR + i) * lda + p0, 0, 2);
     }
     if (ahead != nullptr) fetch(*ahead, MR);
@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
       typename V::type bv[NV];
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + p * ldb + j * V::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
         const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
 #pragma GCC unroll 8
@@ -43,7 +43,7 @@ template <class A, int MR, int NV>
 inline __attribute__((always_inline)) void flush(typename VectorOf<A>::type (&acc)[MR][NV], A* c, int64_t ldc,
                                                  int64_t n, bool add) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
@@ -80,8 +80,9 @@ inline __attribute__((always_inline)) void parts(const Gemm<A>& g, Depth<A>& at,
   }
 }
 
+// Row i0 of c is row `row` of that group of a.
 template <class A, int MR, int NV, bool TRANSPOSED>
-inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool add) {
+inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t group, int64_t row, int64_t j0, bool add) {
   typename VectorOf<A>::type acc[MR][NV] = {};
   A* c = g.c + i0 * g.ldc + j0;
   // c may lie far away: fetched now, it is there when the products are done.
@@ -89,29 +90,42 @@ inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool ad
     for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
   }
   parts(g, at, [&](const Segment<A>& segment, int64_t p, const A* b, int64_t count) {
-    accumulate<A, MR, NV, TRANSPOSED>(acc, segment.a + (TRANSPOSED ? p * segment.lda + i0 : i0 * segment.lda + p),
-                                      segment.lda, b + j0, g.ldb, count, g.ahead);
+    const A* a = segment.a + (TRANSPOSED ? p * segment.lda + row : group * segment.step + row * segment.lda + p);
+    accumulate<A, MR, NV, TRANSPOSED>(acc, a, segment.lda, b + j0, g.ldb, count, g.ahead);
   });
   flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
 }
 
 template <class A, int NV, bool TRANSPOSED>
 inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add) {
-  int64_t i = 0;
-  for (; i + kRows <= g.m; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, add);
-  switch (g.m - i) {
-    case 5:
-      return micro<A, 5, NV, TRANSPOSED>(g, at, i, j0, add);
-    case 4:
-      return micro<A, 4, NV, TRANSPOSED>(g, at, i, j0, add);
-    case 3:
-      return micro<A, 3, NV, TRANSPOSED>(g, at, i, j0, add);
-    case 2:
-      return micro<A, 2, NV, TRANSPOSED>(g, at, i, j0, add);
-    case 1:
-      return micro<A, 1, NV, TRANSPOSED>(g, at, i, j0, add);
-    default:
-      return;
+  // Few vectors leave registers for more rows, and without those would wait for their own sums.
+  constexpr int kMany = NV <= kVectors / 2 ? 2 * kRows : kRows;
+  const int64_t count = g.group > 0 ? g.group : g.m;
+  for (int64_t first = 0, group = 0; first < g.m; first += count, ++group) {
+    int64_t i = 0;
+    for (; i + kMany <= count; i += kMany) micro<A, kMany, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
+    if constexpr (kMany > kRows) {
+      for (; i + kRows <= count; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
+    }
+    switch (count - i) {
+      case 5:
+        micro<A, 5, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
+        break;
+      case 4:
+        micro<A, 4, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
+        break;
+      case 3:
+        micro<A, 3, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
+        break;
+      case 2:
+        micro<A, 2, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
+        break;
+      case 1:
+        micro<A, 1, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
+        break;
+      default:
+        break;
+    }
   }
 }
 

@@ -1,28 +1,75 @@
 #include "product.h"
 
+#include <cstdlib>
 #include <type_traits>
 
-namespace dla_fast::cpu {
+#include "bf16_gemm.h"
+#include "bf16x3_gemm.h"
 
-// Where the processor has instructions for bfloat16 they serve it, and where those are so fast that six products of
-// theirs take less than one of float, they serve float; else everything is multiplied as float or double. A 3x3 kernel
-// takes 8KN flops a pixel by Winograd's algorithm, where a sum of products takes 18KN.
+namespace dla_fast::cpu {
+namespace {
+
+// Winograd's algorithm takes 8KN flops a pixel where the sum of products takes 18KN, but has a weight of 16KN values to
+// form and to read, and whole tiles to fill.
 template <class T>
-ProductOf<T> product_of(const Inputs<T>& in) {
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    if (ProductOf<T> product = in.kernel == 1 ? bf16_pointwise(in) : bf16_convolution(in)) return product;
+bool winograd_pays(const Inputs<T>& in, bool kept) {
+  if (in.kernel != 3 || in.stride != 1 || in.dilation != 1) return false;
+  for (const Input<T>& x : in.xs) {
+    if (x.factor > 1) return true;  // it alone upsamples on the way
   }
-  if constexpr (std::is_same_v<T, float>) {
-    if (in.kernel == 1) {
-      if (ProductOf<T> product = bf16x3_pointwise(in)) return product;
-    }
-  }
-  return in.kernel == 1 ? float_pointwise(in) : winograd(in);
+  if (const char* e = std::getenv("W")) return e[0] == '1';
+  return kept || in.total() > 0;
 }
 
-template ProductOf<float> product_of(const Inputs<float>&);
-template ProductOf<double> product_of(const Inputs<double>&);
-template ProductOf<c10::BFloat16> product_of(const Inputs<c10::BFloat16>&);
-template ProductOf<c10::Half> product_of(const Inputs<c10::Half>&);
+}  // namespace
+
+// Where the processor has instructions for bfloat16 they serve it, and where those are so fast that six products of
+// theirs take less than one of float, they serve float; else everything is multiplied as float or double.
+template <class T>
+Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
+  const bool plain = in.stride == 1 && in.dilation == 1;
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (bf16_kernels() != nullptr) {
+      if (in.kernel == 1) return Arithmetic::bf16_pointwise;
+      if (in.kernel == 3 && plain) return Arithmetic::bf16_convolution;
+    }
+  }
+  if (in.kernel == 1) {
+    if (std::is_same_v<T, float> && bf16x3_kernels() != nullptr) return Arithmetic::bf16x3_pointwise;
+    return Arithmetic::float_pointwise;
+  }
+  return winograd_pays(in, kept) ? Arithmetic::winograd : Arithmetic::direct;
+}
+
+template <class T>
+ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::bf16_pointwise:
+      if constexpr (std::is_same_v<T, c10::BFloat16>) return bf16_pointwise(in);
+      break;
+    case Arithmetic::bf16_convolution:
+      if constexpr (std::is_same_v<T, c10::BFloat16>) return bf16_convolution(in);
+      break;
+    case Arithmetic::bf16x3_pointwise:
+      if constexpr (std::is_same_v<T, float>) return bf16x3_pointwise(in);
+      break;
+    case Arithmetic::winograd:
+      return winograd(in);
+    case Arithmetic::direct:
+      return direct(in);
+    default:
+      break;
+  }
+  return float_pointwise(in);
+}
+
+#define DLA_INSTANTIATE(T)                                \
+  template Arithmetic arithmetic_of(const Inputs<T>&, bool);   \
+  template ProductOf<T> product_of(const Inputs<T>&, Arithmetic);
+
+DLA_INSTANTIATE(float)
+DLA_INSTANTIATE(double)
+DLA_INSTANTIATE(c10::BFloat16)
+DLA_INSTANTIATE(c10::Half)
 
 }  // namespace dla_fast::cpu

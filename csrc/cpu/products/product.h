@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../shared/norm.h"
+#include "../shared/scratch.h"
 
 namespace dla_fast::cpu {
 
@@ -23,16 +24,20 @@ struct Input {
   const T* up_weight = nullptr;  // [channels][2f][2f], where that is not 1
 };
 
-// The inputs and the weight of a node with stride and dilation 1.
+// The inputs and the weight of a node. Products of a 1x1 kernel know no stride and no dilation: they are given the pixels
+// that it takes.
 template <class T>
 struct Inputs {
   bool channels_last;
   int64_t images, height, width;  // of the output
   int64_t in_channels, out_channels, kernel;
   std::vector<Input<T>> xs;
-  const T* weight;  // [out][in] and of a 3x3 kernel [3][3] behind that, or between the two where taps_first
+  const T* weight;  // [out][in] and of a larger kernel [k][k] behind that, or between the two where taps_first
   bool taps_first;
+  int64_t stride = 1, dilation = 1;
+  const void* packed = nullptr;  // the weight as Product::pack left it, where that was done before
 
+  int64_t taps() const { return kernel * kernel; }
   int64_t pixels() const { return height * width; }
   int64_t total() const { return images * height * width; }
   int64_t count() const { return static_cast<int64_t>(xs.size()); }
@@ -86,6 +91,10 @@ class Product {
   using A = acc_t<T>;
 
   virtual ~Product() = default;
+  // The weight as forward reads it, which a caller may keep: how much memory it takes, 64-byte aligned and zeroed; and
+  // into that. Nothing where forward takes the weight as it is.
+  virtual int64_t packed_bytes() const { return 0; }
+  virtual void pack(void* /*to*/) const {}
   // Groups that pieces fall into.
   virtual int64_t groups() const = 0;
   // Where `out` is not null a product may write z there, and calls epilogue with that memory.
@@ -98,16 +107,47 @@ class Product {
 template <class T>
 using ProductOf = std::unique_ptr<Product<T>>;
 
-// The product that serves a node on this processor. `in` has to outlive it, and neither pixels nor output channels may
-// be zero.
-template <class T>
-ProductOf<T> product_of(const Inputs<T>& in);
+// A weight that forward reads: the one that was packed before, or one packed for this call.
+template <class V>
+class PackedWeight {
+  static constexpr int64_t kWidest = 64;  // output channels of a panel: fewer leave some of it to be zeroed
 
-// Those there are; null where one does not serve the node.
+ public:
+  template <class T>
+  PackedWeight(const Product<T>& product, const Inputs<T>& in)
+      : made_(in.packed == nullptr ? product.packed_bytes() / static_cast<int64_t>(sizeof(V)) : 0,
+              in.out_channels % kWidest != 0),
+        data_(static_cast<const V*>(in.packed)) {
+    if (data_ == nullptr) {
+      product.pack(made_.get());
+      data_ = made_.get();
+    }
+  }
+  const V* get() const { return data_; }
+
+ private:
+  Scratch<V> made_;
+  const V* data_;
+};
+
+// The ways to multiply there are. Those of a name serve one layout of the tensors, or both.
+enum class Arithmetic : int { float_pointwise, winograd, direct, bf16_pointwise, bf16_convolution, bf16x3_pointwise };
+
+// The one that serves a node on this processor. kept: its weight is packed once for many calls.
+template <class T>
+Arithmetic arithmetic_of(const Inputs<T>& in, bool kept);
+
+// A product of a node. `in` has to outlive it, and neither pixels nor output channels may be zero.
+template <class T>
+ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic);
+
 template <class T>
 ProductOf<T> float_pointwise(const Inputs<T>& in);
 template <class T>
 ProductOf<T> winograd(const Inputs<T>& in);
+template <class T>
+ProductOf<T> direct(const Inputs<T>& in);
+// Null where the processor has no such instructions.
 ProductOf<c10::BFloat16> bf16_pointwise(const Inputs<c10::BFloat16>& in);
 ProductOf<c10::BFloat16> bf16_convolution(const Inputs<c10::BFloat16>& in);
 ProductOf<float> bf16x3_pointwise(const Inputs<float>& in);

@@ -15,9 +15,12 @@ template <class T>
 struct Taps {
   using A = acc_t<T>;
   const T* weight;
-  int64_t inner;  // K
+  int64_t inner, outer;  // K and N of the weight as it lies
   bool taps_first;
   bool adjoint;
+
+  // Channels that the convolution reads.
+  int64_t inputs() const { return adjoint ? outer : inner; }
 
   static constexpr int64_t block = 16;
 
@@ -54,23 +57,9 @@ class Blockwise {
   using A = acc_t<T>;
 
  public:
-  Blockwise(const Inputs<T>& in, const Taps<T>& taps, std::vector<Panel> panels)
-      : in_(in),
-        grid_(grid_of(in)),
-        blocks_(in, grid_),
-        panels_(std::move(panels)),
-        packed_(static_cast<int64_t>(panels_.size()) * 16 * in.in_channels * kPanel, ragged(panels_)) {
-    const int64_t depth = in.in_channels, step = Taps<T>::block, pieces = divide_up(depth, step);
-    parallel(static_cast<int64_t>(panels_.size()) * pieces, 16 * step * kPanel, [&](int64_t begin, int64_t end) {
-      const Scratch<A> work(9 * step * kPanel);
-      for (int64_t task = begin; task < end; ++task) {
-        const Panel panel = panels_[task / pieces];
-        const int64_t k = task % pieces * step;
-        taps.transform(k, std::min(step, depth - k), panel.channel, panel.count,
-                       packed_.get() + (task / pieces * 16 * depth + k) * kPanel, depth * kPanel, work.get());
-      }
-    });
-  }
+  // packed: the transformed weight of those panels.
+  Blockwise(const Inputs<T>& in, std::vector<Panel> panels, const A* packed)
+      : in_(in), grid_(grid_of(in)), blocks_(in, grid_), panels_(std::move(panels)), packed_(packed) {}
   Blockwise(const Blockwise&) = delete;
 
   void run(RowEpilogue<A> epilogue) const {
@@ -103,12 +92,8 @@ class Blockwise {
   }
 
  private:
-  static bool ragged(const std::vector<Panel>& panels) {
-    return std::any_of(panels.begin(), panels.end(), [](const Panel& p) { return p.count % kPanel != 0; });
-  }
-
   const A* packed(int64_t panel, int64_t position) const {
-    return packed_.get() + (panel * 16 + position) * in_.in_channels * kPanel;
+    return packed_ + (panel * 16 + position) * in_.in_channels * kPanel;
   }
 
   // m[panel][position][tile][kPanel]; position by position, so that its part of v serves all panels from the cache.
@@ -129,8 +114,28 @@ class Blockwise {
   TileGrid grid_;
   Blocks<T> blocks_;
   std::vector<Panel> panels_;
-  Scratch<A> packed_;
+  const A* packed_;
 };
+
+int64_t packed_values(const std::vector<Panel>& panels, int64_t depth) {
+  return static_cast<int64_t>(panels.size()) * 16 * depth * kPanel;
+}
+
+// Panel by panel the sixteen matrices of the transformed weight, [16][depth][kPanel].
+template <class T>
+void transform(const Taps<T>& taps, const std::vector<Panel>& panels, acc_t<T>* to) {
+  using A = acc_t<T>;
+  const int64_t depth = taps.inputs(), step = Taps<T>::block, pieces = divide_up(depth, step);
+  parallel(static_cast<int64_t>(panels.size()) * pieces, 16 * step * kPanel, [&](int64_t begin, int64_t end) {
+    const Scratch<A> work(9 * step * kPanel);
+    for (int64_t task = begin; task < end; ++task) {
+      const Panel panel = panels[task / pieces];
+      const int64_t k = task % pieces * step;
+      taps.transform(k, std::min(step, depth - k), panel.channel, panel.count,
+                     to + (task / pieces * 16 * depth + k) * kPanel, depth * kPanel, work.get());
+    }
+  });
+}
 
 template <class T>
 class Winograd : public Convolution<T> {
@@ -139,10 +144,26 @@ class Winograd : public Convolution<T> {
  public:
   using Convolution<T>::Convolution;
 
+  int64_t packed_bytes() const override {
+    return packed_values(panels_of(this->in_.out_channels), this->in_.in_channels) * static_cast<int64_t>(sizeof(A));
+  }
+  void pack(void* to) const override {
+    const auto& in = this->in_;
+    transform(Taps<T>{in.weight, in.in_channels, in.out_channels, in.taps_first, false}, panels_of(in.out_channels),
+              static_cast<A*>(to));
+  }
+
  protected:
   void convolve(const Inputs<T>& in, bool adjoint, std::vector<Panel> panels, RowEpilogue<A> epilogue) const override {
-    const Taps<T> taps = {in.weight, adjoint ? in.out_channels : in.in_channels, in.taps_first, adjoint};
-    Blockwise<T>(in, taps, std::move(panels)).run(epilogue);
+    if (!adjoint) {
+      const PackedWeight<A> weight(*this, in);
+      return Blockwise<T>(in, std::move(panels), weight.get()).run(epilogue);
+    }
+    const bool ragged =
+        std::any_of(panels.begin(), panels.end(), [](const Panel& p) { return p.count % kPanel != 0; });
+    const Scratch<A> weight(packed_values(panels, in.in_channels), ragged);
+    transform(Taps<T>{in.weight, in.out_channels, in.in_channels, in.taps_first, true}, panels, weight.get());
+    Blockwise<T>(in, std::move(panels), weight.get()).run(epilogue);
   }
   void weight_gradient(const Gradient<T>& gradient) const override;
 };

@@ -42,6 +42,7 @@ void MomentPartials<A>::finalise(A* mean_data, A* var_data) const {
     }
     for (double& v : m) v /= total;
     for (int64_t g = 0; g < groups; ++g) {
+      if (count[g] == 0) continue;
       const double n = static_cast<double>(count[g]), inverse = 1 / n;
       for (int64_t c = c0; c < c1; ++c) {
         const double rest = delta[g * channels + c];

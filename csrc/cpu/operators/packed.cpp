@@ -1,0 +1,108 @@
+#include "packed.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "inference.h"
+#include "reused_maps.h"
+
+namespace dla_fast::cpu {
+namespace {
+
+constexpr int64_t kLibrary = -1;
+
+// An arithmetic and a layout as one number.
+int64_t way_from(Arithmetic arithmetic, bool channels_last) {
+  return 2 * static_cast<int64_t>(arithmetic) + (channels_last ? 1 : 0);
+}
+Arithmetic arithmetic_of_way(int64_t way) {
+  return static_cast<Arithmetic>(way / 2);
+}
+bool layout_of_way(int64_t way) {
+  return way % 2 != 0;
+}
+
+template <class A>
+std::vector<A> copied(const Tensor& vector) {
+  const Tensor dense = vector.contiguous();
+  const A* data = dense.const_data_ptr<A>();
+  return {data, data + dense.numel()};
+}
+
+// y = act(scale * z + shift + residual): a norm whose mean was folded into its shift.
+template <class A>
+NormVectors<A> folded(const Tensor& scale, const Tensor& shift, std::string_view act, double slope) {
+  NormVectors<A> norm;
+  norm.scale = copied<A>(scale);
+  norm.shift = copied<A>(shift);
+  norm.center.assign(norm.scale.size(), A(0));
+  norm.rstd = norm.center;
+  norm.act = act_of(act);
+  norm.slope = static_cast<A>(slope);
+  return norm;
+}
+
+template <class T>
+void pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way, Tensor& packed) {
+  const bool taps_first = weight.size(2) > 1 && is_channels_last(weight);
+  const Tensor dense = arranged(weight, taps_first);
+  Inputs<T> in = {layout_of_way(way), 1, 1, 1, weight.size(1), weight.size(0), weight.size(2), {},
+                  dense.const_data_ptr<T>(), taps_first};
+  int64_t offset = 0;
+  for (const int64_t channels : in_channels) {
+    in.xs.push_back({nullptr, channels, offset, 1, 1});
+    offset += channels;
+  }
+  TORCH_CHECK_VALUE(offset == in.in_channels, "in_channels: expected ", in.in_channels, " together, got ", offset);
+  const ProductOf<T> product = product_of(in, arithmetic_of_way(way));
+  packed = at::empty({product->packed_bytes()}, weight.options().dtype(at::kByte));
+  want_huge_pages(packed.mutable_data_ptr(), packed.nbytes());
+  std::memset(packed.mutable_data_ptr(), 0, packed.nbytes());
+  product->pack(packed.mutable_data_ptr());
+}
+
+}  // namespace
+
+int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight, const std::vector<int64_t>& factors,
+                          int64_t stride, int64_t dilation, int64_t groups) {
+  const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
+  if (node.way() == Way::library || node.empty()) return kLibrary;
+  int64_t way = kLibrary;
+  dispatch(weight.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    way = way_from(NativeNode<T>(node).arithmetic_kept(), node.channels_last);
+  });
+  return way;
+}
+
+Tensor conv_norm_act_pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way) {
+  Tensor packed = nothing(weight);
+  if (way == kLibrary) return packed;
+  dispatch(weight.scalar_type(), [&](auto zero) { pack<decltype(zero)>(weight, in_channels, way, packed); });
+  return packed;
+}
+
+Tensor conv_norm_act_packed(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight, const Tensor& packed,
+                            int64_t way, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual_given,
+                            const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
+                            int64_t residual_input, const std::string& act, double slope) {
+  RECORD_FUNCTION("dla_fast_cpu::conv_norm_act_packed", std::vector<c10::IValue>());
+  const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
+  const OptionalTensor residual = node.residual(residual_given, residual_input);
+  Tensor y = reused_map(weight, {node.images, node.out_channels, node.height, node.width}, node.channels_last);
+  if (node.empty()) return y;
+  dispatch(weight.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const NormVectors<acc_t<T>> norm = folded<acc_t<T>>(scale, shift, act, slope);
+    if (way == kLibrary) return infer_by_library<T>(node, norm, residual, y);
+    TORCH_CHECK_VALUE(layout_of_way(way) == node.channels_last, "way: the weight was packed for the other layout");
+    const void* const weights = packed.numel() == 0 ? nullptr : packed.const_data_ptr();
+    infer<T>(node, NativeNode<T>(node, weights, arithmetic_of_way(way)), norm, residual, y);
+  });
+  return y;
+}
+
+}  // namespace dla_fast::cpu

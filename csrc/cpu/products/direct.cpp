@@ -1,0 +1,144 @@
+// Forward of the direct convolution (direct.h).
+
+#include "direct.h"
+
+namespace dla_fast::cpu {
+
+RowGrid::RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t pixel)
+    : images(images), height(height), width(width) {
+  // What a block reads is to stay in the second-level cache, beside its part of the output and of the weight.
+  constexpr int64_t values = 3 << 14, most_pixels = 256;
+  const int64_t side = std::max<int64_t>(values / (pixel * span), span);
+  cols = std::clamp<int64_t>((side - span) / stride + 1, 1, std::min(width, most_pixels));
+  cols = divide_up(width, divide_up(width, cols));
+  col_blocks = divide_up(width, cols);
+  const int64_t row = ((cols - 1) * stride + span) * pixel;
+  rows = std::clamp<int64_t>((values / row - span) / stride + 1, 1, std::min(height, std::max<int64_t>(most_pixels / cols, 1)));
+  // Enough of them for every thread.
+  const int64_t wanted = divide_up(4 * thread_count(), images * col_blocks);
+  rows = std::clamp<int64_t>(height / wanted, 1, rows);
+  rows = divide_up(height, divide_up(height, rows));
+  row_blocks = divide_up(height, rows);
+}
+
+RowGrid::Block RowGrid::operator[](int64_t i) const {
+  const int64_t w = i % col_blocks * cols, h = i / col_blocks % row_blocks * rows;
+  return {i / col_blocks / row_blocks, h, w, std::min(rows, height - h), std::min(cols, width - w)};
+}
+
+template <class T>
+Direct<T>::Direct(const Inputs<T>& in)
+    : in_(in),
+      window_(in),
+      grid_(in.images, in.height, in.width, in.stride, window_.span(), in.in_channels) {
+  for (const Input<T>& x : in.xs) maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last});
+}
+
+template <class T>
+int64_t Direct<T>::packed_bytes() const {
+  return round_up(in_.out_channels, kPanel) * in_.taps() * in_.in_channels * static_cast<int64_t>(sizeof(A));
+}
+
+// Panel by panel [input][tap][channel][kPanel].
+template <class T>
+void Direct<T>::pack(void* to) const {
+  const auto& k = kernels<T>();
+  const int64_t taps = in_.taps(), depth = taps * in_.in_channels, inputs = in_.count();
+  A* const packed = static_cast<A*>(to);
+  parallel(divide_up(in_.out_channels, kPanel) * inputs, depth * kPanel / inputs, [&](int64_t begin, int64_t end) {
+    const Scratch<A> work(in_.taps_first ? 0 : depth * kPanel);
+    for (int64_t task = begin; task < end; ++task) {
+      const Input<T>& x = in_.xs[task % inputs];
+      const int64_t n = task / inputs * kPanel, cols = std::min(kPanel, in_.out_channels - n);
+      A* const panel = packed + (task / inputs * depth + taps * x.offset) * kPanel;
+      if (in_.taps_first) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          k.load_transposed({in_.weight + n * depth + tap * in_.in_channels + x.offset, depth},
+                            {panel + tap * x.channels * kPanel, kPanel}, cols, x.channels);
+        }
+        continue;
+      }
+      k.load_transposed({in_.weight + n * depth + x.offset * taps, depth}, {work.get(), kPanel}, cols,
+                        x.channels * taps);
+      for (int64_t c = 0; c < x.channels; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          std::copy_n(work.get() + (c * taps + tap) * kPanel, cols, panel + (tap * x.channels + c) * kPanel);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void Direct<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
+  const int64_t kernel = window_.kernel, dilation = window_.dilation, stride = window_.stride;
+  const int64_t depth = in_.taps() * in_.in_channels, n = in_.out_channels;
+  const int64_t rows = window_.side(grid_.rows), cols = window_.side(grid_.cols), most = grid_.rows * grid_.cols;
+  const PackedWeight<A> packed(*this, in_);
+  const Tasks tasks(grid_.count(), divide_up(n, kPanel));
+  parallel_queue(tasks.count, most * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
+    const Scratch<A> patch(rows * cols * in_.in_channels), z(most * kPanel),
+        transposed(in_.channels_last ? 0 : most * kPanel);
+    std::vector<Segment<A>> segments;
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const RowGrid::Block block = grid_[task / tasks.groups];
+      segments.clear();
+      for (size_t i = 0; i < maps_.size(); ++i) {
+        const int64_t channels = maps_[i].channels, row = cols * channels;
+        A* const at = patch.get() + rows * cols * in_.xs[i].offset;
+        maps_[i].gather(block.image, block.h * stride - window_.padding(), block.w * stride - window_.padding(),
+                        window_.side(block.height), cols, 0, channels, at);
+        for (int64_t y = 0; y < kernel; ++y) {
+          const A* const taps = at + y * dilation * row;
+          // A row of taps that lie side by side is one run of values.
+          const int64_t runs = dilation == 1 ? 1 : kernel;
+          for (int64_t x = 0; x < runs; ++x) {
+            segments.push_back({taps + x * dilation * channels, stride * channels, kernel / runs * channels, nullptr,
+                                stride * row});
+          }
+        }
+      }
+      const int64_t m = block.height * block.width, panel_end = tasks.end(task);
+      for (int64_t panel = tasks.begin(task); panel < panel_end; ++panel) {
+        const int64_t channel = panel * kPanel, count = std::min(kPanel, n - channel);
+        const int64_t next = panel + 1 < panel_end ? panel + 1 : tasks.begin(task);
+        Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, count);
+        float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
+                                 packed.get() + panel * depth * kPanel, kPanel, z.get(), kPanel, false, &ahead,
+                                 block.width});
+        // The rows of a block lie one behind the other where it is as wide as the map.
+        const int64_t pieces = whole() ? 1 : block.height, pixels = m / pieces;
+        for (int64_t r = 0; r < pieces; ++r) {
+          const A* const from = z.get() + r * pixels * kPanel;
+          const int64_t at = in_.at(n, block.image, (block.h + r) * in_.width + block.w, channel),
+                        group = (task / tasks.groups) * (whole() ? 1 : grid_.rows) + r;
+          if (in_.channels_last) {
+            epilogue({{pixels, count, false}, group, channel, at}, Strided<const A>{from, kPanel});
+          } else {
+            kernels<A>().load_transposed({from, kPanel}, {transposed.get(), pixels}, pixels, count);
+            epilogue({{count, pixels, true}, group, channel, at}, Strided<const A>{transposed.get(), pixels});
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+ProductOf<T> direct(const Inputs<T>& in) {
+  return std::make_unique<Direct<T>>(in);
+}
+
+#define DLA_INSTANTIATE(T)                                               \
+  template Direct<T>::Direct(const Inputs<T>&);                          \
+  template int64_t Direct<T>::packed_bytes() const;                      \
+  template void Direct<T>::pack(void*) const;                            \
+  template void Direct<T>::forward(acc_t<T>*, Epilogue<acc_t<T>>) const; \
+  template ProductOf<T> direct(const Inputs<T>&);
+
+DLA_INSTANTIATE(float)
+DLA_INSTANTIATE(double)
+DLA_INSTANTIATE(c10::BFloat16)
+DLA_INSTANTIATE(c10::Half)
+
+}  // namespace dla_fast::cpu

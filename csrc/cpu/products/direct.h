@@ -1,0 +1,67 @@
+// A convolution of float or double with any odd kernel, stride and dilation as the plain sum of products; half
+// precision is widened. K = sum of the inputs' channels, N = output channels, k = the kernel.
+//
+// 2 k^2 K N flops a pixel. A block of output rows and the pixels that it takes lie in cache; a row of taps is one run of
+// memory there, so the sum of products reads the map itself and no unfolded copy of it.
+
+#pragma once
+
+#include "blocks.h"
+#include "float_gemm.h"
+#include "product.h"
+#include "tasks.h"
+
+namespace dla_fast::cpu {
+
+// The output cut into blocks of rows, as wide as the map where that fits.
+struct RowGrid {
+  struct Block {
+    int64_t image, h, w;    // first pixel
+    int64_t height, width;  // pixels
+  };
+
+  int64_t images, height, width, rows, cols, row_blocks, col_blocks;
+
+  // pixel: values of a pixel of all inputs; span: pixels that a kernel spans.
+  RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t pixel);
+  int64_t count() const { return images * row_blocks * col_blocks; }
+  Block operator[](int64_t i) const;
+};
+
+// The pixels a convolution takes for such a block.
+struct Window {
+  int64_t stride, dilation, kernel;
+
+  template <class T>
+  explicit Window(const Inputs<T>& in) : stride(in.stride), dilation(in.dilation), kernel(in.kernel) {}
+  int64_t span() const { return (kernel - 1) * dilation + 1; }
+  int64_t padding() const { return dilation * (kernel / 2); }
+  int64_t side(int64_t outputs) const { return (outputs - 1) * stride + span(); }
+};
+
+template <class T>
+class Direct : public Product<T> {
+ public:
+  using A = acc_t<T>;
+
+  explicit Direct(const Inputs<T>& in);
+  int64_t packed_bytes() const override;
+  void pack(void* to) const override;
+  // Blocks, or where one is narrower than the map, their rows.
+  int64_t groups() const override { return grid_.count() * (whole() ? 1 : grid_.rows); }
+  void forward(A* out, Epilogue<A> epilogue) const override;
+  bool forms_dz() const override { return false; }
+  void backward(const Gradient<T>&) const override {}
+
+ private:
+  bool whole() const { return grid_.col_blocks == 1; }
+  void weight_gradient(const Gradient<T>& gradient) const;
+  void input_gradients(const Gradient<T>& gradient) const;
+
+  const Inputs<T>& in_;
+  Window window_;
+  RowGrid grid_;
+  std::vector<Map<T>> maps_;
+};
+
+}  // namespace dla_fast::cpu

@@ -1,0 +1,223 @@
+"""What :func:`dla_fast.freeze_` keeps of a unit between calls: its norm folded, its weight packed."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast import backend, functional
+from dla_fast.checks import Upsampling
+from dla_fast.ops import packed
+from dla_fast.ops.layout import accumulation_dtype
+from dla_fast.reference.activation import ActSpec
+from dla_fast.reference.norm import Norm
+
+# Where a frozen unit's state lies in its convolution's __dict__: no parameter, buffer or module, so in no state dict.
+KEY = "_dla_fast_frozen"
+
+# How many norms behind one convolution, and how many kinds of calls of a unit, are remembered.
+NORMS, CALLS = 4, 256
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class FrozenModel:
+    """What the units of one model share: whether it has been said that a call needs gradients."""
+
+    warned = False
+
+    def warn(self) -> None:
+        if self.warned:
+            return
+        self.warned = True
+        warnings.warn(
+            "a model that dla_fast.freeze_ has frozen is called with gradients enabled, so it runs as before it was "
+            "frozen; call it under torch.inference_mode() or torch.no_grad(), or dla_fast.unfreeze_ it",
+            stacklevel=5,
+        )
+
+
+class _Call(NamedTuple):
+    """How a kind of call (its shapes, layouts, options) that was checked once is served."""
+
+    packed: Tensor
+    way: int
+    factors: list[int]
+    residual_input: int
+    added_input: int | None
+    act: str
+    slope: float
+
+
+class _Folded:
+    """A norm folded behind a weight, as they were when ``mark`` was taken of them.
+
+    ``scale`` and ``shift`` are kept in the accumulation dtype. ``kept`` holds the memory that the mark is of, so that
+    nothing else can come to lie there and be taken for it.
+    """
+
+    def __init__(self, mark: int, weight: Tensor, conv_bias: Tensor | None, norm: Norm) -> None:
+        self.mark, self.eps = mark, norm.eps
+        self.kept = [t.detach() for t in (weight, conv_bias, *norm[:4]) if isinstance(t, Tensor)]
+        self.weights: dict[tuple[int, ...], Tensor] = {}
+        self.calls: dict[tuple[Any, ...], _Call] = {}
+        gamma, beta, mean, var = norm[:4]
+        assert mean is not None
+        assert var is not None
+        dtype = accumulation_dtype(weight.dtype)
+        # The standard deviation in float64 and the rest in the accumulation dtype, as the kernels fold.
+        rstd = (var.double() + norm.eps).rsqrt().to(dtype)
+        self.scale = rstd if gamma is None else gamma.to(dtype) * rstd
+        center = mean.to(dtype) if conv_bias is None else mean.to(dtype) - conv_bias.to(dtype)
+        self.shift = -center * self.scale if beta is None else beta.to(dtype) - center * self.scale
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.scale, self.shift, *self.weights.values()))
+
+
+class Frozen:
+    """The frozen state of a convolution and the norm behind it, filled by the first call.
+
+    Every call compares a fingerprint of the convolution's and the norm's tensors with the one that was taken when they
+    were folded, and folds and packs again where they differ. Copies and pickles start empty.
+    """
+
+    def __init__(self, model: FrozenModel) -> None:
+        self.model = model
+        self._folded: dict[int, _Folded] = {}
+        self._making = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Frozen, (self.model,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the folded norms and packed weights that are kept now."""
+        return sum(folded.nbytes for folded in list(self._folded.values()))
+
+    def forget(self) -> None:
+        """Free what is kept, until a call fills it again."""
+        self._folded = {}
+
+    def run(
+        self,
+        xs: Sequence[Tensor],
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        act: ActSpec,
+        residual: int | Tensor | None,
+        upsample: Upsampling | None,
+    ) -> Tensor | None:
+        """The unit's output; None where the call is not one of inference on the CPU's kernels, in the weight's dtype.
+
+        Raises:
+            ValueError: as :func:`dla_fast.functional.conv_norm_act`.
+            TypeError: as :func:`dla_fast.functional.conv_norm_act`.
+        """
+        if bn.training:
+            # Training changes what is kept.
+            self.forget()
+            return None
+        # Modes that watch operators count and trace those of the usual way.
+        if functional.needs_reference() or torch._C._len_torch_dispatch_stack():
+            return None
+        parameters, affine, running = conv._parameters, bn._parameters, bn._buffers
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            tensors = [weight, bias, affine["weight"], affine["bias"], running["running_mean"], running["running_var"]]
+        except KeyError:
+            return None  # DataParallel's replicas, and weights that hooks compute
+        if weight is None or tensors[4] is None or tensors[5] is None:
+            return None
+
+        stride, dilation, groups = conv.stride[0], conv.dilation[0], conv.groups
+        added = residual if isinstance(residual, Tensor) else None
+        key: list[Any] = [act, stride, dilation, groups, len(xs), residual if added is None else "tensor"]
+        maps, up_weights = [*xs], []
+        if upsample is not None:
+            for up in upsample:
+                key.append(up and up[1])
+                if up is not None:
+                    up_weights.append(up[0])
+            maps += up_weights
+        if added is not None:
+            maps.append(added)
+        dtype = weight.dtype
+        for x in maps:
+            if type(x) not in _PLAIN or not x.is_cpu or x.dtype is not dtype or x.is_neg():
+                return None
+            key += x.shape, x.stride()
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*maps, *tensors)):
+            self.model.warn()
+            return None
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not dtype:
+            return None
+        if backend.resolve("conv_norm_act", "cpu", dtype) != "cpu":
+            return None
+
+        mark = packed.fingerprint(tensors)
+        folded = self._folded.get(id(bn))
+        if folded is None or folded.mark != mark or folded.eps != bn.eps:
+            folded = self._fold(tensors, bn)
+            if folded is None:
+                return None
+        kind = tuple(key)
+        call = folded.calls.get(kind)
+        if call is None:
+            call = folded.calls[kind] = self._serve(folded, xs, conv, tensors, residual, upsample, act)
+        if call.added_input is not None:
+            added = xs[call.added_input]
+        return packed.run(
+            xs, up_weights, weight, call.packed, call.way, folded.scale, folded.shift, added, call.factors, stride,
+            dilation, groups, call.residual_input, call.act, call.slope,
+        )  # fmt: skip
+
+    def _fold(self, tensors: list[Any], bn: nn.BatchNorm2d) -> _Folded | None:
+        """The norm folded as it is now; None where no fingerprint can be taken of it, or of the weight."""
+        with self._making, torch.inference_mode(False), torch.no_grad():
+            # Before what it is of is read: what changes meanwhile is then found by the next call.
+            mark = packed.fingerprint(tensors)
+            if mark == 0:
+                return None
+            known = self._folded.get(id(bn))
+            if known is not None and known.mark == mark and known.eps == bn.eps:
+                return known  # another thread's
+            weight, conv_bias, gamma, beta, mean, var = tensors
+            folded = _Folded(mark, weight, conv_bias, Norm(gamma, beta, mean, var, False, eps=bn.eps))
+            others = self._folded if len(self._folded) < NORMS else {}
+            self._folded = {**others, id(bn): folded}
+            return folded
+
+    def _serve(
+        self,
+        folded: _Folded,
+        xs: Sequence[Tensor],
+        conv: nn.Conv2d,
+        tensors: list[Any],
+        residual: int | Tensor | None,
+        upsample: Upsampling | None,
+        act: ActSpec,
+    ) -> _Call:
+        """Check a call as every unfrozen one is checked, and pack the weight for the product that serves it."""
+        weight, conv_bias, gamma, beta, mean, var = tensors
+        geometry = conv.stride[0], conv.dilation[0], conv.groups
+        norm = Norm(gamma, beta, mean, var, False, eps=folded.eps)
+        call = functional.checked(
+            "conv_norm_act", xs, weight, norm, None, conv_bias, *geometry, residual, upsample, act
+        )
+        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry)
+        product = (way, *(x.shape[1] for x in xs))
+        with self._making, torch.inference_mode(False), torch.no_grad():
+            kept = folded.weights.get(product)
+            if kept is None:
+                kept = folded.weights[product] = packed.pack(weight, product[1:], way)
+            if len(folded.calls) >= CALLS:
+                folded.calls.clear()
+        added_input = residual if call.added is not None and isinstance(residual, int) else None
+        return _Call(kept, way, call.factors, call.residual_input, added_input, call.act, call.slope)

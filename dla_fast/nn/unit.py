@@ -1,0 +1,101 @@
+"""The one door through which every convolution-norm-activation unit of modules and swapped models runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast import functional
+from dla_fast.checks import Upsampling
+from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain
+from dla_fast.nn.batch_norm_act import run_batch_norm_act
+from dla_fast.nn.frozen import KEY, Frozen
+from dla_fast.reference.activation import ActSpec
+
+
+def is_plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a child is a convolution as :func:`dla_fast.functional.conv_norm_act` knows it, that nobody watches.
+
+    A Conv2d itself, whose kernel is square and odd, with the padding that keeps the size, and one stride and one
+    dilation for both directions.
+    """
+    if type(conv) is not nn.Conv2d or is_observed(conv):
+        return False
+    k, d, p = conv.kernel_size[0], conv.dilation[0], conv.padding
+    return (
+        k % 2 == 1
+        and conv.kernel_size[1] == k
+        and conv.dilation[1] == d
+        and conv.stride[0] == conv.stride[1]
+        and p[0] == p[1] == d * (k // 2)
+        and conv.padding_mode == "zeros"
+    )
+
+
+def run_unit(
+    xs: Sequence[Tensor],
+    conv: nn.Module,
+    bn: nn.Module,
+    *,
+    act: ActSpec = "relu",
+    residual: int | Tensor | None = None,
+    upsample: Upsampling | None = None,
+) -> Tensor:
+    """``act(bn(conv(cat(xs))) + residual)``, on the parameters of a convolution and a batch norm.
+
+    Fused where the children are an nn.Conv2d of the usual kind and an nn.BatchNorm2d. What has become something else
+    (SyncBatchNorm, a folded norm), has other options or is watched by hooks runs as the module it is. A unit that
+    :func:`dla_fast.freeze_` has frozen runs from what is kept of it, where the call is one of inference.
+
+    Args:
+        xs: inputs (N, C_i, H_i, W_i); those to be upsampled are still low-resolution.
+        conv: over the inputs' concatenation.
+        bn: behind it.
+        act: as in :func:`dla_fast.functional.conv_norm_act`.
+        residual: None, the index of an input, or a tensor of the output's shape; one of another dtype (autocast casts
+            what a convolution reads, and not what comes from outside) is cast.
+        upsample: per input None or ``(up_weight, factor)``.
+
+    Returns:
+        (N, C_out, H', W').
+    """
+    if not is_plain(bn) or not is_plain_conv(conv):
+        return _op_by_op(xs, conv, bn, act, residual, upsample)
+    if isinstance(residual, Tensor) and residual.dtype != xs[0].dtype:
+        residual = residual.to(xs[0].dtype)
+    if not torch.compiler.is_compiling():
+        frozen: Frozen | None = conv.__dict__.get(KEY)
+        y = None if frozen is None else frozen.run(xs, conv, bn, act, residual, upsample)
+        if y is not None:
+            return y
+    y = functional.conv_norm_act(
+        xs, parameter(conv, "weight"), conv_bias=parameter(conv, "bias"), stride=conv.stride[0],
+        dilation=conv.dilation[0], groups=conv.groups, residual=residual, upsample=upsample, act=act,
+        **batch_norm_arguments(bn),
+    )  # fmt: skip
+    count_batch(bn)
+    return y
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``getattr`` in a tenth of its time; the parameters of DataParallel's replicas are plain attributes."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
+
+
+def _op_by_op(
+    xs: Sequence[Tensor],
+    conv: nn.Module,
+    bn: nn.Module,
+    act: ActSpec,
+    residual: int | Tensor | None,
+    upsample: Upsampling | None,
+) -> Tensor:
+    """Each child called as a module, the norm of a plain BatchNorm2d fused with what is behind it."""
+    full = list(xs)
+    if upsample is not None:
+        full = [x if up is None else functional.upsample(x, *up) for x, up in zip(xs, upsample, strict=True)]
+    added = xs[residual] if isinstance(residual, int) else residual
+    return run_batch_norm_act(conv(full[0] if len(full) == 1 else torch.cat(full, 1)), bn, added, act)
