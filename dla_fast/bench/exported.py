@@ -65,10 +65,12 @@ def export(model: nn.Module, images: Tensor) -> bytes:
         warnings.simplefilter("ignore")
         outputs = model(images)
         count = 1 if isinstance(outputs, Tensor) else len(outputs)
-        program = io.BytesIO()
+        # Its annotation has paths alone.
+        program: Any = io.BytesIO()
         names = [f"y{i}" for i in range(count)]
         torch.onnx.export(model, (images,), program, dynamo=False, input_names=["x"], output_names=names)
-    return program.getvalue()
+    exported: bytes = program.getvalue()
+    return exported
 
 
 def _onnxruntime(program: bytes, x: Tensor) -> Call:

@@ -90,12 +90,8 @@ def _stock(name: str) -> nn.Module | None:
 
 def ready(model: nn.Module, impl: str) -> nn.Module:
     """A network of :func:`make` in its last form, once it has its device, dtype, layout and mode."""
-    return freeze(model) if impl == peers.FROZEN else model
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """``dla_fast.freeze_``."""
-    dla_fast.freeze_(model)
+    if impl == peers.FROZEN:
+        dla_fast.freeze_(model)
     return model
 
 

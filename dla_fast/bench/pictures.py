@@ -27,6 +27,7 @@ BEHIND = "#c0392b"
 MARKERS = {
     "aggregate": "o",
     "merge": "s",
+    "conv_norm_act": "h",
     "upsample": "^",
     "upsample_add": "v",
     "batch_norm_act": "D",

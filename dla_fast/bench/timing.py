@@ -271,7 +271,7 @@ def time_case(
     results: dict[str, dict[str, Tensor]] = {}
     skipped: list[dict[str, str]] = []
     try:
-        wanted = peers.implementations(case.op, device.type, dtype, settings.peers, mode)
+        wanted = peers.implementations(case.op, device.type, dtype, settings.peers, mode, settings.variants)
     except RuntimeError as error:
         # A backend that was forced and cannot run the op.
         failed = {**common, "impl": peers.FUSED, "layout": settings.layout, "error": one_line(error)}
