@@ -316,7 +316,7 @@ def test_autocast(fused_calls):
 def test_reasons(change, reason):
     module = SegmenterIDAUp()
     change(module)
-    report = dla_fast.swap_(module)
+    report = dla_fast.swap_(module, units="ladders")
     assert not report.swapped
     assert report.skipped[0].reason.startswith(reason), report.skipped[0].reason
 
@@ -327,7 +327,7 @@ def test_another_order_is_not_taken_for_a_ladder():
             x, y = super().forward(layers)
             return 2 * x, y
 
-    report = dla_fast.swap_(Scaled())
+    report = dla_fast.swap_(Scaled(), units="ladders")
     assert not report.swapped
     assert "forward gives something else" in report.skipped[0].reason
 

@@ -138,7 +138,7 @@ def test_refused_with_a_reason(case):
 def test_timm_root_with_padding(timm):
     model = timm.create_model("dla34", num_classes=10)
     model.level2.root = type(model.level2.root)(128, 64, 3, False)
-    report = dla_fast.swap_(model)
+    report = dla_fast.swap_(model, units="nodes")
     assert len(report.swapped) == 5
     assert [(e.name, e.reason) for e in report.skipped] == [("level2.root", "conv: padding is (1, 1), expected (0, 0)")]
 
@@ -277,7 +277,7 @@ def test_a_node_that_no_kernel_serves_says_so(monkeypatch):
 
 
 def test_what_is_no_node_is_not_listed(timm):
-    report = dla_fast.swap_(timm.create_model("resnet18", num_classes=10))
+    report = dla_fast.swap_(timm.create_model("resnet18", num_classes=10), units=("nodes", "ladders"))
     assert report.to_dict() == {"swapped": [], "skipped": [], "dry_run": False}
 
 
@@ -310,12 +310,12 @@ def test_dry_run():
     assert [type(m) for m in model] == [Root, Root]
     real = dla_fast.swap_(model)
     assert (dry.swapped, dry.skipped, dry.dry_run) == (real.swapped, real.skipped, True)
-    assert str(dry).startswith("would swap 1, skipped 1")
+    assert str(dry).startswith("would swap 1 (nodes 1), skipped 1")
 
 
 def test_raise_lists_the_reasons_and_swaps_nothing():
     model = nn.Sequential(Root(), Root(kernel_size=3), _liar("scale"))
-    with pytest.raises(ValueError, match="2 of 3 nodes") as error:
+    with pytest.raises(ValueError, match="2 of 3 modules") as error:
         dla_fast.swap_(model, on_unsupported="raise")
     assert "\n  1: conv: kernel_size is (3, 3)" in str(error.value)
     assert "\n  2: verification failed: " in str(error.value)
@@ -342,7 +342,7 @@ def test_forced_backend_that_cannot_run():
     report = dla_fast.swap_(model, backend="cuda")
     assert not report.swapped
     assert all(e.reason.startswith("backend 'cuda' cannot run it: ") for e in report.skipped)
-    with pytest.raises(ValueError, match="2 of 2 nodes"):
+    with pytest.raises(ValueError, match="2 of 2 modules"):
         dla_fast.swap_(model, backend="cuda", on_unsupported="raise")
 
 
@@ -364,6 +364,9 @@ def test_forced_backend_stays_with_the_node(monkeypatch):
     "error, arguments, message",
     [
         (ValueError, {"backend": "tpu"}, "unknown backend 'tpu', expected auto, reference"),
+        (ValueError, {"units": "roots"}, "unknown unit 'roots', expected some of nodes, ladders, blocks, convs"),
+        (ValueError, {"units": ()}, "units: expected one or more of nodes, ladders, blocks, convs, got none"),
+        (TypeError, {"units": (1,)}, "units: expected names, got 1"),
         (ValueError, {"on_unsupported": "warn"}, "on_unsupported: expected 'skip' or 'raise', got 'warn'"),
     ],
 )
@@ -384,7 +387,7 @@ def test_report():
     model = nn.Sequential(Root(), Root(kernel_size=3))
     report = dla_fast.swap_(model)
     lines = str(report).splitlines()
-    assert lines[0] == "swapped 1, skipped 1"
+    assert lines[0] == "swapped 1 (nodes 1), skipped 1"
     assert len({line.index(word) for line, word in zip(lines[1:], ["result", "swapped", "skipped"], strict=True)}) == 1
     assert "kernel_size is (3, 3)" in lines[3]
     assert json.loads(json.dumps(report.to_dict())) == {

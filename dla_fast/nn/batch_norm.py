@@ -19,6 +19,11 @@ def is_observed(module: nn.Module) -> bool:
     )
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """``getattr`` in a tenth of its time; the parameters of DataParallel's replicas are plain attributes."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
+
+
 def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
 
@@ -38,8 +43,8 @@ def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
         momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
     keep = not bn.training or bn.track_running_stats
     return {
-        "bn_weight": bn.weight,
-        "bn_bias": bn.bias,
+        "bn_weight": parameter(bn, "weight"),
+        "bn_bias": parameter(bn, "bias"),
         "running_mean": bn.running_mean if keep else None,
         "running_var": bn.running_var if keep else None,
         "training": bn.training or (bn.running_mean is None and bn.running_var is None),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from dla_fast import functional
 from dla_fast.checks import Upsampling
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain
+from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain, parameter
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.frozen import KEY, Frozen
 from dla_fast.reference.activation import ActSpec
@@ -78,11 +78,6 @@ def run_unit(
     )  # fmt: skip
     count_batch(bn)
     return y
-
-
-def parameter(module: nn.Module, name: str) -> Any:
-    """``getattr`` in a tenth of its time; the parameters of DataParallel's replicas are plain attributes."""
-    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def _op_by_op(

@@ -13,9 +13,9 @@ from dla_fast import backend, functional
 from dla_fast.nn.batch_norm import is_observed
 from dla_fast.nn.unit import run_unit
 from dla_fast.reference.activation import ActSpec
-from dla_fast.swap.nodes import FusedNode, forcing, fused_act
+from dla_fast.swap.calls import PLAIN, forcing, fused_act, is_act, undisturbed
+from dla_fast.swap.nodes import FusedNode, original_class
 
-_PLAIN = (Tensor, nn.Parameter)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -76,10 +76,10 @@ def up_factor(up: nn.Module | None) -> int | None:
 def parts(unit: nn.Module) -> tuple[nn.Module, nn.BatchNorm2d, nn.Module] | None:
     """Convolution, norm and activation of a unit: Sequential of the three, or ``conv`` beside ``actf`` of the two."""
     children = list(unit._modules.items())
-    if type(unit) is nn.Sequential and len(children) == 3:
+    if original_class(unit) is nn.Sequential and len(children) == 3:
         found = [c for _, c in children if c is not None]
-    elif {name for name, _ in children} == {"conv", "actf"} and type(unit._modules["actf"]) is nn.Sequential:
-        actf = unit._modules["actf"]
+    elif {name for name, _ in children} == {"conv", "actf"} and original_class(unit._modules["actf"]) is nn.Sequential:
+        actf = cast(nn.Sequential, unit._modules["actf"])
         if unit._modules["conv"] is None or is_observed(actf):
             return None
         found = [unit._modules["conv"], *actf]
@@ -88,7 +88,7 @@ def parts(unit: nn.Module) -> tuple[nn.Module, nn.BatchNorm2d, nn.Module] | None
     if len(found) != 3:
         return None
     conv, bn, act = found
-    if type(bn) is not nn.BatchNorm2d or fused_act(act) is None or is_observed(bn) or is_observed(act):
+    if type(bn) is not nn.BatchNorm2d or is_observed(bn) or not is_act(act):
         return None
     return conv, bn, act
 
@@ -147,13 +147,13 @@ def run_ida(module: nn.Module, spec: IDASpec, layers: Any, start: int, end: int)
 def _dtypes_agree(module: nn.Module, xs: Sequence[Tensor]) -> bool:
     """Whether eager, too, would compute in one dtype throughout: autocast's, or that of inputs and parameters."""
     dtype, device = xs[0].dtype, xs[0].device.type
-    if any(type(x) not in _PLAIN or x.dtype != dtype or x.dim() != 4 or x.is_meta for x in xs):
+    if any(type(x) not in PLAIN or x.dtype != dtype or x.dim() != 4 or x.is_meta for x in xs):
         return False
     if torch.is_autocast_enabled(device):
         return dtype != torch.float64
     for name, p in module.named_parameters():
         in_norm = p.dim() == 1 and dtype in _HALF and p.dtype == torch.float32
-        if type(p) not in _PLAIN or (p.dtype != dtype and not in_norm) or name.endswith("original"):
+        if type(p) not in PLAIN or (p.dtype != dtype and not in_norm) or name.endswith("original"):
             return False
     return True
 
@@ -188,7 +188,7 @@ def can_fuse(module: nn.Module, spec: IDASpec, layers: Any, start: Any, end: Any
     # A ranged ladder may be asked for fewer layers than it has.
     if start < 0 or end > len(layers) or count > spec.layers or count < (2 if spec.ranged else spec.layers):
         return False
-    if nn.modules.module._has_any_global_hook() or torch.jit.is_tracing() or backend.is_exporting():
+    if not undisturbed():
         return False
     for i in range(1, count):
         if any(child(module, spec, kind, i) is None for kind in ("proj", "up", "node")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -146,7 +146,9 @@ class IDAAdapter:
     caller's list is found out by running it on a copy with small layers, whatever ``verify`` says.
     """
 
+    unit = "ladders"
     kind = "merge"
+    op = "merge"
     node: type[FusedNode] = FusedIDA
 
     def resembles(self, module: nn.Module) -> bool:
@@ -229,6 +231,13 @@ class IDAAdapter:
         except Exception as error:  # as above
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return found
+
+    def owned(self, module: nn.Module, spec: IDASpec) -> Iterable[nn.Module]:
+        for i in range(spec.layers):
+            for kind in ("proj", "node"):
+                unit = child(module, spec, kind, i)
+                if unit is not None and parts(unit) is not None:
+                    yield from unit.modules()
 
 
 def _layers(

@@ -9,11 +9,9 @@ original class.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,11 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dla_fast import backend
-from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.batch_norm import parameter
 from dla_fast.nn.frozen import KEY
-from dla_fast.nn.unit import parameter, run_unit
-from dla_fast.reference.activation import ActSpec
+from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
 
 MAX_INPUTS = 8
 
@@ -40,21 +36,6 @@ CONV1X1 = {
 }
 
 _classes: dict[tuple[type, type, Any], type[FusedNode]] = {}
-_PLAIN = (Tensor, nn.Parameter)
-_HALF = (torch.float16, torch.bfloat16)
-# Two threads (DataParallel) that force a backend at once would restore each other's choice and leave one in force.
-_forcing = threading.RLock()
-
-
-@contextlib.contextmanager
-def forcing(name: str) -> Iterator[None]:
-    """Force a backend for a call of one swapped module."""
-    if torch.compiler.is_compiling():
-        with backend.use_backend(name):
-            yield
-    else:
-        with _forcing, backend.use_backend(name):
-            yield
 
 
 class FusedNode(nn.Module):
@@ -127,6 +108,11 @@ def rebind(module: nn.Module, cls: type[nn.Module]) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
+def original_class(module: object) -> type:
+    """The class of a module before it was swapped."""
+    return type(module)._dla_fast_original if isinstance(module, FusedNode) else type(module)
+
+
 def restore(module: FusedNode) -> None:
     """Give a swapped module its class back; what was frozen inside of it is no longer."""
     for child in module.modules():
@@ -155,22 +141,6 @@ class AggregateSpec:
     backend: str
 
 
-def fused_act(module: nn.Module) -> ActSpec | None:
-    """The activation a module computes, or None when no kernel ends with it."""
-    kind = type(module)
-    if kind is nn.ReLU:
-        return "relu"
-    if kind is nn.SiLU:
-        return "silu"
-    if kind is nn.Identity:
-        return "identity"
-    if kind is nn.Hardswish:
-        return "hardswish"
-    if kind is nn.LeakyReLU:
-        return ("leaky_relu", module.negative_slope)  # type: ignore[return-value]
-    return None
-
-
 def is_plain_conv1x1(conv: nn.Conv2d) -> bool:
     """Whether an exact Conv2d has the options of :data:`CONV1X1`; written out, as every call asks."""
     return (
@@ -181,33 +151,6 @@ def is_plain_conv1x1(conv: nn.Conv2d) -> bool:
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
-
-
-def _dtypes_agree(xs: Sequence[Tensor], weight: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: bool) -> bool:
-    """Whether the dtypes are such that eager, too, computes in one dtype throughout."""
-    dtype, device = xs[0].dtype, xs[0].device.type
-    for x in xs:
-        if type(x) not in _PLAIN or x.dtype != dtype or x.dim() != 4:
-            return False
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        # Autocast leaves float64 alone, and adding a residual of another dtype promotes the output.
-        if dtype == torch.float64 or weight.dtype == torch.float64 or (residual and dtype != cast):
-            return False
-        dtype = cast
-    else:
-        bias = parameter(conv, "bias")
-        if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-            return False
-    for name in ("weight", "bias"):
-        if not _fits(parameter(bn, name), dtype):
-            return False
-    return _fits(bn._buffers.get("running_mean"), dtype) and _fits(bn._buffers.get("running_var"), dtype)
-
-
-def _fits(vector: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether a norm's vector can stand beside activations of this dtype."""
-    return vector is None or vector.dtype == dtype or (vector.dtype == torch.float32 and dtype in _HALF)
 
 
 class FusedAggregate(FusedNode):
@@ -232,23 +175,17 @@ class FusedAggregate(FusedNode):
 
 def can_fuse(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> bool:
     """Whether the module still is what was swapped, and the call one that the fused path answers as the original."""
-    children = module._modules
+    children: Any = module._modules
     conv, bn, act = children.get("conv"), children.get(spec.bn), children.get(spec.act)
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or act is None or fused_act(act) is None:
-        return False
-    if is_observed(conv) or is_observed(bn) or is_observed(act) or nn.modules.module._has_any_global_hook():
+    if not are_unit(conv, bn) or not is_act(act) or not undisturbed():
         return False
     if not is_plain_conv1x1(conv) or getattr(module, spec.flag, None) is not spec.residual:
         return False
-    if torch.jit.is_tracing() or backend.is_exporting():
-        return False
-    # fx proxies and tensor subclasses (DTensor, quantized weights) have rules of their own; meta computes nothing.
-    weight = parameter(conv, "weight")
-    if type(xs[0]) not in _PLAIN or type(weight) not in _PLAIN or weight.is_meta:
-        return False
-    if spec.residual and xs[0].dim() == 4 and xs[0].shape[1] != weight.shape[0]:
-        return False
-    return _dtypes_agree(xs, weight, conv, bn, spec.residual)
+    dtype = unit_dtype(xs, conv, bn)
+    # Adding a residual of another dtype, or of fewer channels, promotes or widens the output.
+    return dtype is not None and (
+        not spec.residual or (xs[0].dtype == dtype and xs[0].shape[1] == parameter(conv, "weight").shape[0])
+    )
 
 
 def run_fused(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> Tensor:
@@ -256,8 +193,4 @@ def run_fused(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> T
     children: Any = module._modules
     conv, bn, act = children["conv"], children[spec.bn], fused_act(children[spec.act])
     assert act is not None
-    residual = 0 if spec.residual else None
-    if spec.backend in ("auto", backend.selected()):
-        return run_unit(xs, conv, bn, act=act, residual=residual)
-    with forcing(spec.backend):
-        return run_unit(xs, conv, bn, act=act, residual=residual)
+    return run_unit_on(spec.backend, xs, conv, bn, act=act, residual=0 if spec.residual else None)

@@ -1,0 +1,129 @@
+"""What a swapped residual block becomes: a fused call for each of its convolutions, the shortcut in the last one's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast.nn.batch_norm import is_observed
+from dla_fast.swap.calls import PLAIN, are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.nodes import FusedNode
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What swapping found out about a residual block.
+
+    Attributes:
+        units: names of the convolution, norm and activation of each unit; the last activates behind the addition.
+        argument: name of the argument that brings a shortcut, None where there is none.
+        arguments: how many arguments forward takes by position.
+        downsample: name of the child that makes a shortcut of the input, None where the input itself is added.
+        others: names of children that have to do nothing.
+        children: how many children there are, absent ones (None) included.
+        backend: the backend this block is forced to, or "auto" for whichever is in force.
+    """
+
+    units: tuple[tuple[str, str, str], ...]
+    argument: str | None
+    arguments: int
+    downsample: str | None
+    others: tuple[str, ...]
+    children: int
+    backend: str
+
+
+class FusedBlock(FusedNode):
+    """A residual block whose convolutions run through :func:`dla_fast.functional.conv_norm_act`.
+
+    Every call first checks that what the fused path replaces is still there, else runs the original forward: children
+    of the expected types, without hooks or parametrizations, and none besides; plain tensors of one dtype; a shortcut
+    of the output's shape; no export or tracing in progress; no global module hooks. A ``downsample`` child is called
+    as the module it is.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        spec = self._dla_fast_spec
+        call = bound(spec, args, kwargs)
+        if call is None or not can_fuse(self, spec, *call):
+            return super().forward(*args, **kwargs)
+        return run_block(self, spec, *call)
+
+
+def bound(spec: BlockSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Input and shortcut of a call, or None where it brings anything else."""
+    if not 0 < len(args) <= spec.arguments:
+        return None
+    shortcut = None
+    for i, value in enumerate(args[1:]):
+        if i == 0 and spec.argument is not None:
+            shortcut = value
+        elif value is not None:
+            return None
+    for name, value in kwargs.items():
+        if name == spec.argument and len(args) == 1:
+            shortcut = value
+        elif value is not None:
+            return None
+    return args[0], shortcut
+
+
+def output_shape(convs: Sequence[nn.Conv2d], x: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what convolutions in a row make of a shape (N, C, H, W)."""
+    height, width = x[2], x[3]
+    for conv in convs:
+        sides = []
+        for axis, side in enumerate((height, width)):
+            k, s, d, p = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis], conv.padding
+            if p == "same":
+                sides.append(side)
+            else:
+                pixels = 0 if isinstance(p, str) else p[axis]
+                sides.append((side + 2 * pixels - d * (k - 1) - 1) // s + 1)
+        height, width = sides
+    return x[0], convs[-1].out_channels, height, width
+
+
+def can_fuse(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> bool:
+    """Whether the block still is what was swapped, and the call one that the fused path answers as the original."""
+    children = module._modules
+    if len(children) != spec.children or type(x) not in PLAIN or not undisturbed():
+        return False
+    for name in spec.others:
+        other = children.get(name)
+        if other is not None and (type(other) is not nn.Identity or is_observed(other)):
+            return False
+    convs: list[Any] = []
+    dtype: torch.dtype | None = None
+    for conv_name, bn_name, act_name in spec.units:
+        conv, bn = children.get(conv_name), children.get(bn_name)
+        if not are_unit(conv, bn) or not is_act(children.get(act_name)):
+            return False
+        given = unit_dtype((x,), conv, bn)
+        if given is None or given != (dtype or given):
+            return False
+        dtype = given
+        convs.append(conv)
+    # Adding a shortcut of another dtype or shape promotes or widens the output, or is refused.
+    made = spec.downsample is not None and children.get(spec.downsample) is not None
+    added = x if shortcut is None else shortcut
+    if type(added) not in PLAIN or added.dtype != dtype:
+        return False
+    return (made and shortcut is None) or added.shape == output_shape(convs, x.shape)
+
+
+def run_block(module: nn.Module, spec: BlockSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    """The fused calls themselves, on the backend the block is forced to, if any."""
+    children: Any = module._modules
+    y = x
+    for conv, bn, act in spec.units[:-1]:
+        y = run_unit_on(spec.backend, [y], children[conv], children[bn], act=fused_act(children[act]))
+    if shortcut is None:
+        downsample = children.get(spec.downsample)
+        shortcut = x if downsample is None else downsample(x)
+    conv, bn, act = spec.units[-1]
+    return run_unit_on(spec.backend, [y], children[conv], children[bn], act=fused_act(children[act]), residual=shortcut)

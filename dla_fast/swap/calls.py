@@ -1,0 +1,104 @@
+"""What every call of a swapped module asks before it leaves its children out: whether eager would do the same thing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast import backend
+from dla_fast.nn.batch_norm import is_observed, parameter
+from dla_fast.nn.unit import run_unit
+from dla_fast.reference.activation import ActSpec
+
+# Everything else (fx proxies, DTensor, quantized weights) has rules of its own.
+PLAIN = (Tensor, nn.Parameter)
+_HALF = (torch.float16, torch.bfloat16)
+# Two threads (DataParallel) that force a backend at once would restore each other's choice and leave one in force.
+_forcing = threading.RLock()
+
+
+@contextlib.contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """Force a backend for a call of one swapped module."""
+    if torch.compiler.is_compiling():
+        with backend.use_backend(name):
+            yield
+    else:
+        with _forcing, backend.use_backend(name):
+            yield
+
+
+def undisturbed() -> bool:
+    """Whether nobody is about who has to see the children: global module hooks, tracing, export."""
+    return not (nn.modules.module._has_any_global_hook() or torch.jit.is_tracing() or backend.is_exporting())
+
+
+def fused_act(module: nn.Module) -> ActSpec | None:
+    """The activation a module computes, or None when no kernel ends with it."""
+    kind = type(module)
+    if kind is nn.ReLU:
+        return "relu"
+    if kind is nn.SiLU:
+        return "silu"
+    if kind is nn.Identity:
+        return "identity"
+    if kind is nn.Hardswish:
+        return "hardswish"
+    if kind is nn.LeakyReLU:
+        return ("leaky_relu", module.negative_slope)  # type: ignore[return-value]
+    return None
+
+
+def are_unit(conv: Any, bn: Any) -> bool:
+    """Whether two children are a convolution and a batch norm themselves, and nobody watches their calls."""
+    return type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not is_observed(conv) and not is_observed(bn)
+
+
+def is_act(act: Any) -> bool:
+    """Whether a child is an activation that kernels end with, and nobody watches its calls."""
+    return act is not None and fused_act(act) is not None and not is_observed(act)
+
+
+def _fits(vector: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a norm's vector can stand beside activations of this dtype."""
+    return vector is None or vector.dtype == dtype or (vector.dtype == torch.float32 and dtype in _HALF)
+
+
+def unit_dtype(xs: Sequence[Tensor], conv: Any, bn: Any) -> torch.dtype | None:
+    """The dtype of ``bn(conv(cat(xs)))`` where eager, too, computes in one dtype throughout; None where it does not.
+
+    None also for inputs and weights that are not plain four-dimensional tensors with values.
+    """
+    weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+    if type(xs[0]) not in PLAIN or type(weight) not in PLAIN or weight.is_meta:
+        return None
+    dtype: torch.dtype = xs[0].dtype
+    for x in xs:
+        if type(x) not in PLAIN or x.dtype != dtype or x.dim() != 4:
+            return None
+    device = xs[0].device.type
+    if torch.is_autocast_enabled(device):
+        # Autocast leaves float64 alone.
+        if dtype == torch.float64 or weight.dtype == torch.float64:
+            return None
+        dtype = torch.get_autocast_dtype(device)
+    elif weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        return None
+    for name in ("weight", "bias"):
+        if not _fits(parameter(bn, name), dtype):
+            return None
+    buffers = bn._buffers
+    return dtype if _fits(buffers.get("running_mean"), dtype) and _fits(buffers.get("running_var"), dtype) else None
+
+
+def run_unit_on(name: str, xs: Sequence[Tensor], conv: nn.Module, bn: nn.Module, **options: Any) -> Tensor:
+    """:func:`dla_fast.nn.unit.run_unit` on the backend a module is forced to, or on the one in force for "auto"."""
+    if name in ("auto", backend.selected()):
+        return run_unit(xs, conv, bn, **options)
+    with forcing(name):
+        return run_unit(xs, conv, bn, **options)

@@ -1,0 +1,125 @@
+"""Runs of convolution, batch norm and activation in an nn.Sequential: what it becomes, and how it is recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast.reference.activation import ActSpec
+from dla_fast.swap import verify
+from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.nodes import FusedNode, class_reason
+
+
+@dataclass(frozen=True)
+class ConvsSpec:
+    """What there is to know of a Sequential with runs: its children are looked at on every call.
+
+    Attributes:
+        backend: the backend its runs are forced to, or "auto" for whichever is in force.
+    """
+
+    backend: str
+
+
+def run_at(children: Sequence[nn.Module | None], i: int) -> tuple[nn.Conv2d, nn.BatchNorm2d, ActSpec, int] | None:
+    """Convolution, norm and activation that begin at child i, and how many children they are; None for no run.
+
+    The activation is "identity" where what follows the norm is none that kernels end with.
+    """
+    if i + 1 >= len(children) or not are_unit(children[i], children[i + 1]):
+        return None
+    conv, bn = cast(nn.Conv2d, children[i]), cast(nn.BatchNorm2d, children[i + 1])
+    if conv.out_channels != bn.num_features:
+        return None
+    act = children[i + 2] if i + 2 < len(children) else None
+    if act is not None and is_act(act):
+        return conv, bn, cast(ActSpec, fused_act(act)), 3
+    return conv, bn, "identity", 2
+
+
+class FusedConvs(FusedNode):
+    """A Sequential whose runs of convolution, norm and activation go through :func:`dla_fast.functional.conv_norm_act`.
+
+    Its other children are called as they are, in order, and so are those of a run where the call is not one that the
+    fused path answers as they do: hooks or parametrizations, another norm, inputs of another dtype. Under export,
+    tracing and global module hooks all of them are.
+    """
+
+    def forward(self, input: Any) -> Any:
+        if not undisturbed():
+            return super().forward(input)
+        children, x, i = list(self._modules.values()), input, 0
+        while i < len(children):
+            found = run_at(children, i)
+            if found is not None and unit_dtype((x,), found[0], found[1]) is not None:
+                conv, bn, act, count = found
+                x = run_unit_on(self._dla_fast_spec.backend, [x], conv, bn, act=act)
+                i += count
+            else:
+                x = cast(Any, children[i])(x)
+                i += 1
+        return x
+
+
+class ConvsAdapter:
+    """nn.Sequential with runs of Conv2d, BatchNorm2d and, where there is one, an activation.
+
+    Also of its subclasses those that do not define another forward.
+    """
+
+    unit = "convs"
+    kind = "conv"
+    op = "conv_norm_act"
+    node: type[FusedNode] = FusedConvs
+
+    def resembles(self, module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and bool(_runs(module))
+        )
+
+    def match(self, module: nn.Module, backend: str) -> ConvsSpec | str:
+        reason = class_reason(module)
+        if reason is not None:
+            return reason
+        for conv, bn, _ in _runs(module):
+            if len({t.device for t in [*conv.parameters(), *bn.parameters(), *bn.buffers()]}) > 1:
+                return "the parameters and buffers of a run lie on several devices"
+        return ConvsSpec(backend)
+
+    def placement(self, module: nn.Module, spec: ConvsSpec) -> tuple[torch.device, torch.dtype]:
+        weight = _runs(module)[0][0].weight
+        return weight.device, weight.dtype
+
+    def verify(self, module: nn.Module, spec: ConvsSpec) -> str | None:
+        """Each run by itself: what else a Sequential holds is called as before."""
+
+        def fused(run: nn.Module, xs: Sequence[Tensor], name: str) -> Tensor:
+            conv, bn, act, _ = cast(Any, run_at(list(run.children()), 0))
+            return run_unit_on(name, xs, conv, bn, act=act)
+
+        for conv, bn, act in _runs(module):
+            run = nn.Sequential(conv, bn, *([] if act is None else [act]))
+            shape = verify.input_shape([conv])
+            cases = [verify.Case(training, [shape]) for training in (False, True)]
+            found = verify.compare(run, conv.weight, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
+            if found is not None:
+                return found
+        return None
+
+    def owned(self, module: nn.Module, spec: ConvsSpec) -> Iterable[nn.Module]:
+        return ()
+
+
+def _runs(module: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module | None]]:
+    children, found, i = list(module._modules.values()), [], 0
+    while i < len(children):
+        run = run_at(children, i)
+        if run is not None:
+            found.append((run[0], run[1], children[i + 2] if run[3] == 3 else None))
+        i += 1 if run is None else run[3]
+    return found

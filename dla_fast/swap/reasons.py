@@ -1,0 +1,65 @@
+"""Why a child's calls cannot be left out of a fused module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from dla_fast.checks import FLOATING
+from dla_fast.nn.batch_norm import is_observed
+from dla_fast.swap.calls import fused_act
+from dla_fast.swap.nodes import CONV1X1
+
+
+def class_name(value: object) -> str:
+    return type(value).__name__
+
+
+def child_reason(name: str, child: nn.Module, expected: type[nn.Module] | None) -> str | None:
+    """Why the calls of a child cannot be left out: another kind of module, or one that somebody watches or changes."""
+    if parametrize.is_parametrized(child):
+        return f"{name}: has parametrizations"
+    if expected is not None and type(child) is not expected:
+        return f"{name}: expected {expected.__name__}, got {class_name(child)}"
+    if "forward" in child.__dict__:
+        return f"{name}: its forward is replaced on the instance"
+    if is_observed(child):
+        return f"{name}: has hooks"
+    return None
+
+
+def conv_reason(name: str, conv: nn.Module) -> str | None:
+    """Why a child is not a convolution itself."""
+    reason = child_reason(name, conv, nn.Conv2d)
+    if reason is not None:
+        return reason
+    weight: Any = conv.weight
+    if weight.dtype not in FLOATING or type(weight) is not nn.Parameter:
+        return f"{name}: weight is a {class_name(weight)} of {weight.dtype}, expected a floating Parameter"
+    return None
+
+
+def conv1x1_reason(name: str, conv: nn.Module) -> str | None:
+    """Why a child is not a 1x1 convolution that mixes channels and does nothing else."""
+    reason = conv_reason(name, conv)
+    if reason is not None:
+        return reason
+    for option, want in CONV1X1.items():
+        got = getattr(conv, option)
+        if got != want:
+            return f"{name}: {option} is {got!r}, expected {want!r}"
+    return None
+
+
+def norm_reason(name: str, norm: nn.Module) -> str | None:
+    """Why a child is not a batch norm as kernels know it."""
+    return child_reason(name, norm, nn.BatchNorm2d)
+
+
+def act_reason(name: str, act: nn.Module) -> str | None:
+    """Why a child is not an activation that kernels end with."""
+    if fused_act(act) is None:
+        return f"{name}: no kernel ends with {class_name(act)}"
+    return child_reason(name, act, None)
