@@ -25,7 +25,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: install ## swap timm's DLA-34 to fused nodes on real photographs, and compare
+demo: install ## swap and freeze timm's DLA-34 on real photographs, and compare
 	$(PY) -m dla_fast demo $(DEMO_ARGS)
 
 test: install ## run the tests
