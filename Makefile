@@ -87,7 +87,7 @@ bench: install ## run the benchmarks; writes benchmarks/out/bench.json and bench
 	  --json benchmarks/out/bench.json --html benchmarks/out/bench.html $(BENCH_ARGS)
 
 readme: install ## write the README's figures and docs/benchmarks.md from benchmarks/results
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.readme
 
 docs: install ## write the API reference to build/docs, from the docstrings
 	$(PY) -m pdoc --docformat google -o build/docs dla_fast dla_fast.backend dla_fast.swap

@@ -13,7 +13,7 @@ from dla_fast._version import __version__
 from dla_fast.commands.demo_setup import LOGITS, PHOTOGRAPHS, unnormalised
 from dla_fast.proof.machine import instruction_set
 
-_SHOWN = 10  # units in the picture
+_SHOWN = 7  # units in the picture
 _BEFORE, _AFTER, _WRONG = "#8a94a6", "#1f77b4", "#c0392b"
 
 
@@ -118,7 +118,8 @@ def text(result: dict[str, Any]) -> str:
         lines.append(f"  {name:<34}{row['before'] / 2**20:>12.1f}{row['after'] / 2**20:>12.1f}{ratio:>14.2f}x")
     lines += ["", *_difference_rows(result), *_FOOTNOTE, ""]
     counts = ", ".join(f"{count} {unit}" for unit, count in result["counts"].items() if count)
-    lines.append(f"swapped {len(result['swapped'])} units ({counts}): {', '.join(result['swapped'])}")
+    swapped = f"swapped {len(result['swapped'])} units ({counts}): {', '.join(result['swapped'])}"
+    lines += textwrap.wrap(swapped, 118, subsequent_indent="  ")
     if result["frozen"]:
         kept = result["frozen"]
         size = kept["bytes"] / 2**20
@@ -139,7 +140,8 @@ def losses(result: dict[str, Any]) -> list[str]:
         ratios = {name: speedup(row) for name, row in result["ms"][f"each of the {title}"].items()}
         behind = sorted((name for name in ratios if ratios[name] < 1), key=lambda name: ratios[name])
         told = ", ".join(f"{name} {ratios[name]:.2f}x" for name in behind) or "none"
-        lines.append(f"slower than before by themselves, {title.removeprefix('units, ')}: {told}")
+        line = f"slower than before by themselves, {title.removeprefix('units, ')}: {told}"
+        lines += textwrap.wrap(line, 118, subsequent_indent="  ")
     return lines
 
 
