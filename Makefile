@@ -78,7 +78,8 @@ asan: install ## run the kernels' tests under AddressSanitizer
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider \
 	  tests/test_aggregate.py tests/test_batch_norm_act.py tests/test_merge.py tests/test_conv_norm_act.py \
 	  tests/test_strides.py tests/test_cpu_convolution.py \
-	  tests/test_cpu_bf16.py tests/test_cpu_bf16_backward.py tests/test_cpu_bf16x3.py tests/test_upsample.py \
+	  tests/test_cpu_bf16.py tests/test_cpu_bf16_backward.py tests/test_cpu_bf16x3.py tests/test_cpu_bf16x3_convolution.py \
+	  tests/test_upsample.py \
 	  tests/test_cpu_norm.py tests/test_cuda_host.py -k "not compile and not vmap"
 
 # Ten minutes at most on two cores: no case starts after the eighth, and what was left out is told.

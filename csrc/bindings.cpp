@@ -42,7 +42,8 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set the CPU kernels use: generic, avx2, avx512, avx512_bf16 or amx.");
   m.def("fingerprint", &dla_fast::cpu::fingerprint,
         "A number of where tensors lie, what they are and what is in them (of large ones of some values), or 0.");
-  // Functions and no operators: they serve inference alone, of plain tensors, whose calls they are to cost little beside.
+  // Functions and no operators: they serve inference alone, of plain tensors, whose calls they are to cost little
+  // beside.
   const pybind11::call_guard<pybind11::gil_scoped_release> released;
   m.def("conv_norm_act_way", &dla_fast::cpu::conv_norm_act_way, released, "See csrc/cpu/operators/packed.h.");
   m.def("conv_norm_act_pack", &dla_fast::cpu::conv_norm_act_pack, released, "See csrc/cpu/operators/packed.h.");

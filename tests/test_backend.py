@@ -86,7 +86,16 @@ def test_environment():
     assert run(code, DLA_FAST_DISABLE="1").stdout == "reference\n"
 
 
-ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"]
+
+
+def test_emulation_is_chosen_by_name_alone():
+    code = "from dla_fast import _C; print(_C.cpu_isa())"
+    best = run(code, DLA_FAST_CPU_ISA="").stdout.strip()
+    assert best in ISAS[:-1]
+    assert run(code, DLA_FAST_CPU_ISA="amx").stdout.strip() == best
+    if best in ("avx512_bf16", "amx"):
+        assert run(code, DLA_FAST_CPU_ISA="amx_emulated").stdout.strip() == "amx_emulated"
 
 
 def test_every_instruction_set_holds_the_contract():

@@ -20,7 +20,7 @@ from dla_fast.proof.parity import Spec
 pytestmark = pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
 
 LAYOUTS = ("channels_last", "contiguous")
-PRODUCTS = ("avx512_bf16", "amx")
+PRODUCTS = ("avx512_bf16", "amx", "amx_emulated")
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +56,26 @@ def amid_nan(t: Tensor) -> Tensor:
     return inside.copy_(t)
 
 
-def passes_with(name: str, file: str) -> None:
-    """The tests of a file, with at most this instruction set."""
+def isa_with(name: str) -> str:
+    """What a process uses that asks for an instruction set."""
+    code = "from dla_fast import _C; print(_C.cpu_isa())"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", "not lesser"],
+        [sys.executable, "-c", code],
         env={**os.environ, "DLA_FAST_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def passes_with(name: str, file: str, every: int = 1) -> None:
+    """The tests of a file with this instruction set, or every so many of their combinations."""
+    if isa_with(name) != name:
+        pytest.skip(f"no {name} here")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", "not other_products"],
+        env={"DLA_FAST_TEST_EVERY": str(every), **os.environ, "DLA_FAST_CPU_ISA": name},
         capture_output=True,
         text=True,
         check=False,
@@ -247,9 +262,14 @@ def test_other_types_go_the_way_of_avx512(dtype):
     assert run(isa()) == run("avx512")
 
 
-def test_the_lesser_products_hold_too():
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512"])
+def test_other_products_hold_too(name):
     """Where tiles serve, the vectors of other processors are held to the same tests, and the product without either."""
     if isa() != "amx":
         pytest.skip("nothing lesser here than what the other tests have run")
-    for name in ("avx512_bf16", "avx512"):
-        passes_with(name, __file__)
+    passes_with(name, __file__)
+
+
+def test_other_products_with_tiles_hold_too():
+    """The source of the products with AMX, over emulated tiles."""
+    passes_with("amx_emulated", __file__, every=7)

@@ -180,8 +180,12 @@ def test_neighbours_do_not_leak(layout, channels):
     assert all(map(torch.equal, case.run(), expected))
 
 
-def test_the_lesser_products_hold_too():
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512"])
+def test_other_products_hold_too(name):
     if isa() != "amx":
         pytest.skip("nothing lesser here than what the other tests have run")
-    for name in ("avx512_bf16", "avx512"):
-        passes_with(name, __file__)
+    passes_with(name, __file__)
+
+
+def test_other_products_with_tiles_hold_too():
+    passes_with("amx_emulated", __file__, every=7)

@@ -1,6 +1,6 @@
 """Float products of an aggregation node on the CPU, made of bfloat16 products of three parts where that is faster.
 
-All of it holds for the float instructions too, so other processors run it as well.
+All of it holds for the float instructions too, so other processors run it as well, and once more over emulated tiles.
 """
 
 from __future__ import annotations
@@ -225,7 +225,12 @@ def test_parity(poisoned, layout):
     assert pool.failures() == ""
 
 
-def test_the_lesser_products_hold_too():
+def test_other_products_hold_too():
     if isa() != "amx":
         pytest.skip("the tests above ran with float instructions")
     passes_with("avx512", __file__)
+
+
+def test_other_products_with_tiles_hold_too():
+    """The source of the products with AMX, over emulated tiles."""
+    passes_with("amx_emulated", __file__)

@@ -432,9 +432,9 @@ def test_calls_that_are_taken_apart(calls):
         assert relative(infer(model, x), want) < 1e-5
     # A view of what is negated once it is read.
     negated = torch.complex(x, -x).conj().imag
-    assert torch.equal(infer(model, negated), want)
+    assert relative(infer(model, negated), want) < 1e-5
     assert negated.is_neg()
-    assert calls["run"] == 1
+    assert calls["run"] == LADDER_UNITS - 2
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ from dla_fast.proof import machine
 VARIABLES = {
     "DLA_FAST_BACKEND": "backend of every call",
     "DLA_FAST_DISABLE": "1 runs everything on the reference",
-    "DLA_FAST_CPU_ISA": "at most this instruction set in the CPU kernels",
+    "DLA_FAST_CPU_ISA": "at most this instruction set in the CPU kernels; amx_emulated is for tests",
     "DLA_FAST_BUILD_EXT": "0, 1 or auto, at build",
     "DLA_FAST_BUILD_CUDA": "0, 1 or auto, at build",
     "DLA_FAST_SANITIZE": "sanitizer, at build",

@@ -1,68 +1,41 @@
 """A unit's inference from a norm that was folded and a weight that was packed before: the CPU's functions for it.
 
-They are called for plain tensors, in inference, where nobody watches operators, and cost less as functions.
+They are called for plain tensors, in inference, where nobody watches operators, and cost less as functions of the
+extension than as operators. csrc/cpu/operators/packed.h and fingerprint.h say what they do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from dla_fast._extension import STATUS
 
-if STATUS.loaded:
-    from dla_fast._C import conv_norm_act_pack as pack
-    from dla_fast._C import conv_norm_act_packed as run
-    from dla_fast._C import conv_norm_act_way as way_of
-    from dla_fast._C import fingerprint, release_maps
-else:
 
-    def fingerprint(tensors: Sequence[Tensor | None]) -> int:
-        """A number of where tensors lie, what they are and what is in them, as csrc/cpu/operators/fingerprint.h says.
+def _function(name: str) -> Any:
+    """A function of the extension; where there is no extension one that says why."""
 
-        Zero where there is none.
-        """
-        return 0
+    def missing(*args: Any) -> Any:
+        raise RuntimeError(f"{name}: {STATUS.reason or 'the C++ extension is older than its sources; rebuild it'}")
 
-    def way_of(
-        xs: Sequence[Tensor],
-        up_weights: Sequence[Tensor],
-        weight: Tensor,
-        factors: Sequence[int],
-        stride: int,
-        dilation: int,
-        groups: int,
-    ) -> int:
-        """Which of the CPU's products serves a call, by its shapes, layouts and dtype."""
-        raise NotImplementedError(STATUS.reason)
-
-    def pack(weight: Tensor, in_channels: Sequence[int], way: int) -> Tensor:
-        """The weight as a product reads it; opaque."""
-        raise NotImplementedError(STATUS.reason)
-
-    def run(
-        xs: Sequence[Tensor],
-        up_weights: Sequence[Tensor],
-        weight: Tensor,
-        packed: Tensor,
-        way: int,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        factors: Sequence[int],
-        stride: int,
-        dilation: int,
-        groups: int,
-        residual_input: int,
-        act: str,
-        slope: float,
-    ) -> Tensor:
-        """``act(scale * conv(cat(xs)) + shift + residual)``."""
-        raise NotImplementedError(STATUS.reason)
-
-    def release_maps() -> None:
-        """Free the memory that packed calls keep for their maps."""
+    return getattr(importlib.import_module("dla_fast._C"), name, missing) if STATUS.loaded else missing
 
 
-__all__ = ["fingerprint", "pack", "release_maps", "run", "way_of"]
+# fingerprint(tensors): a number of where tensors lie, what they are and what is in them; 0 where there is none.
+fingerprint: Callable[[Sequence[Tensor | None]], int] = _function("fingerprint")
+# way_of(xs, up_weights, weight, factors, stride, dilation, groups): which of the CPU's products serves a call.
+way_of: Callable[..., int] = _function("conv_norm_act_way")
+# pack(weight, in_channels, way): the weight as that product reads it; opaque.
+pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_pack")
+# run(xs, up_weights, weight, packed, way, scale, shift, residual, factors, stride, dilation, groups, residual_input,
+# act, slope): act(scale * conv(cat(xs)) + shift + residual).
+run: Callable[..., Tensor] = _function("conv_norm_act_packed")
+
+
+def release_maps() -> None:
+    """Free the memory that packed calls keep for their maps."""
+    if STATUS.loaded:
+        _function("release_maps")()

@@ -132,7 +132,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> conv_norm_a
     dispatch(weight.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const TailGradient<T> tail = tail_gradient<T>(norm, sums, dy, z, residual);
-      node.way() == Way::library || !(node.kernel==1 || node.upsamples_on_the_way()) ? by_library(node, tail, needs, out) : natively(node, tail, needs, out);
+      node.way() == Way::library || !(node.kernel == 1 || node.upsamples_on_the_way())
+          ? by_library(node, tail, needs, out)
+          : natively(node, tail, needs, out);
     });
   }
   std::vector<Tensor> dups;

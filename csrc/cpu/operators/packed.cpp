@@ -49,7 +49,7 @@ template <class T>
 void pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way, Tensor& packed) {
   const bool taps_first = weight.size(2) > 1 && is_channels_last(weight);
   const Tensor dense = arranged(weight, taps_first);
-  Inputs<T> in = {layout_of_way(way), 1, 1, 1, weight.size(1), weight.size(0), weight.size(2), {},
+  Inputs<T> in = {layout_of_way(way),        1,         1, 1, weight.size(1), weight.size(0), weight.size(2), {},
                   dense.const_data_ptr<T>(), taps_first};
   int64_t offset = 0;
   for (const int64_t channels : in_channels) {
@@ -66,8 +66,8 @@ void pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t
 
 }  // namespace
 
-int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight, const std::vector<int64_t>& factors,
-                          int64_t stride, int64_t dilation, int64_t groups) {
+int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
+                          const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups) {
   const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
   if (node.way() == Way::library || node.empty()) return kLibrary;
   int64_t way = kLibrary;
@@ -85,10 +85,11 @@ Tensor conv_norm_act_pack(const Tensor& weight, const std::vector<int64_t>& in_c
   return packed;
 }
 
-Tensor conv_norm_act_packed(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight, const Tensor& packed,
-                            int64_t way, const Tensor& scale, const Tensor& shift, const OptionalTensor& residual_given,
-                            const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
-                            int64_t residual_input, const std::string& act, double slope) {
+Tensor conv_norm_act_packed(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
+                            const Tensor& packed, int64_t way, const Tensor& scale, const Tensor& shift,
+                            const OptionalTensor& residual_given, const std::vector<int64_t>& factors, int64_t stride,
+                            int64_t dilation, int64_t groups, int64_t residual_input, const std::string& act,
+                            double slope) {
   RECORD_FUNCTION("dla_fast_cpu::conv_norm_act_packed", std::vector<c10::IValue>());
   const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
   const OptionalTensor residual = node.residual(residual_given, residual_input);

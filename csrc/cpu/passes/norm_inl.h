@@ -21,31 +21,46 @@ inline const T* at(Strided<const T> m, int64_t r, int64_t c) {
   return m.data == nullptr ? nullptr : m.data + r * m.ld + c;
 }
 
-// The loops below say simd because the compiler cannot know that outputs and parameters never overlap.
+// The loops below say simd because the compiler cannot know that outputs and parameters never overlap. n: how many
+// values, or as a constant, so that a narrow row is no loop at all.
+template <class Z, class T, class A, Act ACT, bool ROWS, class N>
+inline __attribute__((always_inline)) void tail_row(const Norm<A>& norm, int64_t r, int64_t c, N n, Strided<const Z> z,
+                                                    Strided<const T> residual, Strided<T> y) {
+  A zb[kChunk], rb[kChunk], yb[kChunk];
+  const Along<A, ROWS> center(norm.center, r, c), scale(norm.scale, r, c), shift(norm.shift, r, c);
+  const A* zr = read<Z, A>(at(z, r, c), zb, n);
+  T* out = y.data + r * y.ld + c;
+  A* yr = yb;
+  if constexpr (std::is_same_v<T, A>) yr = out;
+  if (residual.data != nullptr) {
+    const A* rr = read<T, A>(at(residual, r, c), rb, n);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i] + rr[i], norm.slope);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i], norm.slope);
+    }
+  }
+  if constexpr (!std::is_same_v<T, A>) narrow_row(yb, out, n);
+}
+
 template <class Z, class T, class A, Act ACT, bool ROWS>
 void tail_tile(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Strided<const T> residual, Strided<T> y) {
-  A zb[kChunk], rb[kChunk], yb[kChunk];
+  const auto rows = [&](auto n) {
+    for (int64_t r = 0; r < shape.rows; ++r) tail_row<Z, T, A, ACT, ROWS>(norm, r, 0, n, z, residual, y);
+  };
+  if constexpr (!ROWS && std::is_same_v<Z, float> && std::is_same_v<T, float>) {
+    if (shape.cols == 64) return rows(std::integral_constant<int64_t, 64>());
+    if (shape.cols == 32) return rows(std::integral_constant<int64_t, 32>());
+    if (shape.cols == 16) return rows(std::integral_constant<int64_t, 16>());
+  }
   for (int64_t r = 0; r < shape.rows; ++r) {
     for (int64_t c = 0; c < shape.cols; c += kChunk) {
       const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
-      const Along<A, ROWS> center(norm.center, r, c), scale(norm.scale, r, c), shift(norm.shift, r, c);
-      const A* zr = read<Z, A>(at(z, r, c), zb, n);
-      T* out = y.data + r * y.ld + c;
-      A* yr = yb;
-      if constexpr (std::is_same_v<T, A>) yr = out;
-      if (residual.data != nullptr) {
-        const A* rr = read<T, A>(at(residual, r, c), rb, n);
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i] + rr[i], norm.slope);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i], norm.slope);
-        }
-      }
-      if constexpr (!std::is_same_v<T, A>) narrow_row(yb, out, n);
+      tail_row<Z, T, A, ACT, ROWS>(norm, r, c, n, z, residual, y);
     }
   }
 }

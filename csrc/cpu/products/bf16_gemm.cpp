@@ -9,6 +9,7 @@ const Bf16Kernels* bf16_kernels() {
   if (current_isa() == Isa::amx) return &amx::bf16_kernels();
 #endif
 #if defined(DLA_WITH_AVX512_BF16)
+  if (current_isa() == Isa::amx_emulated) return &amx_emulated::bf16_kernels();
   if (current_isa() == Isa::avx512_bf16) return &avx512_bf16::bf16_kernels();
 #endif
   return nullptr;
@@ -17,6 +18,9 @@ const Bf16Kernels* bf16_kernels() {
 const Bf16x3Kernels* bf16x3_kernels() {
 #if defined(DLA_WITH_AMX)
   if (current_isa() == Isa::amx) return &amx::bf16x3_kernels();
+#endif
+#if defined(DLA_WITH_AVX512_BF16)
+  if (current_isa() == Isa::amx_emulated) return &amx_emulated::bf16x3_kernels();
 #endif
   return nullptr;
 }

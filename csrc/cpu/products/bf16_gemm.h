@@ -87,6 +87,9 @@ class Bf16Thread {
 namespace avx512_bf16 {
 const Bf16Kernels& bf16_kernels();
 }
+namespace amx_emulated {
+const Bf16Kernels& bf16_kernels();
+}
 #endif
 #if defined(DLA_WITH_AMX)
 namespace amx {

@@ -57,6 +57,11 @@ struct Bf16x3Kernels {
 // The products of this process, or null where float instructions are the faster way.
 const Bf16x3Kernels* bf16x3_kernels();
 
+#if defined(DLA_WITH_AVX512_BF16)
+namespace amx_emulated {
+const Bf16x3Kernels& bf16x3_kernels();
+}
+#endif
 #if defined(DLA_WITH_AMX)
 namespace amx {
 const Bf16x3Kernels& bf16x3_kernels();

@@ -142,15 +142,16 @@ void Bf16x3Pointwise::by_panels(float* out, Epilogue<float> epilogue) const {
 }
 
 ProductOf<float> bf16x3_pointwise(const Inputs<float>& in) {
+  return std::make_unique<Bf16x3Pointwise>(in, *bf16x3_kernels());
+}
+
+bool bf16x3_pays(const Inputs<float>& in) {
   // What it costs to split a value must pay on every side, and inputs of few channels fill their steps with zeros
-  // (measured on a Xeon with AMX: 64 to 64 channels break even, 32 to 64 lose a tenth).
+  // (measured on a Xeon with AMX: 64 to 64 channels of a 1x1 kernel break even, 32 to 64 lose a tenth).
   constexpr int64_t least = 48, products = 64 * 64;
-  const Bf16x3Kernels* kernels = bf16x3_kernels();
-  if (kernels == nullptr || std::min(in.in_channels, in.out_channels) < least) return nullptr;
-  if (in.in_channels * in.out_channels < products || 2 * steps_of(in).back() * kBf16Step > 3 * in.in_channels) {
-    return nullptr;
-  }
-  return std::make_unique<Bf16x3Pointwise>(in, *kernels);
+  if (std::min(in.in_channels, in.out_channels) < least || in.in_channels * in.out_channels < products) return false;
+  const int64_t steps = in.kernel == 1 ? steps_of(in).back() : divide_up(in.in_channels, kBf16Step);
+  return 2 * steps * kBf16Step <= 3 * in.in_channels;
 }
 
 }  // namespace dla_fast::cpu

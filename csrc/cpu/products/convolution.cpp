@@ -4,11 +4,12 @@ namespace dla_fast::cpu {
 
 template <class T>
 void Convolution<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
-  convolve(
-      in_, false, panels_of(in_.out_channels), [&](const Shape& shape, const PixelRow& row, int64_t channel, Strided<const A> z) {
-        epilogue({shape, row.group, channel, in_.at(in_.out_channels, row.image, row.h * in_.width + row.w, channel)},
+  convolve(in_, false, panels_of(in_.out_channels),
+           [&](const Shape& shape, const PixelRow& row, int64_t channel, Strided<const A> z) {
+             epilogue(
+                 {shape, row.group, channel, in_.at(in_.out_channels, row.image, row.h * in_.width + row.w, channel)},
                  z);
-      });
+           });
 }
 
 template <class T>

@@ -4,33 +4,45 @@
 
 namespace dla_fast::cpu {
 
-RowGrid::RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t pixel)
-    : images(images), height(height), width(width) {
-  // What a block reads is to stay in the second-level cache, beside its part of the output and of the weight.
-  constexpr int64_t values = 3 << 14, most_pixels = 256;
-  const int64_t side = std::max<int64_t>(values / (pixel * span), span);
-  cols = std::clamp<int64_t>((side - span) / stride + 1, 1, std::min(width, most_pixels));
+RowGrid::RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t inputs,
+                 int64_t outputs)
+    : images(images), height(height), width(width), together(1) {
+  // What a block reads and writes is to stay in the second-level cache, beside its part of the weight.
+  constexpr int64_t read = 5 << 14, written = 1 << 14, few = 96;
+  const int64_t pixels = written / std::min(outputs, kPanel);
+  const auto side = [&](int64_t n) { return (n - 1) * stride + span; };
+  const auto fitting = [&](int64_t other, int64_t most) {
+    int64_t n = most;
+    while (n > 1 && side(n) * other * inputs > read) n = divide_up(n, 2);
+    return std::max<int64_t>(n, 1);
+  };
+  cols = fitting(span, std::min(width, pixels));
   cols = divide_up(width, divide_up(width, cols));
   col_blocks = divide_up(width, cols);
-  const int64_t row = ((cols - 1) * stride + span) * pixel;
-  rows = std::clamp<int64_t>((values / row - span) / stride + 1, 1, std::min(height, std::max<int64_t>(most_pixels / cols, 1)));
-  // Enough of them for every thread.
-  const int64_t wanted = divide_up(4 * thread_count(), images * col_blocks);
-  rows = std::clamp<int64_t>(height / wanted, 1, rows);
+  rows = fitting(side(cols), std::clamp<int64_t>(pixels / cols, 1, height));
+  // Enough of them for every thread, and as many pixels as are worth passing the weight by.
+  const int64_t least = divide_up(few, cols), wanted = divide_up(4 * thread_count(), images * col_blocks);
+  rows = std::clamp<int64_t>(height / wanted, std::min(rows, least), rows);
   rows = divide_up(height, divide_up(height, rows));
   row_blocks = divide_up(height, rows);
+  if (row_blocks * col_blocks == 1) {
+    const int64_t fit = 4 * read / (side(rows) * side(cols) * inputs);
+    together =
+        std::clamp<int64_t>(few / (rows * cols), 1, std::max<int64_t>(std::min(fit, images / thread_count()), 1));
+  }
 }
 
 RowGrid::Block RowGrid::operator[](int64_t i) const {
-  const int64_t w = i % col_blocks * cols, h = i / col_blocks % row_blocks * rows;
-  return {i / col_blocks / row_blocks, h, w, std::min(rows, height - h), std::min(cols, width - w)};
+  const int64_t w = i % col_blocks * cols, h = i / col_blocks % row_blocks * rows,
+                image = i / col_blocks / row_blocks * together;
+  return {image, h, w, std::min(together, images - image), std::min(rows, height - h), std::min(cols, width - w)};
 }
 
 template <class T>
 Direct<T>::Direct(const Inputs<T>& in)
     : in_(in),
       window_(in),
-      grid_(in.images, in.height, in.width, in.stride, window_.span(), in.in_channels) {
+      grid_(in.images, in.height, in.width, in.stride, window_.span(), in.in_channels, in.out_channels) {
   for (const Input<T>& x : in.xs) maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last});
 }
 
@@ -71,51 +83,54 @@ void Direct<T>::pack(void* to) const {
 
 template <class T>
 void Direct<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
-  const int64_t kernel = window_.kernel, dilation = window_.dilation, stride = window_.stride;
+  const int64_t kernel = window_.kernel, dilation = window_.dilation, stride = window_.stride, ld = width();
   const int64_t depth = in_.taps() * in_.in_channels, n = in_.out_channels;
-  const int64_t rows = window_.side(grid_.rows), cols = window_.side(grid_.cols), most = grid_.rows * grid_.cols;
+  const int64_t rows = window_.side(grid_.rows), cols = window_.side(grid_.cols), area = rows * cols,
+                most = grid_.together * grid_.rows * grid_.cols;
   const PackedWeight<A> packed(*this, in_);
   const Tasks tasks(grid_.count(), divide_up(n, kPanel));
   parallel_queue(tasks.count, most * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
-    const Scratch<A> patch(rows * cols * in_.in_channels), z(most * kPanel),
-        transposed(in_.channels_last ? 0 : most * kPanel);
+    const Scratch<A> patch(grid_.together * area * in_.in_channels), z(most * ld),
+        transposed(in_.channels_last ? 0 : most * ld);
     std::vector<Segment<A>> segments;
     for (int64_t task = take(); task >= 0; task = take()) {
       const RowGrid::Block block = grid_[task / tasks.groups];
       segments.clear();
       for (size_t i = 0; i < maps_.size(); ++i) {
         const int64_t channels = maps_[i].channels, row = cols * channels;
-        A* const at = patch.get() + rows * cols * in_.xs[i].offset;
-        maps_[i].gather(block.image, block.h * stride - window_.padding(), block.w * stride - window_.padding(),
-                        window_.side(block.height), cols, 0, channels, at);
+        A* const at = patch.get() + grid_.together * area * in_.xs[i].offset;
+        for (int64_t q = 0; q < block.images; ++q) {
+          maps_[i].gather(block.image + q, block.h * stride - window_.padding(), block.w * stride - window_.padding(),
+                          window_.side(block.height), cols, 0, channels, at + q * area * channels);
+        }
         for (int64_t y = 0; y < kernel; ++y) {
-          const A* const taps = at + y * dilation * row;
           // A row of taps that lie side by side is one run of values.
           const int64_t runs = dilation == 1 ? 1 : kernel;
           for (int64_t x = 0; x < runs; ++x) {
-            segments.push_back({taps + x * dilation * channels, stride * channels, kernel / runs * channels, nullptr,
-                                stride * row});
+            segments.push_back({at + y * dilation * row + x * dilation * channels, stride * channels,
+                                kernel / runs * channels, nullptr, stride * row, area * channels});
           }
         }
       }
-      const int64_t m = block.height * block.width, panel_end = tasks.end(task);
+      const int64_t m = block.images * block.height * block.width, panel_end = tasks.end(task);
       for (int64_t panel = tasks.begin(task); panel < panel_end; ++panel) {
         const int64_t channel = panel * kPanel, count = std::min(kPanel, n - channel);
         const int64_t next = panel + 1 < panel_end ? panel + 1 : tasks.begin(task);
         Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, count);
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * kPanel, kPanel, z.get(), kPanel, false, &ahead,
-                                 block.width});
-        // The rows of a block lie one behind the other where it is as wide as the map.
-        const int64_t pieces = whole() ? 1 : block.height, pixels = m / pieces;
+                                 packed.get() + panel * depth * kPanel, kPanel, z.get(), ld, false, &ahead, block.width,
+                                 block.height});
+        const int64_t pieces = block.images * (whole() ? 1 : block.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
-          const A* const from = z.get() + r * pixels * kPanel;
-          const int64_t at = in_.at(n, block.image, (block.h + r) * in_.width + block.w, channel),
-                        group = (task / tasks.groups) * (whole() ? 1 : grid_.rows) + r;
+          const A* const from = z.get() + r * pixels * ld;
+          const int64_t image = block.image + (whole() ? r : r / block.height),
+                        h = block.h + (whole() ? 0 : r % block.height),
+                        at = in_.at(n, image, h * in_.width + block.w, channel),
+                        group = task / tasks.groups * this->pieces() + r;
           if (in_.channels_last) {
-            epilogue({{pixels, count, false}, group, channel, at}, Strided<const A>{from, kPanel});
+            epilogue({{pixels, count, false}, group, channel, at}, Strided<const A>{from, ld});
           } else {
-            kernels<A>().load_transposed({from, kPanel}, {transposed.get(), pixels}, pixels, count);
+            kernels<A>().load_transposed({from, ld}, {transposed.get(), pixels}, pixels, count);
             epilogue({{count, pixels, true}, group, channel, at}, Strided<const A>{transposed.get(), pixels});
           }
         }

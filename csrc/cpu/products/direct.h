@@ -1,8 +1,8 @@
 // A convolution of float or double with any odd kernel, stride and dilation as the plain sum of products; half
 // precision is widened. K = sum of the inputs' channels, N = output channels, k = the kernel.
 //
-// 2 k^2 K N flops a pixel. A block of output rows and the pixels that it takes lie in cache; a row of taps is one run of
-// memory there, so the sum of products reads the map itself and no unfolded copy of it.
+// 2 k^2 K N flops a pixel. A block of output rows and the pixels that it takes lie in cache; a row of taps is one run
+// of memory there, so the sum of products reads the map itself and no unfolded copy of it.
 
 #pragma once
 
@@ -13,18 +13,18 @@
 
 namespace dla_fast::cpu {
 
-// The output cut into blocks of rows, as wide as the map where that fits.
+// The output cut into blocks of rows, as wide as the map where that fits, and of small maps of several images.
 struct RowGrid {
   struct Block {
-    int64_t image, h, w;    // first pixel
-    int64_t height, width;  // pixels
+    int64_t image, h, w;            // first pixel
+    int64_t images, height, width;  // pixels
   };
 
-  int64_t images, height, width, rows, cols, row_blocks, col_blocks;
+  int64_t images, height, width, together, rows, cols, row_blocks, col_blocks;
 
-  // pixel: values of a pixel of all inputs; span: pixels that a kernel spans.
-  RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t pixel);
-  int64_t count() const { return images * row_blocks * col_blocks; }
+  // inputs, outputs: values of a pixel; span: pixels that a kernel spans.
+  RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t inputs, int64_t outputs);
+  int64_t count() const { return divide_up(images, together) * row_blocks * col_blocks; }
   Block operator[](int64_t i) const;
 };
 
@@ -47,14 +47,18 @@ class Direct : public Product<T> {
   explicit Direct(const Inputs<T>& in);
   int64_t packed_bytes() const override;
   void pack(void* to) const override;
-  // Blocks, or where one is narrower than the map, their rows.
-  int64_t groups() const override { return grid_.count() * (whole() ? 1 : grid_.rows); }
+  // Images of blocks, or where one is narrower than the map, their rows.
+  int64_t groups() const override { return grid_.count() * pieces(); }
   void forward(A* out, Epilogue<A> epilogue) const override;
   bool forms_dz() const override { return false; }
   void backward(const Gradient<T>&) const override {}
 
  private:
+  // Whether the rows of a block lie one behind the other in the output.
   bool whole() const { return grid_.col_blocks == 1; }
+  int64_t pieces() const { return grid_.together * (whole() ? 1 : grid_.rows); }
+  // Values between pixels of a block of the output, in cache.
+  int64_t width() const { return std::min(kPanel, round_up(in_.out_channels, 16)); }
   void weight_gradient(const Gradient<T>& gradient) const;
   void input_gradients(const Gradient<T>& gradient) const;
 

@@ -12,14 +12,15 @@ constexpr int64_t kPanel = 64;
 
 // One input of a sum of products: M x k values read through lda (element (i, p) at a[i * lda + p], or at
 // a[p * lda + i] when the left-hand side is transposed). Its right-hand side is b, or where that is null lies below
-// that of the segment before. Where rows come in groups, a group begins `step` values behind the one before.
+// that of the segment before. Where rows come in groups, a group begins `step` values behind the one before, and a
+// group of groups `outer` values behind the one before.
 template <class A>
 struct Segment {
   const A* a;
   int64_t lda;
   int64_t k;
   const A* b = nullptr;
-  int64_t step = 0;
+  int64_t step = 0, outer = 0;
 };
 
 // Memory that is wanted soon: rows of so many cache lines, `stride` bytes apart. A product fetches it in passing and
@@ -62,7 +63,7 @@ struct Gemm {
   int64_t ldc;
   bool add;
   Ahead* ahead = nullptr;
-  int64_t group = 0;  // rows of a group, where they come in groups
+  int64_t group = 0, outer = 0;  // rows of a group, and groups of a group of them, where they come in groups
 };
 
 // Winograd's minimal filtering F(2x2, 3x3): a tile of 2x2 outputs of a 3x3 convolution takes 16 products a channel pair
@@ -108,6 +109,7 @@ template <class A>
 const FloatKernels<A>& float_kernels() {
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::amx_emulated:
     case Isa::amx:
     case Isa::avx512_bf16:
     case Isa::avx512:

@@ -8,7 +8,8 @@
 
 namespace dla_fast::cpu {
 
-// Panel by panel of kPanel output channels the weight transposed, [K][kPanel]; of contiguous tensors as it is, but wide.
+// Panel by panel of kPanel output channels the weight transposed, [K][kPanel]; of contiguous tensors as it is, but
+// wide.
 template <class T>
 int64_t FloatPointwise<T>::packed_bytes() const {
   const int64_t values = in_.in_channels * static_cast<int64_t>(sizeof(A));

@@ -9,7 +9,7 @@ constexpr int kRows = 6, kVectors = 2;
 
 // So many products are added up in registers before they go on to c: a sum of sums rounds far less than one long chain,
 // and these rows of b stay in the first-level cache for all rows of a.
-constexpr int64_t kDepth = 128;
+constexpr int64_t kDepth = 96;
 
 template <class A, int MR, int NV, bool TRANSPOSED>
 inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
@@ -90,7 +90,8 @@ inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t group, int6
     for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
   }
   parts(g, at, [&](const Segment<A>& segment, int64_t p, const A* b, int64_t count) {
-    const A* a = segment.a + (TRANSPOSED ? p * segment.lda + row : group * segment.step + row * segment.lda + p);
+    const int64_t at_group = g.outer > 0 ? group / g.outer * segment.outer + group % g.outer * segment.step : 0;
+    const A* a = segment.a + (TRANSPOSED ? p * segment.lda + row : at_group + row * segment.lda + p);
     accumulate<A, MR, NV, TRANSPOSED>(acc, a, segment.lda, b + j0, g.ldb, count, g.ahead);
   });
   flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
@@ -137,7 +138,9 @@ inline void column(const Gemm<A>& g, int64_t j0) {
     if (!g.add) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, false);
     return;
   }
-  const int64_t blocks = (total + kDepth - 1) / kDepth, even = ((total + blocks - 1) / blocks + 15) / 16 * 16;
+  // Narrow rows leave room for more of them.
+  constexpr int64_t depth = NV <= kVectors / 2 ? 2 * kDepth : kDepth;
+  const int64_t blocks = (total + depth - 1) / depth, even = ((total + blocks - 1) / blocks + 15) / 16 * 16;
   bool add = g.add;
   Depth<A> at = {0, 0, g.b, 0};
   for (int64_t done = 0; done < total; done += even, add = true) {

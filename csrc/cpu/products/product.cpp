@@ -1,6 +1,6 @@
 #include "product.h"
 
-#include <cstdlib>
+#include <algorithm>
 #include <type_traits>
 
 #include "bf16_gemm.h"
@@ -10,15 +10,16 @@ namespace dla_fast::cpu {
 namespace {
 
 // Winograd's algorithm takes 8KN flops a pixel where the sum of products takes 18KN, but has a weight of 16KN values to
-// form and to read, and whole tiles to fill.
+// form, which so few pixels are not worth, and transforms that so few channels do not pay for. Measured on Zen 4
+// (docs/benchmarks.md).
 template <class T>
 bool winograd_pays(const Inputs<T>& in, bool kept) {
+  constexpr int64_t pixels = 128, channels = 32;
   if (in.kernel != 3 || in.stride != 1 || in.dilation != 1) return false;
   for (const Input<T>& x : in.xs) {
     if (x.factor > 1) return true;  // it alone upsamples on the way
   }
-  if (const char* e = std::getenv("W")) return e[0] == '1';
-  return kept || in.total() > 0;
+  return std::min(in.in_channels, in.out_channels) >= channels && (kept || in.total() >= pixels);
 }
 
 }  // namespace
@@ -34,10 +35,13 @@ Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
       if (in.kernel == 3 && plain) return Arithmetic::bf16_convolution;
     }
   }
-  if (in.kernel == 1) {
-    if (std::is_same_v<T, float> && bf16x3_kernels() != nullptr) return Arithmetic::bf16x3_pointwise;
-    return Arithmetic::float_pointwise;
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16x3_kernels() != nullptr && bf16x3_pays(in)) {
+      if (in.kernel == 1) return Arithmetic::bf16x3_pointwise;
+      if (in.kernel == 3 && plain) return Arithmetic::bf16x3_winograd;
+    }
   }
+  if (in.kernel == 1) return Arithmetic::float_pointwise;
   return winograd_pays(in, kept) ? Arithmetic::winograd : Arithmetic::direct;
 }
 
@@ -53,6 +57,9 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
     case Arithmetic::bf16x3_pointwise:
       if constexpr (std::is_same_v<T, float>) return bf16x3_pointwise(in);
       break;
+    case Arithmetic::bf16x3_winograd:
+      if constexpr (std::is_same_v<T, float>) return bf16x3_winograd(in);
+      break;
     case Arithmetic::winograd:
       return winograd(in);
     case Arithmetic::direct:
@@ -63,8 +70,8 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
   return float_pointwise(in);
 }
 
-#define DLA_INSTANTIATE(T)                                \
-  template Arithmetic arithmetic_of(const Inputs<T>&, bool);   \
+#define DLA_INSTANTIATE(T)                                   \
+  template Arithmetic arithmetic_of(const Inputs<T>&, bool); \
   template ProductOf<T> product_of(const Inputs<T>&, Arithmetic);
 
 DLA_INSTANTIATE(float)

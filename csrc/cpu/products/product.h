@@ -24,8 +24,8 @@ struct Input {
   const T* up_weight = nullptr;  // [channels][2f][2f], where that is not 1
 };
 
-// The inputs and the weight of a node. Products of a 1x1 kernel know no stride and no dilation: they are given the pixels
-// that it takes.
+// The inputs and the weight of a node. Products of a 1x1 kernel know no stride and no dilation: they are given the
+// pixels that it takes.
 template <class T>
 struct Inputs {
   bool channels_last;
@@ -131,7 +131,15 @@ class PackedWeight {
 };
 
 // The ways to multiply there are. Those of a name serve one layout of the tensors, or both.
-enum class Arithmetic : int { float_pointwise, winograd, direct, bf16_pointwise, bf16_convolution, bf16x3_pointwise };
+enum class Arithmetic : int {
+  float_pointwise,
+  winograd,
+  direct,
+  bf16_pointwise,
+  bf16_convolution,
+  bf16x3_pointwise,
+  bf16x3_winograd
+};
 
 // The one that serves a node on this processor. kept: its weight is packed once for many calls.
 template <class T>
@@ -151,5 +159,9 @@ ProductOf<T> direct(const Inputs<T>& in);
 ProductOf<c10::BFloat16> bf16_pointwise(const Inputs<c10::BFloat16>& in);
 ProductOf<c10::BFloat16> bf16_convolution(const Inputs<c10::BFloat16>& in);
 ProductOf<float> bf16x3_pointwise(const Inputs<float>& in);
+ProductOf<float> bf16x3_winograd(const Inputs<float>& in);
+
+// Whether products in bfloat16 parts are the faster way, where the processor has them.
+bool bf16x3_pays(const Inputs<float>& in);
 
 }  // namespace dla_fast::cpu

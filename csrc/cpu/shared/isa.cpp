@@ -16,7 +16,7 @@
 namespace dla_fast::cpu {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::amx_emulated};
 
 #if defined(DLA_WITH_AVX512_BF16)
 // Asked of the processor itself: which names __builtin_cpu_supports knows depends on the compiler.
@@ -66,6 +66,7 @@ Isa detect() {
 #endif
 #if defined(DLA_WITH_AVX512_BF16)
   const bool vectors = best == Isa::avx512 && has_avx512_bf16();
+  if (vectors && most == Isa::amx_emulated) return Isa::amx_emulated;
 #if defined(DLA_WITH_AMX)
   // Not asked for in vain: what is granted cannot be given back.
   if (vectors && most == Isa::amx && has_amx() && request_amx()) return Isa::amx;
@@ -81,6 +82,8 @@ Isa detect() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx_emulated:
+      return "amx_emulated";
     case Isa::amx:
       return "amx";
     case Isa::avx512_bf16:

@@ -12,10 +12,11 @@
 
 namespace dla_fast::cpu {
 
-// Those after avx512 add products of bfloat16 (products/bf16_gemm.h); all else of them is avx512's.
-enum class Isa : int { generic, avx2, avx512, avx512_bf16, amx };
+// Those after avx512 add products of bfloat16 (products/bf16_gemm.h); all else of them is avx512's. amx_emulated runs
+// the source of amx on processors with avx512_bf16, slowly, for tests.
+enum class Isa : int { generic, avx2, avx512, avx512_bf16, amx, amx_emulated };
 
-// The best instruction set of this machine, or the lesser one that DLA_FAST_CPU_ISA names.
+// The best instruction set of this machine, or the lesser one that DLA_FAST_CPU_ISA names. Emulation by name alone.
 Isa current_isa();
 const char* isa_name(Isa isa);
 

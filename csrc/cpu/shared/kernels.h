@@ -162,6 +162,7 @@ template <class T>
 const Kernels<T>& kernels() {
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::amx_emulated:
     case Isa::amx:
     case Isa::avx512_bf16:
     case Isa::avx512:

@@ -1,21 +1,5 @@
 // Products of bfloat16 matrices with AMX: four tiles of c stay in the unit while every input is accumulated.
-
-#include "bf16_gemm.h"
-
-#if defined(DLA_WITH_AMX)
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16")
-#endif
-
-namespace dla_fast::cpu::amx {
-namespace {
-
-using c10::BFloat16;
+// Included by amx_gemm_isa_inl.h, inside a namespace.
 
 // Eight tiles of 16 rows of 64 bytes. Static: gcc's intrinsic claims to read eight bytes of it, and a local one would
 // lose the rest to the optimiser.
@@ -110,21 +94,3 @@ void gemm(const Bf16Gemm& g) {
     }
   }
 }
-
-}  // namespace
-
-const Bf16Kernels& bf16_kernels() {
-  const Bf16Kernels& shared = avx512_bf16::bf16_kernels();
-  static const Bf16Kernels table = {&gemm, shared.pack_transposed, shared.pack, shared.transpose, shared.store, &enter,
-                                    &leave};
-  return table;
-}
-
-}  // namespace dla_fast::cpu::amx
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif

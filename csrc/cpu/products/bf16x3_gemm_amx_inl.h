@@ -1,27 +1,5 @@
 // Products of float matrices with AMX, and the splitting of their sides with AVX-512.
-
-#include "bf16x3_gemm.h"
-
-#if defined(DLA_WITH_AMX)
-#if !defined(__clang__)
-// gcc 12 takes the undefined vectors of its own header for mistakes (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
-
-namespace dla_fast::cpu::amx {
-namespace {
-
-using c10::BFloat16;
+// Included by amx_gemm_isa_inl.h, inside a namespace.
 
 #include "avx512_transpose_inl.h"
 
@@ -221,20 +199,3 @@ void gemm(const Bf16x3Gemm& g) {
     }
   }
 }
-
-}  // namespace
-
-const Bf16x3Kernels& bf16x3_kernels() {
-  static const Bf16x3Kernels table = {
-      &gemm, &split_along<false>, &split_across<true>, &split_across<false>, &split_along<true>, bf16_kernels()};
-  return table;
-}
-
-}  // namespace dla_fast::cpu::amx
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
