@@ -150,7 +150,10 @@ class Frozen:
             maps.append(added)
         dtype = weight.dtype
         for x in maps:
-            if type(x) not in _PLAIN or not x.is_cpu or x.dtype is not dtype or x.is_neg():
+            if not x.is_cpu:
+                self.forget()
+                return None
+            if type(x) not in _PLAIN or x.dtype is not dtype or x.is_neg():
                 return None
             key += x.shape, x.stride()
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*maps, *tensors)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -56,6 +56,9 @@ class FusedBlock(FusedNode):
         if call is None or not can_fuse(self, spec, *call):
             return super().forward(*args, **kwargs)
         return run_block(self, spec, *call)
+
+    def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
+        return [(self._modules.get(conv), self._modules.get(bn)) for conv, bn, _ in self._dla_fast_spec.units]
 
 
 def bound(spec: BlockSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
