@@ -25,13 +25,18 @@ def best(c: Comparison, impls: Sequence[str]) -> float | None:
     return min(times) if times else None
 
 
-def _mine(c: Comparison, impl: str, against: Iterable[Sequence[str]]) -> str:
+def _milliseconds(c: Comparison | None, impls: Sequence[str]) -> str:
+    time = None if c is None else best(c, impls)
+    return "–" if time is None else milliseconds(time)
+
+
+def _mine(c: Comparison | None, impl: str, against: Iterable[Sequence[str]]) -> str:
     """The time of an implementation, and how many times as fast that is as each of some groups of peers."""
-    if impl not in c.by_impl:
+    if c is None or impl not in c.by_impl:
         return "–"
     ms = c.by_impl[impl]["median_ms"]
-    found = [best(c, impls) for impls in against]
-    ratios = [f"{time / ms:.2f}x" for time in found if time is not None]
+    times = [best(c, impls) for impls in against]
+    ratios = [f"{time / ms:.2f}x" for time in times if time is not None]
     return f"{milliseconds(ms)} ({', '.join(ratios)})" if ratios else milliseconds(ms)
 
 
@@ -45,38 +50,36 @@ def measured_on(run: dict[str, Any]) -> str:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """The whole networks of some runs of one machine; empty where there is none.
+    """The networks of some runs of one machine in float32 inference, and what a training step gains; empty for none.
 
     Args:
         runs: as in the JSON files.
     """
-    found = [c for run in runs for c in comparisons(run["records"]) if c.mine["suite"] == "models"]
+    found: dict[tuple[str, int], dict[str, Comparison]] = {}
+    for run in runs:
+        for c in comparisons(run["records"]):
+            if c.mine["suite"] == "models" and c.mine["dtype"] == "float32":
+                found.setdefault((c.mine["case"], c.mine["batch"]), {})[c.mine["mode"]] = c
     if not found:
         return ""
+    columns = ["network", "batch", "eager", "compile", "ONNX Runtime", "OpenVINO", "swapped", "frozen", "training step"]
     lines = [
-        f"Milliseconds, medians of interleaved rounds; {measured_on(runs[0])}. In brackets how many times as fast as the "
-        "best of eager; for the frozen network as the best of eager and compiled, and of ONNX Runtime and OpenVINO.",
+        "Milliseconds of inference in float32, medians of interleaved rounds, eager and `torch.compile` in their best "
+        f"layout and mode; {measured_on(runs[0])}. In brackets how many times as fast as eager; frozen, as the best of "
+        "PyTorch and of the other two; a training step, swapped, as the best of PyTorch.",
         "",
-        "| network | | batch | eager, best layout | torch.compile, best mode | ONNX Runtime | OpenVINO | swapped | frozen |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
-    order = list(NAMES)
-
-    def place(c: Comparison) -> tuple[Any, ...]:
-        mine = c.mine
-        return mine["dtype"] != "float32", mine["dtype"], order.index(mine["mode"]), mine["case"], mine["batch"]
-
-    for c in sorted((c for c in found if c.mine["mode"] in NAMES), key=place):
-        mine = c.mine
-        cells = [
-            f"{mine['case']}, {mine['side']}²",
-            f"{NAMES[mine['mode']]}, {mine['dtype']}",
-            str(mine["batch"]),
-            *(milliseconds(best(c, impls)).replace("-", "–") for impls in (EAGER, COMPILED)),
-            *(milliseconds(best(c, [impl])).replace("-", "–") for impl in OUTSIDE),
-            # A network of this package's own modules is what is swapped already.
-            _mine(c, peers.SWAPPED if peers.SWAPPED in c.by_impl else peers.FUSED, [EAGER]),
+    for (name, batch), by_mode in sorted(found.items()):
+        c, training = by_mode.get("inference"), by_mode.get("training")
+        side = (c or training or next(iter(by_mode.values()))).mine["side"]
+        cells = [f"{name}, {side}²", str(batch)]
+        cells += [_milliseconds(c, impls) for impls in (EAGER, COMPILED, *([impl] for impl in OUTSIDE))]
+        cells += [
+            _mine(c, peers.SWAPPED, [EAGER]),
             _mine(c, peers.FROZEN, [(*EAGER, *COMPILED), OUTSIDE]),
+            _mine(training, peers.SWAPPED, [(*EAGER, *COMPILED)]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Write README.md's figures and docs/benchmarks.md from the runs in benchmarks/results: ``make readme``.
 
-Between ``<!-- networks: NAME -->`` and ``<!-- end of networks -->`` stand the whole networks of the runs whose files begin
-with that name, all of one machine; between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->`` what the run in that
-file says of models that were swapped. Nothing there is written by hand.
+Between ``<!-- networks: NAME -->`` and ``<!-- end of networks -->`` stand the whole networks of the runs whose files
+begin with that name, all of one machine; between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->`` what the
+run in that file says of models that were swapped. Nothing there is written by hand.
 """
 
 from __future__ import annotations
