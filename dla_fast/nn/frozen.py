@@ -177,8 +177,9 @@ class Frozen:
         if call.added_input is not None:
             added = xs[call.added_input]
         if call.way == packed.FOLDED:
-            kernel = weight.shape[2]
-            return packed.run_folded(xs[0], call.packed, kernel, folded.shift, stride, dilation, groups, call.act)
+            return packed.run_folded(
+                xs[0], call.packed, weight.shape[2], folded.shift, added, stride, dilation, groups, call.act
+            )
         return packed.run(
             xs, up_weights, weight, call.packed, call.way, folded.scale, folded.shift, added, call.factors, stride,
             dilation, groups, call.residual_input, call.act, call.slope,
@@ -217,8 +218,8 @@ class Frozen:
         call = functional.checked(
             "conv_norm_act", xs, weight, norm, None, conv_bias, *geometry, residual, upsample, act
         )
-        alone = residual is None and packed.folds(call.act)
-        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry, alone)
+        foldable = packed.folds(call.act) and (residual is None or isinstance(residual, Tensor))
+        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry, foldable, residual is not None)
         folds = way == packed.FOLDED
         product = (way, *(xs[0].shape if folds else (x.shape[1] for x in xs)))
         with self._making, torch.inference_mode(False), torch.no_grad():

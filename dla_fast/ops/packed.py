@@ -27,8 +27,8 @@ def _function(name: str) -> Any:
 
 # fingerprint(tensors): a number of where tensors lie, what they are and what is in them; 0 where there is none.
 fingerprint: Callable[[Sequence[Tensor | None]], int] = _function("fingerprint")
-# way_of(xs, up_weights, weight, factors, stride, dilation, groups, alone): which of the CPU's products serves a call,
-# or :data:`FOLDED`, where nothing is added to its one input.
+# way_of(xs, up_weights, weight, factors, stride, dilation, groups, foldable, added): which of the CPU's products serves
+# a call, or :data:`FOLDED`.
 way_of: Callable[..., int] = _function("conv_norm_act_way")
 # pack(weight, in_channels, way): the weight as that product reads it; opaque.
 pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_pack")
@@ -49,7 +49,7 @@ def folds(act: str) -> bool:
 
 def fold(x: Tensor, weight: Tensor, scale: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
     """The weight with the norm's scale in it, in the library's blocks for inputs like ``x``."""
-    scaled = (weight * scale.view(-1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    scaled = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype).contiguous(memory_format=torch.channels_last)
     padding = dilation * (weight.shape[2] // 2)
     blocked: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
         scaled, [padding] * 2, [stride] * 2, [dilation] * 2, groups, list(x.shape)
@@ -58,13 +58,25 @@ def fold(x: Tensor, weight: Tensor, scale: Tensor, stride: int, dilation: int, g
 
 
 def run_folded(
-    x: Tensor, blocked: Tensor, kernel: int, shift: Tensor, stride: int, dilation: int, groups: int, act: str
+    x: Tensor,
+    blocked: Tensor,
+    kernel: int,
+    shift: Tensor,
+    added: Tensor | None,
+    stride: int,
+    dilation: int,
+    groups: int,
+    act: str,
 ) -> Tensor:
-    """``act(conv(x) + shift)`` with a weight of :func:`fold`."""
-    y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
-        x, blocked, shift, [dilation * (kernel // 2)] * 2, [stride] * 2, [dilation] * 2, groups, _ATTRIBUTES[act], [],
-        "",
-    )  # fmt: skip
+    """``act(conv(x) + shift + added)`` with a weight of :func:`fold`."""
+    mkldnn, geometry = torch.ops.mkldnn, ([dilation * (kernel // 2)] * 2, [stride] * 2, [dilation] * 2, groups)
+    if added is None:
+        y: Tensor = mkldnn._convolution_pointwise.default(x, blocked, shift, *geometry, _ATTRIBUTES[act], [], "")
+        return y
+    # Its sums take a bias of the inputs' dtype alone.
+    added = added.contiguous(memory_format=torch.channels_last)
+    unary = None if act == "identity" else _ATTRIBUTES[act]
+    y = mkldnn._convolution_pointwise.binary(x, added, blocked, shift.to(x.dtype), *geometry, "add", 1.0, unary, [], "")
     return y
 
 

@@ -63,7 +63,12 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
 Way Node::way() const {
   if (groups != 1) return Way::library;
   if (kernel == 1) return Way::pointwise;
-  if (kernel == 3 && stride == 1 && dilation == 1) return Way::convolution;
+  if (kernel == 3 && stride == 1 && dilation == 1) {
+    // What is neither concatenated nor upsampled the library multiplies faster in bfloat16 than our vectors.
+    const bool alone = count() == 1 && factors[0] == 1;
+    const bool vectors = weight.scalar_type() == at::kBFloat16 && current_isa() == Isa::avx512_bf16;
+    return alone && vectors ? Way::library : Way::convolution;
+  }
   const bool floats = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble;
   return floats && current_isa() != Isa::generic ? Way::convolution : Way::library;
 }

@@ -55,7 +55,8 @@ class NativeNode {
   NativeNode(const NativeNode&) = delete;
 
   const Product<T>* operator->() const { return product_.get(); }
-  // The maps that it multiplies: inputs upsampled, unless it does that on the way, and those pixels that a stride takes.
+  // The maps that it multiplies: inputs upsampled, unless it does that on the way, and those pixels that a stride
+  // takes.
   const std::vector<Tensor>& maps() const { return maps_; }
   // The best one where the weight is packed once for many calls.
   Arithmetic arithmetic_kept() const;
