@@ -417,10 +417,8 @@ def test_units_of_a_sequential(calls):
 
 
 def test_scripting_leaves_nothing():
-    model, x = (
-        randomise(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())).eval(),
-        torch.randn(1, 8, 3, 3),
-    )
+    model = randomise(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    x = torch.randn(1, 8, 3, 3)
     dla_fast.swap_(model)
     dla_fast.freeze_(model)
     want = infer(model, x)
