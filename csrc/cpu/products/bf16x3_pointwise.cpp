@@ -150,7 +150,8 @@ bool bf16x3_pays(const Inputs<float>& in) {
   // (measured on a Xeon with AMX: 64 to 64 channels of a 1x1 kernel break even, 32 to 64 lose a tenth).
   constexpr int64_t least = 48, products = 64 * 64;
   if (std::min(in.in_channels, in.out_channels) < least || in.in_channels * in.out_channels < products) return false;
-  const int64_t steps = in.kernel == 1 ? steps_of(in).back() : divide_up(in.in_channels, kBf16Step);
+  const bool winograd = in.kernel == 3 && in.stride == 1 && in.dilation == 1;
+  const int64_t steps = winograd ? divide_up(in.in_channels, kBf16Step) : steps_of(in).back();
   return 2 * steps * kBf16Step <= 3 * in.in_channels;
 }
 
