@@ -25,7 +25,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: install ## swap timm's DLA-34 to fused nodes on real photographs, and compare
+demo: install ## swap and freeze timm's DLA-34 on real photographs, and compare
 	$(PY) -m dla_fast demo $(DEMO_ARGS)
 
 test: install ## run the tests
@@ -88,7 +88,7 @@ bench: install ## run the benchmarks; writes benchmarks/out/bench.json and bench
 	  --json benchmarks/out/bench.json --html benchmarks/out/bench.html $(BENCH_ARGS)
 
 readme: install ## write the README's figures and docs/benchmarks.md from benchmarks/results
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.readme
 
 docs: install ## write the API reference to build/docs, from the docstrings
 	$(PY) -m pdoc --docformat google -o build/docs dla_fast dla_fast.backend dla_fast.swap

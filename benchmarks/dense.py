@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.plain import PlainSeg
 from dla_fast import models
 from dla_fast._timm import import_timm
+from dla_fast.bench.plain import PlainSeg
 from dla_fast.proof import measure
 
 IMPLS = ("dla_fast", "eager")

@@ -1,7 +1,8 @@
 """Write README.md's figures and docs/benchmarks.md from the runs in benchmarks/results: ``make readme``.
 
-Between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->`` stands what the run in that file says of whole
-models, and nothing written by hand.
+Between ``<!-- networks: NAME -->`` and ``<!-- end of networks -->`` stand the whole networks of the runs whose files
+begin with that name, all of one machine; between ``<!-- figures: FILE -->`` and ``<!-- end of figures -->`` what the
+run in that file says of models that were swapped. Nothing there is written by hand.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import networks
 from dla_fast.bench import peers
 from dla_fast.bench.records import Comparison, comparisons, geometric_mean, load, side_of
 from dla_fast.bench.table import LARGE, memory_pairs, milliseconds
@@ -17,6 +19,7 @@ from dla_fast.bench.table import LARGE, memory_pairs, milliseconds
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+NETWORKS = re.compile(r"(<!-- networks: (\S+) -->\n).*?(<!-- end of networks -->)", re.DOTALL)
 WHOLE = ("models", "swapped")
 SWAPPED = (peers.FUSED, f"{peers.FUSED}+compile")
 
@@ -30,7 +33,7 @@ its results had been found to agree with its peers', in turn with them, in one r
 there is less to gain. On a shared machine figures move by several percent from run to run, so read ratios, not
 milliseconds.
 
-{{measured}}To add a machine: `python -m dla_fast bench nodes ida models --json FILE`, or on a GPU
+{{measured}}To add a machine: `python -m dla_fast bench nodes ida convs models --peers all --json FILE`, or on a GPU
 `python -m benchmarks.gpu`, and send the file in.
 """
 
@@ -44,6 +47,7 @@ def _heading(file: str, run: dict[str, Any]) -> str:
     threads = machine["threads"]
     where = [machine.get("processor") or "processor not recorded", machine.get("kernel_isa") or machine["isa"]]
     where += [f"{threads} CPU thread{'s' if threads > 1 else ''}"] if records[0]["device"] == "cpu" else []
+    where += [f"{machine['bytes_per_s'] / 1e9:.0f} GB/s copied"] if machine.get("bytes_per_s") else []
     what = f"batch {_values(records, 'batch')}, {_values(records, 'dtype')}, {_values(records, 'layout')}"
     rivals = _values([r for r in records if not r["impl"].startswith(peers.FUSED)], "impl")
     made = run["commit"][:12] if run.get("commit") else "commit not recorded"
@@ -63,11 +67,14 @@ def _ops(found: list[Comparison]) -> list[str]:
     lines = [f"| | op | mode | cases | geometric mean | at {LARGE}×{LARGE} and above | worst |"]
     lines.append("|---|---|---|---|---|---|---|")
     for (suite, op, mode), cases in sorted(groups.items()):
-        ratios = [c.speedup for c in cases]
-        large = [c.speedup for c in cases if (side_of(c.mine) or 0) >= LARGE]
-        above = f"{geometric_mean(large):.2f}x" if large else "–"
-        mean = f"{geometric_mean(ratios):.2f}x"
-        lines.append(f"| {suite} | {op} | {mode} | {len(ratios)} | {mean} | {above} | {min(ratios):.2f}x |")
+        for impl, title in ((peers.FUSED, mode), (peers.FROZEN, f"{mode}, frozen")):
+            ratios = [c.speedup_of(impl) for c in cases if impl in c.by_impl]
+            if not ratios:
+                continue
+            large = [c.speedup_of(impl) for c in cases if impl in c.by_impl and (side_of(c.mine) or 0) >= LARGE]
+            above = f"{geometric_mean(large):.2f}x" if large else "–"
+            mean = f"{geometric_mean(ratios):.2f}x"
+            lines.append(f"| {suite} | {op} | {title} | {len(ratios)} | {mean} | {above} | {min(ratios):.2f}x |")
     return [*lines, ""]
 
 
@@ -112,6 +119,7 @@ def figures(file: str, run: dict[str, Any]) -> str:
     found = comparisons(run["records"])
     parts = _ops([c for c in found if c.mine.get("suite") not in WHOLE])
     parts += _models([c for c in found if c.mine.get("suite") in WHOLE]) + _memory(run["records"])
+    parts += networks.units(run)
     return "\n".join([_heading(file, run), "", *parts]).rstrip("\n")
 
 
@@ -147,6 +155,12 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
     Raises:
         NotARun: a run that is not there.
     """
+
+    def whole(m: re.Match[str]) -> str:
+        found = networks.table([load(path) for path in sorted(results.glob(f"{m[2]}*.json"))])
+        return f"{m[1]}{found}\n{m[3]}" if found else m[1] + m[3]
+
+    text = NETWORKS.sub(whole, text)
     return BLOCK.sub(lambda m: f"{m[1]}{summary(load(results / m[2]))}\n{m[3]}", text)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -11,9 +13,12 @@ import pytest
 import torch
 from bench_helpers import CPU, FIELDS, OPS, RATES, TINY, quick, run
 
+import dla_fast
 from dla_fast import backend, bench, functional
 from dla_fast.bench import Case, Rates, cases, network_timing, networks, peers, timing
+from dla_fast.nn.frozen import Frozen
 from dla_fast.proof import measure
+from dla_fast.swap.report import SwapReport
 
 MEASURE_RATES = cases.measure_rates
 
@@ -303,6 +308,43 @@ def test_a_network(mode):
     assert all(r["floor_ms"] > 0 for r in outcome.records)
 
 
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_stock_network_swapped_and_frozen(timm, mode):
+    """Beside this package's own: timm's classifier, and for dense prediction one written op by op around it."""
+    frozen = [(peers.FROZEN, "timm")] if mode == "inference" else []
+    for name in ("dla46_c", "dla34up"):
+        settings = dataclasses.replace(quick("eager"), variants=peers.VARIANTS)
+        outcome = network_timing.time_network(networks.Network(name, 64, 2), mode, settings, RATES)
+        found = [(r["impl"], r["network"].split(",")[0]) for r in outcome.records]
+        assert found == [("dla_fast", "dla_fast"), (peers.SWAPPED, "timm"), *frozen, ("eager", "timm")], outcome.records
+        assert int(re.search(r"(\d+) units swapped", outcome.records[1]["network"])[1]) > 1
+        assert outcome.records[1]["backend"] == outcome.records[0]["backend"]
+
+
+def test_a_frozen_network_is_frozen_and_proved(timm, monkeypatch):
+    right, frozen = dla_fast.freeze_, []
+    monkeypatch.setattr(dla_fast, "freeze_", lambda model: frozen.append(model.eval()) or right(model))
+    settings = dataclasses.replace(quick("eager"), variants=(peers.FROZEN,))
+    network = networks.Network("dla46_c", 64, 2)
+    outcome = network_timing.time_network(network, "inference", settings, RATES)
+    assert [r["impl"] for r in outcome.records] == ["dla_fast", peers.FROZEN, "eager"], outcome.records
+    # Once in float64, once as it is timed.
+    assert {p.dtype for model in frozen for p in model.parameters()} == {torch.float64, torch.float32}
+    run = Frozen.run
+    monkeypatch.setattr(Frozen, "run", lambda *args: run(*args) * 1.01)
+    (record,) = network_timing.time_network(network, "inference", settings, RATES).records
+    assert record["impl"] == peers.FROZEN
+    assert "eager and dla_fast+frozen differ in output 0" in record["error"]
+
+
+def test_swapping_nothing_gives_no_figure(timm, monkeypatch):
+    monkeypatch.setattr(dla_fast, "swap_", lambda model: SwapReport([]))
+    settings = dataclasses.replace(quick("eager"), variants=(peers.SWAPPED,))
+    (record,) = network_timing.time_network(networks.Network("dla46_c", 64, 2), "inference", settings, RATES).records
+    assert "swap_ took nothing of it" in record["error"]
+    assert record["median_ms"] is None
+
+
 def test_a_network_with_a_parameter_that_is_not_trained():
     """dla34up's last upsampling keeps its bilinear weight."""
     network = networks.Network("dla34up", 64, 2)
@@ -316,8 +358,8 @@ def test_a_network_that_disagrees(monkeypatch, timm, dtype):
     network = networks.Network("dla46_c", 64, 2)
     if dtype == "bfloat16":
         assert not network_timing.time_network(network, "inference", settings, RATES).records[0].get("error")
-    right = functional.aggregate
-    monkeypatch.setattr(functional, "aggregate", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    right = functional.conv_norm_act
+    monkeypatch.setattr(functional, "conv_norm_act", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     (record,) = network_timing.time_network(network, "inference", settings, RATES).records
     assert "differ in output 0" in record["error"]
     assert record["median_ms"] is None

@@ -24,7 +24,7 @@ def test_bench_cpu_json(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cases, "network_cases", lambda name, size: tiny[:1])
     monkeypatch.setattr(cases, "ida_cases", lambda: tiny[1:])
     file = tmp_path / "deep" / "run.json"
-    assert run("cpu", "--peers", "eager", "--batch", 1, 2, "--json", file) == 0
+    assert run("cpu", "--peers", "eager", "--variants", "--batch", 1, 2, "--json", file) == 0
     data = json.loads(file.read_text())
     assert {"machine", "versions", "commit", "records"} <= set(data)
     assert data["complete"] is True
@@ -95,7 +95,7 @@ def test_every_case_is_on_disk_before_the_next(monkeypatch, tmp_path):
         return done(*args, **kwargs)
 
     monkeypatch.setattr(timing, "time_case", watching)
-    assert run("launch", "--peers", "eager", "--modes", "inference", "--json", file) == 0
+    assert run("launch", "--peers", "eager", "--variants", "--modes", "inference", "--json", file) == 0
     assert sizes == [0, 2, 4, 6, 8]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -12,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_fast import _extension, backend, cli, commands, ops
+from dla_fast import _extension, backend, cli, ops
 from dla_fast.bench import records
 from dla_fast.commands import demo, demo_memory, demo_report, demo_setup, doctor
 from dla_fast.proof import machine, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = re.compile(
-    r"demo: swapped (\d+) nodes, max logit difference (\d\.\de[+-]\d\d), nodes (\d+\.\d\d)x, network (\d+\.\d\d)x, "
+    r"demo: swapped (\d+) units, max logit difference (\d\.\de[+-]\d\d), "
+    r"network (\d+\.\d\d)x \(frozen (\d+\.\d\d)x\), training step (\d+\.\d\d)x, "
     r"saved for backward (\d+\.\d\d)x(; .+)?"
 )
 TINY = ["demo", "--batch", "2", "--size", "64", "--runs", "1", "--device", "cpu"]
@@ -185,25 +187,30 @@ def no_kernels(monkeypatch):
     """As where the extension was not built: nothing but the reference serves the CPU."""
     monkeypatch.setattr(backend, "_selected", "auto")
     monkeypatch.delenv("DLA_FAST_DISABLE", raising=False)
-    monkeypatch.setitem(ops._missing, ("cpu", "aggregate"), "the C++ extension was not built: no compiler")
-    monkeypatch.setitem(backend._chosen, ("aggregate", "cpu"), "reference")
+    monkeypatch.setitem(ops._missing, ("cpu", "conv_norm_act"), "the C++ extension was not built: no compiler")
+    monkeypatch.setitem(backend._chosen, ("conv_norm_act", "cpu"), "reference")
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """The demo's figures without the minutes that they take; who serves is found out as ever."""
     pair = {"before": 2.0, "after": 1.0}
+    each = {"level2.root": pair, "level2.tree1": {"before": 1.0, "after": 1.25}}
     rows = [demo_setup.LOGITS, "gradients, training, float64", "gradients, training, float32"]
 
     def compare(args, task, stages):
         result = {
             "task": dataclasses.asdict(task),
-            "swapped": ["level2.root"],
+            "layouts": {"NCHW": 3.0, "channels_last": 2.0},
+            "swapped": ["level2.root", "level2.tree1"],
+            "counts": {"nodes": 1, "ladders": 0, "blocks": 1, "convs": 0},
+            "frozen": {"units": 3, "bytes": 2**20},
             "serves": {},
             "reference": demo._reference("cpu"),
             "difference": {row: {"relative": 1e-7, "absolute": 1e-6, "PyTorch alone": 2e-7} for row in rows},
             "saved for backward": pair,
-            "ms": dict.fromkeys(demo_report._TIMES, pair) | {"each of the nodes, inference": {"level2.root": pair}},
+            "ms": dict.fromkeys(demo_report._TIMES, pair)
+            | {f"each of the units, {how}": each for how in ("inference", "forward and backward")},
             "peak": {name: {"peak": 3, "step": 1} for name in pair},
         }
         logits = torch.randn(2, 10)
@@ -220,9 +227,19 @@ def test_demo(demo_extras, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     match = LAST_LINE.fullmatch(lines[-1])
     assert match is not None, lines[-1]
-    assert match[1] == "6"
+    said = "\n".join(lines)
+    assert f"swapped {match[1]} units (6 nodes, 12 blocks, 7 convs): base_layer, level0, " in said
     assert float(match[2]) < 1e-5
-    assert "level4.tree2.root" in "\n".join(lines)
+    assert "level4.tree2.root" in said
+    # The network first.
+    titles = [line for line in lines if re.match(r"  (network|units), ", line)]
+    assert [line[2:36].rstrip() for line in titles] == [*demo_report._TIMES]
+    assert titles[0].split()[-1] == f"{match[3]}x"
+    assert titles[1].split()[-1] == f"{match[4]}x"
+    assert ", since the network as it is runs faster so: " in lines[1]
+    if not unasked:
+        assert re.search(r"frozen: 37 convolutions, \d+\.\d MiB of folded norms", said)
+        assert "  logits, frozen, float32" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -233,7 +250,7 @@ def test_demo_on_a_reference_that_nobody_asked_for_fails(demo_extras, no_kernels
     assert lines[0] == f"FAILED: on the PyTorch reference, though nobody asked for it: {why}"
     match = LAST_LINE.fullmatch(lines[-1])
     assert match is not None, lines[-1]
-    assert match[6] == "; FAILED: on the reference, unasked"
+    assert match[7] == "; FAILED: on the reference, unasked"
 
 
 def test_demo_tells_a_program_and_the_picture_too(demo_extras, no_kernels, measured, capsys, tmp_path):
@@ -263,6 +280,8 @@ def test_demo_on_a_reference_that_was_asked_for(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"on the PyTorch reference, as {asks} asks: no kernel of dla_fast ran"
     assert lines[-1].endswith("saved for backward 0.50x; on the reference, as asked")
+    # What got slower is told, by name.
+    assert "slower than before by themselves, inference: level2.tree1 0.80x" in lines
 
 
 def test_demo_names_the_photographs_and_what_pytorch_alone_changes(demo_extras, measured, tmp_path, monkeypatch):
@@ -270,7 +289,8 @@ def test_demo_names_the_photographs_and_what_pytorch_alone_changes(demo_extras, 
     picture = tmp_path / "demo.svg"
     assert cli.main([*TINY, "--out", str(picture)]) == 0
     svg = picture.read_text()
-    for said in ("two sample photographs, china.jpg and flower.jpg", "PyTorch alone, NCHW/channels_last", "swap_"):
+    for said in ("two sample photographs, china.jpg and flower.jpg", "PyTorch alone, NCHW/channels_last", "swap_",
+                 "channels_last, since the network as it is runs faster so: 2 ms"):  # fmt: skip
         assert said in svg
     assert "FAILED" not in svg
 
@@ -280,10 +300,13 @@ def test_demo_json(demo_extras, no_subprocesses, capsys, tmp_path):
     unasked = demo_report.failed({"reference": demo._reference("cpu")})
     assert cli.main([*TINY, "--json", "--channels-last", "--model", "dla46_c", *out]) == unasked
     result = json.loads(capsys.readouterr().out)
-    assert len(result["swapped"]) == 6
+    assert result["counts"]["nodes"] == 6
+    assert sum(result["counts"].values()) == len(result["swapped"])
+    assert result["layouts"] is None
     assert result["difference"]["gradients, training, float64"]["relative"] < 1e-6
     assert result["task"]["channels_last"] is True
-    assert set(result["ms"]["each of the nodes, inference"]) == set(result["swapped"])
+    for how in ("inference", "forward and backward"):
+        assert set(result["ms"][f"each of the units, {how}"]) == set(result["swapped"])
     if sys.platform == "linux":
         assert result["peak"]["after"] == {"peak": 200, "step": 50, "step, unfragmented": 45}
 
@@ -309,6 +332,22 @@ def test_demo_bad_options(demo_extras, capsys, tmp_path, monkeypatch, arguments,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("faster", ["NCHW", "channels_last"])
+def test_demo_takes_the_layout_in_which_the_stock_network_is_faster(monkeypatch, demo_extras, faster):
+    asked = []
+
+    def interleave(steps, **_):
+        asked.extend(steps)
+        return {key: measure.Timing(*[1.0 if key[0] == faster else 2.0] * 3) for key in steps}
+
+    monkeypatch.setattr(measure, "interleave", interleave)
+    task = demo_setup.Task("dla46_c", 2, 64, "cpu", channels_last=faster == "NCHW", pretrained=False)
+    chosen, ms = demo._faster_layout(task, demo_setup.make_model(task))
+    assert chosen.channels_last == (faster == "channels_last")
+    assert ms[faster] == 2.0
+    assert len(asked) == 4
+
+
 def test_demo_weights_that_cannot_be_fetched(demo_extras, capsys, tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host")
@@ -320,10 +359,8 @@ def test_demo_weights_that_cannot_be_fetched(demo_extras, capsys, tmp_path, monk
 
 
 def test_demo_without_its_extras(capsys, monkeypatch):
-    real = commands.importlib.util.find_spec
-    monkeypatch.setattr(
-        commands.importlib.util, "find_spec", lambda name: None if name in ("timm", "sklearn") else real(name)
-    )
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("timm", "sklearn") else real(name))
     assert cli.main(["demo"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("dla_fast demo: timm, scikit-learn not installed: pip install timm scikit-learn")

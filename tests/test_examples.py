@@ -49,7 +49,9 @@ def run(name, *arguments):
 )
 def test_runs_and_keeps_its_word(name, arguments, units, bound):
     said = run(name, *arguments)
-    assert said.startswith(f"swapped {len(units)}, skipped 0\n")
+    modules = len(re.findall(r"^\S+ +(?:aggregate|merge|block|conv) +swapped$", said, re.MULTILINE))
+    counted = f"nodes {len(ROOTS)}, ladders {len(units) - len(ROOTS)}, blocks 12, convs 7"
+    assert said.startswith(f"swapped {modules} ({counted}), skipped 0\n")
     assert re.findall(r"^(\S+) +(?:aggregate|merge) +swapped$", said, re.MULTILINE) == units
     curves = {
         when: [float(v) for v in values.split()]
@@ -60,7 +62,7 @@ def test_runs_and_keeps_its_word(name, arguments, units, bound):
         assert losses[-1] < losses[0]
     assert curves["after"][0] == pytest.approx(curves["before"][0], rel=bound)
     last = said.splitlines()[-1]
-    assert last.startswith(f"{name}: {len(units)} units swapped, max difference ")
+    assert last.startswith(f"{name}: {modules} units swapped, max difference ")
     assert float(re.search(r"max difference (\S+),", last)[1]) < bound
     assert re.search(r"inference \d+\.\d\dx, training step \d+\.\d\dx$", last)
 
@@ -69,7 +71,8 @@ def test_runs_and_keeps_its_word(name, arguments, units, bound):
 @pytest.mark.parametrize(("name", "steps", "ladders"), [("Detector", 8, 4), ("Segmenter", 6, 3)])
 def test_every_step_of_every_ladder_is_fused(example, name, steps, ladders):
     model = getattr(example("networks"), name)().eval()
-    assert len(dla_fast.swap_(model, verify=False).swapped) == ladders + len(ROOTS)
+    report = dla_fast.swap_(model, units=("nodes", "ladders"), verify=False)
+    assert len(report.swapped) == ladders + len(ROOTS)
     seen = collections.Counter()
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):

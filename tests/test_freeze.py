@@ -1,4 +1,4 @@
-"""freeze_ and unfreeze_: the unfrozen model's results, in every mode, and never those of what has changed since."""
+"""freeze_ and unfreeze_: the unfrozen model's results in every mode, and what else a frozen model is put through."""
 
 from __future__ import annotations
 
@@ -11,90 +11,32 @@ from threading import Barrier
 
 import pytest
 import torch
+from freeze_helpers import (
+    LADDER_UNITS,
+    TOLERANCE,
+    Ladder,
+    assert_same,
+    counting,
+    infer,
+    ladder,
+    needs_kernels,
+    optimizer_step,
+    states,
+    unfrozen,
+)
 from model_helpers import randomise, relative, tiny
 from swap_helpers import Pair, inputs
 from torch import nn
-from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import dla_fast
-from dla_fast import backend, use_backend
+from dla_fast import use_backend
 from dla_fast.models import DLASeg
-from dla_fast.nn import AggregationNode, BasicBlock, IDAUp
+from dla_fast.nn import AggregationNode
 from dla_fast.nn import frozen as frozen_module
-from dla_fast.nn.frozen import KEY
 from dla_fast.ops import packed
 
-needs_kernels = pytest.mark.skipif(
-    backend.can_run("cpu", "conv_norm_act", "cpu", torch.float32) is not None, reason="the C++ extension is not built"
-)
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-class Ladder(nn.Module):
-    """A block and a ladder: a residual, a stride, one and two inputs, an input that is upsampled on the way."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = BasicBlock(8, 16, stride=2)
-        self.project = nn.Conv2d(8, 16, 1, 2)
-        self.ida = IDAUp(8, (8, 16), (1, 2))
-
-    def forward(self, x):
-        return self.ida([x, self.block(x, self.project(x))])[0]
-
-
-LADDER_UNITS = 4
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often a weight was packed, and a unit ran from what was kept."""
-    counted = {"pack": 0, "run": 0}
-
-    def counting(name, function):
-        def call(*args):
-            counted[name] += 1
-            return function(*args)
-
-        return call
-
-    for name in counted:
-        monkeypatch.setattr(packed, name, counting(name, getattr(packed, name)))
-    with use_backend("cpu"):
-        yield counted
-
-
-def ladder(**kwargs):
-    model = randomise(Ladder()).eval().to(**kwargs)
-    return model, torch.randn(2, 8, 6, 4, **kwargs)
-
-
-def unfrozen(model, *args):
-    """What the model gives without what is kept of it."""
-    kept = [(m.__dict__, m.__dict__.pop(KEY)) for m in model.modules() if KEY in m.__dict__]
-    with torch.no_grad():
-        y = model(*args)
-    for where, state in kept:
-        where[KEY] = state
-    return y
-
-
-def infer(model, *args):
-    with torch.inference_mode():
-        return model(*args).clone()
-
-
-def assert_same(got, want):
-    got, want = (list(y) if isinstance(y, (tuple, list)) else [y] for y in (got, want))
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert a.stride() == b.stride()
-        assert relative(a.double(), b.double()) < TOLERANCE[a.dtype]
-
-
-def states(model):
-    return [m.__dict__[KEY] for m in model.modules() if KEY in m.__dict__]
+calls = counting()
 
 
 def swapped_timm(timm):
@@ -130,6 +72,17 @@ def test_networks(timm, calls, name, dtype, layout, mode):
     assert f"{report.units} units" in str(report)
 
 
+def test_unfreezing_frees_the_maps_that_are_kept(monkeypatch):
+    released = []
+    monkeypatch.setattr(packed, "release_maps", lambda: released.append(None))
+    model, x = ladder()
+    dla_fast.freeze_(model)
+    infer(model, x)
+    assert not released
+    dla_fast.unfreeze_(model)
+    assert len(released) == 1
+
+
 def test_nothing_else_changes():
     model, x = ladder()
     before = {name: (t, t.clone(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
@@ -151,201 +104,13 @@ def test_nothing_else_changes():
     assert dla_fast.unfreeze_(model) == 0
 
 
-# What may happen to a frozen model between two calls; each changes its results.
-
-
-def load_state_dict(model):
-    model.load_state_dict({k: v * 0.7 for k, v in model.state_dict().items()})
-
-
-def assign_state_dict(model):
-    model.load_state_dict({k: v * 0.7 for k, v in model.state_dict().items()}, assign=True)
-
-
-def optimizer_step(model):
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    torch.optim.SGD(model.parameters(), 0.1).step()
-
-
-def moving_average(model):
-    for p in model.parameters():
-        p.data.mul_(0.9).add_(torch.ones_like(p), alpha=0.1)
-
-
-def write_of_one_weight(model):
-    with torch.no_grad():
-        model.block.conv1.weight[5, 3, 1, 1] += 1
-
-
-def write_of_one_filter_past_torch(model):
-    model.block.conv2.weight.data[9] = 0
-
-
-def write_of_one_norm_value_past_torch(model):
-    model.block.bn1.bias.detach().numpy()[3] += 1
-
-
-def data_exchanged(model):
-    model.block.conv1.weight.data = model.block.conv1.weight.data * 2
-
-
-def data_transposed(model):
-    model.block.conv2.weight.data = model.block.conv2.weight.data.transpose(0, 1)
-
-
-def parameter_exchanged(model):
-    conv = model.block.conv2
-    conv.weight = nn.Parameter(conv.weight.detach() * 2)
-
-
-def conv_bias(model):
-    model.ida.node_1[0].bias = nn.Parameter(torch.linspace(-1, 1, 8))
-
-
-def running_mean(model):
-    model.block.bn2.running_mean.add_(1)
-
-
-def running_var(model):
-    model.ida.proj_1[1].running_var.mul_(2)
-
-
-def epsilon(model):
-    model.block.bn1.eps = 0.5
-
-
-def norm_without_affine(model):
-    model.block.bn1 = nn.BatchNorm2d(16, affine=False).eval()
-
-
-def norm_exchanged(model):
-    model.block.bn1 = randomise(nn.BatchNorm2d(16)).eval()
-
-
-def norm_synchronised(model):
-    model.block = nn.SyncBatchNorm.convert_sync_batchnorm(model.block)
-    optimizer_step(model)
-
-
-def norm_of_batches(model):
-    bn = model.block.bn1
-    bn.running_mean = bn.running_var = None
-
-
-def hook(model):
-    model.block.conv1.register_forward_hook(lambda module, args, y: y * 2)
-
-
-def pruned(model):
-    prune.l1_unstructured(model.block.conv1, "weight", 0.5)
-
-
-def pruned_for_good(model):
-    pruned(model)
-    prune.remove(model.block.conv1, "weight")
-
-
-class Double(nn.Module):
-    def forward(self, x):
-        return 2 * x
-
-
-def parametrized(model):
-    parametrize.register_parametrization(model.block.conv2, "weight", Double())
-
-
-def stride(model):
-    model.block.conv1.stride = model.project.stride = (1, 1)
-    model.ida.up_factors, model.ida.up_1 = (1, 1), nn.Identity()
-
-
-def up_weight(model):
-    with torch.no_grad():
-        model.ida.up_1.weight.mul_(2)
-
-
-def training_step(model):
-    model.train()
-    model(torch.randn(2, 8, 6, 4)).sum().backward()
-    model.eval()
-    optimizer_step(model)
-
-
-def written_in_inference_mode(model):
-    with torch.inference_mode():
-        model.block.conv1.weight.mul_(2)
-
-
-SERVED = [
-    load_state_dict, assign_state_dict, optimizer_step, moving_average, write_of_one_weight,
-    write_of_one_filter_past_torch, write_of_one_norm_value_past_torch, data_exchanged, data_transposed,
-    parameter_exchanged, conv_bias, running_mean, running_var, epsilon, norm_exchanged, norm_without_affine,
-    pruned_for_good, stride, up_weight, training_step, written_in_inference_mode,
-]  # fmt: skip
-# A call in which a unit is one no longer, or cannot be kept.
-PARTLY = [norm_synchronised, norm_of_batches, hook, pruned, parametrized]
-
-
-@needs_kernels
-@pytest.mark.parametrize("change", [*SERVED, *PARTLY], ids=lambda change: change.__name__)
-def test_what_changes_is_never_stale(calls, change):
-    model, x = ladder()
-    report = dla_fast.freeze_(model)
-    before = infer(model, x)
-    change(model)
-    calls["run"] = 0
-    want = unfrozen(model, x)
-    for _ in range(2):
-        assert_same(infer(model, x), want)
-    assert want.shape != before.shape or relative(before, want) > 1e-3
-    lost = 0 if change in SERVED else 2 if change is norm_synchronised else 1
-    assert calls["run"] == 2 * (report.units - lost)
-
-
-def double(model):
-    return model.double()
-
-
-def half_and_back(model):
-    return model.to(torch.bfloat16).float()
-
-
-def new_layout(model):
-    return model.to(memory_format=torch.channels_last)
-
-
-def shared_memory(model):
-    return model.share_memory()
-
-
-@needs_kernels
-@pytest.mark.parametrize("swapping", [False, True])
-@pytest.mark.parametrize("move", [double, half_and_back, new_layout, shared_memory], ids=lambda f: f.__name__)
-def test_moves(calls, move, swapping):
-    """Conversions write new memory into parameters, or exchange what parameters are."""
-    model, x = ladder()
-    report = dla_fast.freeze_(model)
-    infer(model, x)
-    torch.__future__.set_swap_module_params_on_conversion(swapping)
-    try:
-        move(model)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    x = x.to(model.project.weight.dtype)
-    want = unfrozen(model, x)
-    calls["run"] = 0
-    assert_same(infer(model, x), want)
-    assert calls["run"] == report.units
-
-
 def test_devices():
     model, x = ladder()
     report = dla_fast.freeze_(model)
     infer(model, x)
     model.to("meta")
     assert infer(model, x.to("meta")).shape == (2, 8, 6, 4)
-    assert report.bytes == 0 or not backend.can_run("cpu", "conv_norm_act", "cpu", torch.float32)
+    assert report.bytes == 0
 
 
 def test_training_frees_what_is_kept():
@@ -629,48 +394,37 @@ def test_swapping_before_and_after(calls):
     assert dla_fast.unfreeze_(model) == 0
 
 
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).tanh()
+
+
 @needs_kernels
-class TestFingerprint:
-    def tensors(self):
-        return [torch.randn(16, 8, 3, 3), None, *torch.randn(4, 16).unbind()]
+def test_units_of_a_sequential(calls):
+    """Of what a swapped module holds, its units alone."""
+    model = randomise(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), Foreign(), nn.Conv2d(8, 4, 1)))
+    dla_fast.swap_(model.eval())
+    assert dla_fast.freeze_(model).units == 1
+    x = torch.randn(1, 8, 5, 3)
+    assert_same(infer(model, x), unfrozen(model, x))
+    assert calls == {"pack": 1, "run": 1}
+    model[3].bn.train()
+    dla_fast.freeze_(model)
 
-    def test_is_the_same_for_the_same(self):
-        tensors = self.tensors()
-        assert packed.fingerprint(tensors) == packed.fingerprint(tensors) != 0
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    @pytest.mark.parametrize("shape", [(5, 3, 1, 1), (16, 8, 3, 3), (100, 64, 3, 3), (300, 7, 1, 1)])
-    def test_sees_every_filter_and_every_value_of_a_vector(self, shape, layout, dtype):
-        weight = torch.randn(shape, dtype=dtype).to(memory_format=layout)
-        vector = torch.randn(shape[0], dtype=dtype)
-        seen = {packed.fingerprint([weight, vector])}
-        for i in range(shape[0]):
-            weight.data[i] += 1
-            seen.add(packed.fingerprint([weight, vector]))
-            vector.data[i] += 1
-            seen.add(packed.fingerprint([weight, vector]))
-        assert len(seen) == 2 * shape[0] + 1
-
-    def test_sees_what_a_tensor_is(self):
-        values = torch.ones(4, 4, 1, 1)
-        views = [values, values.view(2, 8, 1, 1), values.transpose(0, 1), values.view(torch.int32), values[:2]]
-        assert len({packed.fingerprint([v]) for v in (*views, None, values.clone())}) == len(views) + 2
-
-    def test_sees_a_write_that_torch_counts(self):
-        tensors = self.tensors()
-        before = packed.fingerprint(tensors)
-        tensors[0][3, 3, 1, 1] = tensors[0][3, 3, 1, 1].item()
-        assert packed.fingerprint(tensors) != before
-
-    def test_vectors_with_a_stride(self):
-        weight, vector = torch.randn(4, 4, 1, 1), torch.randn(4, 2)
-        before = packed.fingerprint([weight, vector[:, 0]])
-        vector.data[:, 1] = 0
-        assert packed.fingerprint([weight, vector[:, 0]]) == before
-        vector.data[3, 0] = 0
-        assert packed.fingerprint([weight, vector[:, 0]]) != before
-
-    def test_there_is_none_of_what_cannot_be_read(self):
-        for other in (torch.empty(4, device="meta"), torch.eye(4).to_sparse(), torch.randn(4, 9)[:, :4]):
-            assert packed.fingerprint([torch.randn(3), other]) == 0
+def test_scripting_leaves_nothing():
+    model, x = (
+        randomise(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())).eval(),
+        torch.randn(1, 8, 3, 3),
+    )
+    dla_fast.swap_(model)
+    dla_fast.freeze_(model)
+    want = infer(model, x)
+    with pytest.warns(UserWarning, match="was unswapped"):
+        scripted = torch.jit.script(model)
+    assert relative(infer(scripted, x), want) < 1e-5
+    assert not states(model)

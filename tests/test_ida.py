@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import dense, merges
-from benchmarks.plain import PlainDLAUp, PlainIDAUp, PlainSeg, transposed
 from dla_fast import models
+from dla_fast.bench.plain import PlainDLAUp, PlainIDAUp, PlainSeg, transposed
 from dla_fast.nn import BatchNormAct2d, DLAUp, FCNMerge, FPNMerge, IDAUp, UNetMerge, Upsample
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -22,7 +22,7 @@ LINES = (
     ("functional",),
     ("backend",),
     ("kernels", "ops"),
-    ("checks", "reference", "_extension", "_timm", "_version", "_build"),
+    ("checks", "reference", "_extension", "_extras", "_timm", "_version", "_build"),
 )
 LINE = {name: i for i, names in enumerate(LINES) for name in names}
 

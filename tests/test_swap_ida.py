@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 
@@ -338,3 +339,37 @@ def test_our_own_ladders_are_fused_already():
         ("ida_0", "already fused: dla_fast.nn.IDAUp"),
         ("ida_1", "already fused: dla_fast.nn.IDAUp"),
     ]
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "detector", "returning", "unknown convolution"])
+def test_what_belongs_to_a_ladder_is_swapped_once(fused_calls, kind):
+    """Its Sequentials are the ladder's, whether they were swapped before it or not, and stay so at the next swap."""
+    module = KINDS[kind]().eval()
+    randomise(module)
+    layers = levels(module)
+    want = list(layers)
+    call(module, want)
+    for first in ((), "convs"):
+        twin = copy.deepcopy(module)
+        before = len(dla_fast.swap_(twin, units=first).swapped) if first else 0
+        assert before == (0 if not first or kind in ("detector", "unknown convolution") else 4)
+        report = dla_fast.swap_(twin)
+        assert [(e.name, e.kind) for e in report.swapped] == [("", "merge")]
+        assert not dla_fast.swap_(twin).swapped
+        fused_calls.clear()
+        seen = collections.Counter()
+
+        class Record(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None, seen=seen):
+                seen[func._schema.name.split("::")[1]] += 1
+                return func(*args, **(kwargs or {}))
+
+        got = list(layers)
+        with Record(), torch.no_grad():
+            call(twin, got)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        assert fused_calls == [twin]
+        # A node that upsamples one of its inputs on the way leaves nothing to upsample.
+        assert seen["upsample"] == 0
+        assert dla_fast.unswap_(twin) == before + 1

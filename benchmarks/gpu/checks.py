@@ -237,7 +237,7 @@ def _swapped(training: bool, label: str, setting: Setting) -> Found:
     found = [_close(a, b, 1e-8) for a, b in zip(outputs(model), expected, strict=True)]
     worst = next((text for ok, text in found if not ok), found[0][1])
     return passed(
-        label, all(ok for ok, _ in found) and len(report.swapped) > 0, f"{len(report.swapped)} nodes, {worst}"
+        label, all(ok for ok, _ in found) and len(report.swapped) > 0, f"{len(report.swapped)} modules, {worst}"
     )
 
 

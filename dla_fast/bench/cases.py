@@ -52,12 +52,17 @@ class Case:
         out_channels: channels of the output.
         height: rows of the output; every map has them but one that is upsampled on the way.
         width: columns of the output.
-        residual: the first input is added before the activation (``aggregate``, ``batch_norm_act``).
+        residual: something is added before the activation: the first input (``aggregate``), or a map of its own
+            (``batch_norm_act``, ``conv_norm_act``).
         op: one of :data:`dla_fast.backend.OPS`.
-        kernel: side of the convolution's kernel, for ``merge``.
+        kernel: side of the convolution's kernel, for ``merge`` and ``conv_norm_act``.
         factor: how often the last input of ``merge``, or the input of ``upsample``, is smaller than the output.
         axis: what a scaling case varies, and
         value: to what.
+        stride: of the convolution, for ``conv_norm_act``, as what follows.
+        dilation: of the convolution.
+        groups: of the convolution.
+        act: the activation; "identity" for none.
     """
 
     name: str
@@ -71,15 +76,19 @@ class Case:
     factor: int = 2
     axis: str | None = None
     value: int | None = None
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    act: str = "relu"
 
     def low(self) -> tuple[int, int]:
-        """Height and width of the map that is upsampled; the output's where there is none.
+        """Height and width of the map that is upsampled, or of a convolution's input; else the output's.
 
         Raises:
             ValueError: no map is upsampled to the output's size by this factor.
         """
         if self.op not in ("merge", "upsample", "upsample_add"):
-            return self.height, self.width
+            return self.height * self.stride, self.width * self.stride
         f = self.factor
         sides = [divmod(side + 2 * (f // 2) - f, f) for side in (self.height, self.width)]
         if any(rest for _, rest in sides):
@@ -101,6 +110,10 @@ class Case:
             training=training,
             kernel=self.kernel,
             factor=self.factor,
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+            act=self.act,
         )
 
     def describe(self) -> str:
@@ -109,7 +122,15 @@ class Case:
         size = f"{self.height}x{self.width}"
         if self.op in ("upsample", "upsample_add"):
             return f"{inputs} @ {size}, f={self.factor}"
-        return f"{inputs} @ {size}" if self.op == "batch_norm_act" else f"{inputs} -> {self.out_channels} @ {size}"
+        if self.op == "batch_norm_act":
+            return f"{inputs} @ {size}"
+        text = f"{inputs} -> {self.out_channels} @ {size}"
+        if self.op != "conv_norm_act":
+            return text
+        options = {"s": self.stride, "d": self.dilation, "g": self.groups}
+        parts = [f"{self.kernel}x{self.kernel}", *(f"{name}={value}" for name, value in options.items() if value > 1)]
+        parts += ["+ residual"] if self.residual else []
+        return f"{text}, {' '.join([*parts, *([] if self.act == 'relu' else [self.act])])}"
 
     def work(self, mode: str, batch: int) -> tuple[float, float]:
         """Values that have to be moved and flops that have to be done, in one pass of ``mode``.
@@ -117,8 +138,9 @@ class Case:
         Per output pixel with K input and N output channels: inference moves K + N and does 2k²KN flops; a training
         forward moves 2N more for the tail; the backward moves 4N + 2K, 6N + 2K where the kernel is larger than one
         pixel, and does 4k²KN flops. A residual is read once more in the tail and costs 2N in the backward. A map that
-        is upsampled on the way counts with its own size. Upsampling reads its input once, writes the output, and
-        does 8f² flops per input value; its backward moves 2 + f² and does 16f².
+        is upsampled on the way counts with its own size, and so does a strided convolution's input; the weight of a
+        ``conv_norm_act``, which deep inside a network is most of what is read, counts too. Upsampling reads its input
+        once, writes the output, and does 8f² flops per input value; its backward moves 2 + f² and does 16f².
         """
         low_height, low_width = self.low()
         pixels, low = batch * self.height * self.width, batch * low_height * low_width
@@ -137,9 +159,11 @@ class Case:
             return float(n * moved), float(n * flops)
         k, square = sum(self.in_channels), self.kernel**2
         read = (k - self.in_channels[-1]) * pixels + self.in_channels[-1] * low
+        if self.op == "conv_norm_act":
+            read += square * k * n // self.groups
         written = n * pixels
         residual = written if self.residual else 0
-        product = 2 * square * k * n * pixels
+        product = 2 * square * k * n * pixels // self.groups
         extra = 8 * self.factor**2 * self.in_channels[-1] * low if self.op == "merge" else 0
         if mode == "inference":
             return float(read + written + residual), float(product + extra)

@@ -42,12 +42,20 @@ def aggregate(xs: Sequence[Tensor], weight: Tensor, *norm: Tensor | None, **opti
     return _tail(z, norm, options, xs[0] if options.get("residual") else None)
 
 
-def merge(xs: Sequence[Tensor], weight: Tensor, *norm: Tensor | None, **options: Any) -> Tensor:
-    """Upsample, concat, convolve, normalise, ReLU in place; see :func:`dla_fast.functional.merge`."""
+def conv_norm_act(xs: Sequence[Tensor], weight: Tensor, *norm: Tensor | None, **options: Any) -> Tensor:
+    """Upsample, concat, convolve, normalise, add, ReLU; see :func:`dla_fast.functional.conv_norm_act`."""
     ups = options.get("upsample") or [None] * len(xs)
     full = [x if up is None else upsample(x, *up) for x, up in zip(xs, ups, strict=True)]
-    z = F.conv2d(torch.cat(full, 1), weight, options.get("conv_bias"), padding=weight.shape[-1] // 2)
-    return _tail(z, norm, options, None)
+    x = full[0] if len(full) == 1 else torch.cat(full, 1)
+    stride, dilation, groups = (options.get(name, 1) for name in ("stride", "dilation", "groups"))
+    z = F.conv2d(x, weight, options.get("conv_bias"), stride, dilation * (weight.shape[-1] // 2), dilation, groups)
+    residual = options.get("residual")
+    return _tail(z, norm, options, xs[residual] if isinstance(residual, int) else residual)
+
+
+def merge(xs: Sequence[Tensor], weight: Tensor, *norm: Tensor | None, **options: Any) -> Tensor:
+    """Upsample, concat, convolve, normalise, ReLU in place; see :func:`dla_fast.functional.merge`."""
+    return conv_norm_act(xs, weight, *norm, **options)
 
 
 def batch_norm_act(x: Tensor, *norm: Tensor | None, **options: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dla_fast import backend, models
-from dla_fast.bench import peers, timing
+from dla_fast.bench import exported, peers, timing
 from dla_fast.bench.cases import Rates
 from dla_fast.bench.networks import (
     Network,
@@ -19,6 +19,7 @@ from dla_fast.bench.networks import (
     initial_state,
     layout_of,
     make,
+    ready,
     step,
     trained,
     work,
@@ -39,33 +40,54 @@ def norm_difference(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 def _compare(
-    label: str, impl: str, mine: list[Tensor], theirs: list[Tensor], outputs: int, bounds: tuple[float, float]
+    label: str,
+    impl: str,
+    found: list[Tensor],
+    expected: list[Tensor],
+    outputs: int,
+    bounds: tuple[float, float],
+    beside: str = peers.FUSED,
 ) -> None:
+    """What ``impl`` gives beside what another does: so many outputs each, then the gradients as one vector."""
+    pair = f"{label}: {beside} and {impl} differ"
     for i in range(outputs):
-        error = timing.difference(mine[i], theirs[i])
+        error = timing.difference(expected[i], found[i])
         if not error <= bounds[0]:
-            raise Disagreement(impl, f"{label}: dla_fast and {impl} differ in output {i} by {error:.1e} of the largest")
-    if len(mine) > outputs:
-        error = norm_difference(mine[outputs:], theirs[outputs:])
+            raise Disagreement(impl, f"{pair} in output {i} by {error:.1e} of the largest")
+    if len(found) > outputs:
+        error = norm_difference(expected[outputs:], found[outputs:])
         if not error <= bounds[1]:
-            raise Disagreement(impl, f"{label}: dla_fast and {impl} differ in the gradient by {error:.1e} of its norm")
+            raise Disagreement(impl, f"{pair} in the gradient by {error:.1e} of its norm")
 
 
-def check_float64(name: str, mode: str, state: dict[str, Tensor], label: str, device: torch.device) -> None:
+def check_float64(
+    name: str, mode: str, state: dict[str, Tensor], label: str, device: torch.device, variants: Sequence[str] = ()
+) -> None:
     """Compare outputs, and in training gradients, with eager PyTorch in float64, on two small images.
+
+    Args:
+        name: the network's.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
+        state: its parameters and buffers.
+        label: what is compared, for the message.
+        device: where.
+        variants: of :data:`dla_fast.bench.peers.VARIANTS`, to compare beside dla_fast.
 
     Raises:
         Disagreement: they differ by more than float64's rounding.
     """
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64, device=device)
-    results = {}
-    for impl in (peers.FUSED, "eager"):
+    bounds = (FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
+    exact: list[Tensor] = []
+    for impl in ("eager", peers.FUSED, *variants):
         model = make(name, impl, state)[0].to(device, torch.float64).train(mode != "inference")
         parameters = trained(model)
-        results[impl] = step(model, images, mode, parameters, backend_for(impl))()
-        count = len(results[impl]) - (len(parameters) if mode == "training" else 0)
-    bounds = (FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
-    _compare(f"{label} in float64", "eager", results[peers.FUSED], results["eager"], count, bounds)
+        found = step(ready(model, impl), images, mode, parameters, backend_for(impl))()
+        count = len(found) - (len(parameters) if mode == "training" else 0)
+        if impl == "eager":
+            exact = found
+        else:
+            _compare(f"{label} in float64", impl, found, exact, count, bounds, "eager")
 
 
 def _bounds(
@@ -120,17 +142,14 @@ def prove(
     state = initial_state(network.name, device.type != "meta")
     runs: dict[str, Callable[[], Any]] = {}
     sources: dict[str, str] = {}
-    wanted = [
-        impl
-        for impl in peers.implementations("aggregate", device.type, dtype, settings.peers, mode)
-        if impl not in peers.YARDSTICKS
-    ]
+    wanted = peers.network_implementations(device.type, dtype, settings.peers, mode, settings.variants)
     gradients = len(trained(models.create_model(network.name, device="meta"))) if mode == "training" else 0
     bounds = _bounds(network, mode, state, settings, gradients)
     mine: list[Tensor] = []
     agreed = 0
     if float64:
-        check_float64(network.name, mode, state, label, device)
+        variants = [impl for impl in wanted if impl in peers.VARIANTS]
+        check_float64(network.name, mode, state, label, device, variants)
     # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
     for impl in [*wanted, *({"eager"} - set(wanted))]:
         try:
@@ -139,13 +158,14 @@ def prove(
         except Exception as error:
             if impl.startswith(peers.FUSED):
                 raise Disagreement(impl, f"{label}: {impl} raised {one_line(error)}") from error
-            skipped.append({"case": network.name, "mode": mode, "impl": impl, "reason": one_line(error)})
+            reason = str(error) if isinstance(error, exported.Absent) else one_line(error)
+            skipped.append({"case": network.name, "mode": mode, "impl": impl, "reason": reason})
             continue
         if impl == peers.FUSED:
             mine = tensors
         else:
-            _compare(label, impl, mine, tensors, len(mine) - gradients, bounds)
-            agreed += 1
+            _compare(label, impl, tensors, mine, len(mine) - gradients, bounds)
+            agreed += not impl.startswith(peers.FUSED)
         if impl in wanted:
             runs[impl], sources[impl] = call, source
     if not agreed:

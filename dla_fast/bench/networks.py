@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dla_fast
 from dla_fast import backend, models
 from dla_fast._timm import import_timm
-from dla_fast.bench import peers
+from dla_fast.bench import exported, peers
 from dla_fast.bench.cases import LAYOUTS, image_size
+from dla_fast.bench.plain import PlainSeg
 from dla_fast.bench.timing import Settings
 
 
@@ -45,27 +47,52 @@ def tensors_of(result: Any) -> list[Tensor]:
 def make(name: str, impl: str, state: dict[str, Tensor] | None = None) -> tuple[nn.Module, str]:
     """A network as an implementation runs it, and where it comes from.
 
-    Eager is timm's network where timm has it: the one that people run. Else it is this package's on the PyTorch
-    reference, op by op.
+    Eager is the network that people run: timm's where timm has it, and for dense prediction one written op by op
+    around timm's. Without timm it is this package's on the PyTorch reference. That network is also what
+    ``dla_fast+swapped`` and ``dla_fast+frozen`` start from; ``dla_fast`` itself is the one built of this package's
+    modules.
 
     Args:
         name: one of :func:`dla_fast.models.list_models`.
-        impl: ``dla_fast``, ``dla_fast:<backend>`` or a peer.
+        impl: ``dla_fast``, ``dla_fast:<backend>``, a variant or a peer.
         state: parameters and buffers to load.
     """
-    if not impl.startswith(peers.FUSED) and impl != "reference":
-        with contextlib.suppress(ImportError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            timm = import_timm()
-            if timm.is_model(name):
-                network: nn.Module = timm.create_model(name)
-                if state is not None:
-                    network.load_state_dict(state)
-                return network, "timm"
-    network = models.create_model(name)
+    swapped = impl in peers.VARIANTS
+    stock = None if impl == "reference" or (impl.startswith(peers.FUSED) and not swapped) else _stock(name)
+    network = models.create_model(name) if stock is None else stock
     if state is not None:
         network.load_state_dict(state)
-    return network, "dla_fast"
+    source = "dla_fast" if stock is None else "timm"
+    if swapped:
+        units = len(dla_fast.swap_(network).swapped)
+        if not units:
+            raise RuntimeError("swap_ took nothing of it")
+        source += f", {units} units swapped"
+    return network, source
+
+
+def _stock(name: str) -> nn.Module | None:
+    """The network as others wrote it; None where timm is missing."""
+    with contextlib.suppress(ImportError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        timm = import_timm()
+        if timm.is_model(name):
+            network: nn.Module = timm.create_model(name)
+            return network
+        base = name.removesuffix("up")
+        if base != name and timm.is_model(base):
+            like = models.create_model(name, device="meta")
+            assert isinstance(like, models.DLASeg)
+            channels = like.base.feature_info.channels()
+            return PlainSeg(timm.create_model(base, num_classes=0), channels, like.num_classes, like.down_ratio)
+    return None
+
+
+def ready(model: nn.Module, impl: str) -> nn.Module:
+    """A network of :func:`make` in its last form, once it has its device, dtype, layout and mode."""
+    if impl == peers.FROZEN:
+        dla_fast.freeze_(model)
+    return model
 
 
 def backend_for(impl: str) -> str:
@@ -157,6 +184,8 @@ def initial_state(name: str, statistics: bool = True) -> dict[str, Tensor]:
 
 def layout_of(impl: str, settings: Settings) -> str:
     """The layout that an implementation runs in."""
+    if impl in exported.MODULES:
+        return "contiguous"
     return peers.OTHER_LAYOUT[settings.layout] if impl == "eager_other_layout" else settings.layout
 
 
@@ -181,6 +210,9 @@ def implementation(
     model = model.train(mode != "inference")
     parameters = trained(model)
     forced = backend_for(impl)
+    if impl in exported.MODULES:
+        return exported.runner(impl, model, images), source
+    model = ready(model, impl)
     if not impl.startswith("compile") or settings.device.type == "meta":
         return step(model, images, mode, parameters, forced), source
     with peers.compiling(impl) as options:

@@ -10,15 +10,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dla_fast import backend, functional, reference
-from dla_fast.bench import eager
+from dla_fast.bench import alone, eager, exported
 from dla_fast.bench.cases import Case
 from dla_fast.proof import parity
 
 FUSED = "dla_fast"
+# This package's other ways to serve a network: the stock network after ``swap_``, and that after ``freeze_`` too.
+SWAPPED = f"{FUSED}+swapped"
+FROZEN = f"{FUSED}+frozen"
+VARIANTS = (SWAPPED, FROZEN)
 # What may be asked for beside dla_fast and its backends, which are always there.
 PEERS = (
     "eager",
@@ -29,6 +32,7 @@ PEERS = (
     "compile_frozen",
     "reference",
     "library",
+    *exported.MODULES,
 )
 # How a compiled peer is compiled: ``mode`` of torch.compile.
 _COMPILE_MODES = {
@@ -37,8 +41,11 @@ _COMPILE_MODES = {
 }
 # A compiled peer that replays CUDA graphs of its own, and so is in none.
 SELF_GRAPHED = ("compile_reduce_overhead",)
-# A bare convolution computes less than the op: it is shown, and never called a peer that was beaten or that won.
+# A convolution of the library alone is no way to run the op that anybody has: it is shown, and never called a peer that
+# was beaten or that won. See :mod:`dla_fast.bench.alone`.
 YARDSTICKS = ("library",)
+# The ops with a convolution.
+CONVOLUTIONS = ("aggregate", "merge", "conv_norm_act")
 OTHER_LAYOUT = {"channels_last": "contiguous", "contiguous": "channels_last"}
 
 
@@ -52,6 +59,7 @@ class Runner:
         copies: the same pass over tensors of its own, for each copy of the inputs; ``call`` is the first.
         backend: the backend that serves it, where dla_fast does.
         layout: of the tensors it reads.
+        checked: it computes the op, so that it has to agree.
     """
 
     call: Callable[[], Sequence[Tensor]]
@@ -63,24 +71,52 @@ class Runner:
 
 
 def implementations(
-    op: str, device: str, dtype: torch.dtype, peers: Sequence[str], mode: str, layout: str = "channels_last"
+    op: str, device: str, dtype: torch.dtype, peers: Sequence[str], mode: str, variants: Sequence[str] = ()
 ) -> list[str]:
-    """The names of what is timed for an op: dla_fast, its other backends that can run, and the peers asked for."""
+    """The names of what is timed for an op: dla_fast, its other backends that can run, and the peers asked for.
+
+    Of the variants there is the frozen one, of an op with a convolution that the CPU's kernels serve in inference.
+    """
     served = backend.resolve(op, device, dtype)
     others = [
         f"{FUSED}:{name}"
         for name in backend.BACKENDS
         if name not in ("reference", served) and backend.can_run(name, op, device, dtype) is None
     ]
+    if FROZEN in variants and served == "cpu" and mode == "inference" and op in CONVOLUTIONS:
+        others.append(FROZEN)
     wanted = [peer for peer in PEERS if peer in peers]
     if mode != "inference":
-        wanted = [peer for peer in wanted if peer not in ("compile_frozen", "library")]
-    if op not in ("aggregate", "merge"):
+        wanted = [peer for peer in wanted if peer != "compile_frozen"]
+    if op not in CONVOLUTIONS or (mode != "inference" and (op, mode) != ("conv_norm_act", "training")):
         wanted = [peer for peer in wanted if peer != "library"]
+    wanted = [peer for peer in wanted if peer not in exported.MODULES]
     if device == "cpu" and served == "reference" and "reference" in wanted:
         # dla_fast is the reference then.
         wanted.remove("reference")
     return [FUSED, *others, *wanted]
+
+
+def network_implementations(
+    device: str, dtype: torch.dtype, peers: Sequence[str], mode: str, variants: Sequence[str] = ()
+) -> list[str]:
+    """The names of what is timed for a whole network: dla_fast, the variants of it that there are, and the peers.
+
+    Args:
+        device: where.
+        dtype: of the network.
+        peers: of :data:`PEERS`; those that do not exist for this are left out.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
+        variants: of :data:`VARIANTS`; frozen there is in inference alone.
+    """
+    mine: list[str] = []
+    others: list[str] = []
+    for impl in implementations("aggregate", device, dtype, peers, mode):
+        if impl not in YARDSTICKS:
+            (mine if impl.startswith(FUSED) else others).append(impl)
+    mine += [impl for impl in VARIANTS if impl in variants and (impl != FROZEN or mode == "inference")]
+    outside = [impl for impl in exported.MODULES if impl in peers and exported.runs(impl, device, dtype, mode)]
+    return [*mine, *others, *outside]
 
 
 def backend_of(impl: str) -> str:
@@ -122,21 +158,22 @@ def make_runner(
         problem = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, layout=layout))
     module: Any = functional if impl.startswith(FUSED) else reference if impl == "reference" else eager
     function: Callable[..., Tensor] = _function(case, module, problem, impl, device)
-    names = ["y", *(f"d {name}" for name in problem.differentiable)] if mode == "training" else ["y"]
+    differentiable = ["x", "weight"] if impl == "library" else problem.differentiable
+    names = ["y", *(f"d {name}" for name in differentiable)] if mode == "training" else ["y"]
     calls = []
     for _ in range(copies):
         tensors = problem.materialise(None, device)
         if impl == "library":
-            tensors = _concatenated(case, tensors)
+            tensors = alone.prepared(case, tensors, mode)
         grad = (
             None if dy is None else dy.to(dtype=problem.spec.dtype, memory_format=parity.LAYOUTS[layout], device=device)
         )
-        calls.append(_pass(function, tensors, mode, grad, problem.differentiable, backend_of(impl)))
+        calls.append(_pass(function, tensors, mode, grad, differentiable, backend_of(impl)))
     served = None
     if impl.startswith(FUSED):
         with backend.use_backend(backend_of(impl)):
             served = backend.resolve(case.op, device.type, problem.spec.dtype)
-    return Runner(calls[0], names, calls, layout, served, impl not in YARDSTICKS)
+    return Runner(calls[0], names, calls, layout, served, impl not in YARDSTICKS or alone.is_whole(tensors))
 
 
 def _function(
@@ -144,8 +181,9 @@ def _function(
 ) -> Callable[..., Tensor]:
     """The op as a function of a dictionary of tensors."""
     if impl == "library":
-        padding = case.kernel // 2
-        return lambda tensors: F.conv2d(tensors["x"], tensors["weight"], padding=padding)
+        return alone.library(case)
+    if impl == FROZEN:
+        return alone.frozen(case)
 
     def plain(tensors: dict[str, Tensor]) -> Tensor:
         return problem.call(module, tensors, None)
@@ -183,15 +221,6 @@ class _Frozen(torch.nn.Module):
 
     def forward(self, tensors: dict[str, Tensor]) -> Tensor:
         return self.function({**tensors, **{name: getattr(self, f"p_{name}") for name in self.names}})
-
-
-def _concatenated(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a bare convolution reads: the concatenation, made beforehand."""
-    with torch.no_grad():
-        xs = [tensors[f"x{i}"] for i in range(len(case.in_channels))]
-        if case.op == "merge":
-            xs[-1] = eager.upsample(xs[-1], tensors["up_weight"], case.factor)
-        return {"x": torch.cat(xs, 1), "weight": tensors["weight"].detach()}
 
 
 def _pass(

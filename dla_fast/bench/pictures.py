@@ -18,11 +18,16 @@ COLORS = {
     "compile_frozen": "#ecc48e",
     "reference": "#5d6675",
     "library": "#6aa84f",
+    "onnxruntime": "#b8569b",
+    "openvino": "#3fa7a3",
+    peers.SWAPPED: "#5b9bd1",
+    peers.FROZEN: "#0b3d66",
 }
 BEHIND = "#c0392b"
 MARKERS = {
     "aggregate": "o",
     "merge": "s",
+    "conv_norm_act": "h",
     "upsample": "^",
     "upsample_add": "v",
     "batch_norm_act": "D",

@@ -188,6 +188,10 @@ class Comparison:
         """Time of the fastest peer over dla_fast's."""
         return float(self.best["median_ms"] / self.mine["median_ms"])
 
+    def speedup_of(self, impl: str) -> float:
+        """Time of the fastest peer over that of another way of dla_fast, which must be there."""
+        return float(self.best["median_ms"] / self.by_impl[impl]["median_ms"])
+
     @property
     def share_of_floor(self) -> float | None:
         """Floor over dla_fast's time: 1 is the machine's limit. None where there is no floor."""

@@ -137,7 +137,7 @@ def _sections(run: dict[str, Any], found: dict[tuple[str, str, str], list[Compar
     parts: list[str] = []
     barred: dict[tuple[str, str], list[Comparison]] = {}
     for (suite, _, mode), cases in found.items():
-        if suite in ("ops", "nodes", "ida"):
+        if suite in ("ops", "nodes", "ida", "convs"):
             barred.setdefault((suite, mode), []).extend(cases)
     if barred:
         parts.append("<h2>Against the best peer</h2>")

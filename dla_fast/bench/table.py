@@ -12,6 +12,7 @@ TITLES = {
     "ops": "ops",
     "nodes": "aggregation nodes",
     "ida": "steps of the dense-prediction ladder",
+    "convs": "convolution units",
     "models": "whole networks",
     "launch": "cost of a call, on maps of 2x2",
     "scaling": "scaling",
@@ -61,6 +62,8 @@ def _section(found: Sequence[Comparison]) -> list[str]:
         impls += [impl for impl in c.by_impl if impl not in impls]
     impls.sort(key=lambda impl: (not impl.startswith(peers.FUSED), impl in peers.YARDSTICKS))
     hosted = any(c.mine.get("host_ms") is not None for c in found)
+    measured = "library" in impls
+    variants = [impl for impl in impls if impl in peers.VARIANTS]
     head = [
         "case",
         "shape",
@@ -69,7 +72,9 @@ def _section(found: Sequence[Comparison]) -> list[str]:
         *(["host"] if hosted else []),
         "floor",
         "of floor",
+        *(["GFLOP/s", "of library"] if measured else []),
         "best peer",
+        *(impl.removeprefix(f"{peers.FUSED}+") for impl in variants),
         "speedup",
     ]
     rows = [head]
@@ -86,11 +91,21 @@ def _section(found: Sequence[Comparison]) -> list[str]:
                 *host,
                 milliseconds(c.mine.get("floor_ms")),
                 "-" if share is None else f"{share:.0%}",
+                *(_beside_library(c) if measured else []),
                 c.best["impl"],
+                *(f"{c.speedup_of(impl):.2f}x" if impl in c.by_impl else "-" for impl in variants),
                 f"{c.speedup:.2f}x",
             ]
         )
     return align(rows, left=2)
+
+
+def _beside_library(c: Comparison) -> list[str]:
+    """GFLOP/s, and the library's time over that of dla_fast: frozen where it is, as the library's weight is packed."""
+    mine = c.by_impl.get(peers.FROZEN, c.mine)
+    rate = f"{mine['flops'] / mine['median_ms'] / 1e6:.0f}" if mine.get("flops") else "-"
+    theirs = c.by_impl.get("library")
+    return [rate, "-" if theirs is None else f"{theirs['median_ms'] / mine['median_ms']:.2f}x"]
 
 
 def memory_pairs(records: Iterable[Record]) -> list[tuple[Record, Record]]:

@@ -43,6 +43,7 @@ class Settings:
         layout: channels_last or contiguous.
         rounds: samples of each peer.
         peers: whom to compare with, of :data:`dla_fast.bench.peers.PEERS`.
+        variants: other ways of dla_fast to time, of :data:`dla_fast.bench.peers.VARIANTS`.
         seconds: time that one case may take; a long one gets fewer rounds, 3 at least.
         rotate: copies of the inputs to go through; by default as many as pass a GPU's cache, and one on a CPU.
     """
@@ -54,6 +55,7 @@ class Settings:
     peers: tuple[str, ...] = ("eager",)
     seconds: float = 8.0
     rotate: int | None = None
+    variants: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -269,7 +271,7 @@ def time_case(
     results: dict[str, dict[str, Tensor]] = {}
     skipped: list[dict[str, str]] = []
     try:
-        wanted = peers.implementations(case.op, device.type, dtype, settings.peers, mode)
+        wanted = peers.implementations(case.op, device.type, dtype, settings.peers, mode, settings.variants)
     except RuntimeError as error:
         # A backend that was forced and cannot run the op.
         failed = {**common, "impl": peers.FUSED, "layout": settings.layout, "error": one_line(error)}

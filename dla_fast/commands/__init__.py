@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
+
+from dla_fast._extras import missing
 
 __all__ = ["CommandError", "require"]
 
@@ -22,15 +23,6 @@ def require(modules: Mapping[str, str], extra: str) -> None:
     Raises:
         CommandError: some are missing, with the command that installs them.
     """
-    missing = []
-    for module, package in modules.items():
-        try:
-            if importlib.util.find_spec(module) is None:
-                missing.append(package)
-        except (ImportError, ValueError):
-            missing.append(package)
-    if missing:
-        raise CommandError(
-            f"{', '.join(missing)} not installed: pip install {' '.join(missing)} "
-            f'(or install dla_fast with its {extra} extra: pip install --no-build-isolation ".[{extra}]")'
-        )
+    absent = missing(modules, extra)
+    if absent is not None:
+        raise CommandError(absent)

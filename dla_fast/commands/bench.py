@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dla_fast import models
-from dla_fast.bench import cases, compare, compare_table, memory, network_timing, networks, peers, table, timing
+from dla_fast.bench import cases, compare, compare_table, memory, network_timing, networks, peers, table, timing, units
 from dla_fast.bench.cases import DTYPES, LAYOUTS, MODES, Case, Rates
 from dla_fast.bench.records import NotARun, Run, load
 from dla_fast.commands import CommandError, require
@@ -22,6 +22,7 @@ SUITES = {
     "ops": "each op at a high and a low resolution",
     "nodes": "the aggregation nodes of --models",
     "ida": "the steps of dla34up's ladder at 512x512",
+    "convs": "the convolution-norm-activation units of --models, beside the library's convolution",
     "models": "whole networks",
     "memory": "memory of a training step of whole networks",
     "launch": "what a call costs on the smallest maps",
@@ -29,6 +30,7 @@ SUITES = {
 }
 DEFAULT_SUITES = ("nodes", "ida")
 NODE_MODELS = ("dla34", "dla60", "dla102")
+UNIT_MODELS = (*NODE_MODELS, "dla34up")
 BATCHES = (1, 8)
 
 
@@ -71,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=models.list_models(),
         metavar="NAME",
-        help=f"networks (default: {', '.join(NODE_MODELS)} for nodes, all of them for models and memory)",
+        help=f"networks (default: {', '.join(NODE_MODELS)} for nodes, {UNIT_MODELS[-1]} too for convs, all of them for "
+        "models and memory)",
     )
     parser.add_argument("--size", type=_positive, help="side of the images in pixels (default: 224, dense ones 512)")
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=MODES)
@@ -82,6 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*peers.PEERS, "all"],
         metavar="PEER",
         help=f"whom to compare with, beside every backend of dla_fast: {', '.join(peers.PEERS)}, all",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=["swapped", "frozen"],
+        choices=["swapped", "frozen"],
+        help="whole networks: beside the one of this package's modules, the stock network after swap_, and after "
+        "freeze_ too; ops with a convolution: as frozen models run them (default: both)",
     )
     parser.add_argument("--rounds", type=_positive, default=15, help="samples of each peer")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for a case: a long one gets fewer rounds")
@@ -181,7 +192,7 @@ def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings,
     names = args.models or models.list_models()
     for suite in suites:
         work: list[Job] = []
-        if suite in ("ops", "nodes", "ida", "launch", "scaling"):
+        if suite in ("ops", "nodes", "ida", "convs", "launch", "scaling"):
             several = batches
             if suite == "ops":
                 chosen = cases.op_cases()
@@ -190,6 +201,8 @@ def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings,
                 chosen = list({case.name: case for case in alike}.values())
             elif suite == "ida":
                 chosen = cases.ida_cases()
+            elif suite == "convs":
+                chosen = units.unit_cases(args.models or UNIT_MODELS, args.size)
             elif suite == "launch":
                 chosen, several = cases.launch_cases(), [2]
             else:
@@ -256,7 +269,14 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     chosen = tuple(peers.PEERS) if "all" in args.peers else tuple(args.peers)
     settings = timing.Settings(
-        device, args.dtype, args.layout, args.rounds, chosen, seconds=args.seconds, rotate=args.rotate
+        device,
+        args.dtype,
+        args.layout,
+        args.rounds,
+        chosen,
+        seconds=args.seconds,
+        rotate=args.rotate,
+        variants=tuple(f"{peers.FUSED}+{name}" for name in args.variants),
     )
     result = Run(device, args.json, sys.argv[1:])
     rates = _Rates(settings, result)

@@ -9,8 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,22 +17,22 @@ from torch import Tensor, nn
 
 import dla_fast
 from dla_fast import backend
-from dla_fast.commands import CommandError, demo_memory, demo_report, require
+from dla_fast.commands import CommandError, demo_memory, demo_report, demo_units, require
 from dla_fast.commands.demo_setup import (
     EXTRAS,
     LOGITS,
     Task,
-    detached,
     in_format,
     inference,
     make_inputs,
     make_model,
-    tensors_of,
     training_step,
 )
 from dla_fast.proof import measure
 
 MEMORY = "dla_fast.commands.demo_memory"
+# The op that every swapped unit is a call of.
+OP = "conv_norm_act"
 
 
 def _positive(text: str) -> int:
@@ -50,7 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=_positive, default=224, help="side of a photograph in pixels")
     parser.add_argument("--runs", type=_positive, default=11, help="rounds that each time is the median of")
     parser.add_argument("--device", help="device to run on (default: cuda where there is one, else cpu)")
-    parser.add_argument("--channels-last", action="store_true", help="run in channels_last instead of NCHW")
+    parser.add_argument(
+        "--layout",
+        default="auto",
+        choices=["auto", "channels_last", "contiguous"],
+        help="memory format; auto takes the one in which the network as it is runs faster",
+    )
+    parser.add_argument(
+        "--channels-last",
+        dest="layout",
+        action="store_const",
+        const="channels_last",
+        default=argparse.SUPPRESS,
+        help="the same as --layout channels_last",
+    )
     parser.add_argument("--pretrained", action="store_true", help="fetch timm's weights instead of drawing some")
     parser.add_argument("--out", default="demo.png", help="where the picture goes")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the report")
@@ -73,7 +85,7 @@ def _task(args: argparse.Namespace) -> Task:
     folder = os.path.dirname(os.path.abspath(args.out))
     if not os.access(folder, os.W_OK):
         raise CommandError(f"--out {args.out}: there is no folder {folder} that can be written to")
-    return Task(args.model, args.batch, args.size, device, args.channels_last, args.pretrained)
+    return Task(args.model, args.batch, args.size, device, args.layout == "channels_last", args.pretrained)
 
 
 def _difference(after: Tensor, before: Tensor) -> tuple[float, float]:
@@ -95,9 +107,10 @@ def _worst(after: dict[str, Tensor], before: dict[str, Tensor]) -> tuple[float, 
 
 
 def _differences(
-    before: nn.Module, after: nn.Module, task: Task, x: Tensor, labels: Tensor
+    networks: dict[str, nn.Module], task: Task, x: Tensor, labels: Tensor
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """What ``swap_`` changes in the results, beside what another memory format changes in PyTorch's; and all logits."""
+    before, after = networks["before"], networks["after"]
     other = torch.contiguous_format if task.channels_last else torch.channels_last
     alone = in_format(copy.deepcopy(before), other)
     rows: dict[str, dict[str, float]] = {}
@@ -106,12 +119,12 @@ def _differences(
         rows[name] = {"relative": swapped[0], "absolute": swapped[1], "PyTorch alone": own[0]}
 
     reordered = x.to(memory_format=other)
-    logits = {
-        "before": inference(before, x)(),
-        "after": inference(after, x)(),
-        "PyTorch alone": inference(alone, reordered)(),
-    }
-    add(LOGITS, *(_difference(logits[name], logits["before"]) for name in ("after", "PyTorch alone")))
+    logits = {name: inference(model, x)() for name, model in networks.items()}
+    logits["PyTorch alone"] = inference(alone, reordered)()
+    own = _difference(logits["PyTorch alone"], logits["before"])
+    for title, name in ((LOGITS, "after"), ("logits, frozen, float32", "frozen")):
+        if name in logits:
+            add(title, _difference(logits[name], logits["before"]), own)
     for dtype, count in ((torch.float64, 2), (torch.float32, len(x))):
         few = x[:count].to(dtype)
         gradients = _gradients(before, few, labels[:count])
@@ -121,50 +134,6 @@ def _differences(
             _worst(_gradients(alone, reordered[:count].to(dtype), labels[:count]), gradients),
         )
     return rows, logits
-
-
-def _node_arguments(model: nn.Module, names: list[str], run: Callable[[], object]) -> dict[str, Any]:
-    """What each node is really called with while ``run`` runs the network."""
-    seen: dict[str, Any] = {}
-    modules = dict(model.named_modules())
-    hooks = [
-        modules[name].register_forward_pre_hook(lambda _module, args, name=name: seen.__setitem__(name, args))
-        for name in names
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-def _node_steps(model: nn.Module, arguments: dict[str, Any], *, training: bool) -> dict[str, Callable[[], object]]:
-    """One call per node on its own inputs: inference, or forward and backward."""
-    modules = dict(model.named_modules())
-    steps: dict[str, Callable[[], object]] = {}
-    for name, args in arguments.items():
-        node, own = modules[name], detached(args, requires_grad=training)
-        if not training:
-            steps[name] = _no_grad(node, own)
-            continue
-        with torch.no_grad():
-            dy = torch.randn_like(copy.deepcopy(node)(*own))
-        leaves = [*tensors_of(own), *node.parameters()]
-        steps[name] = _forward_backward(node, own, leaves, dy)
-    return steps
-
-
-def _no_grad(node: nn.Module, args: Any) -> Callable[[], object]:
-    def step() -> object:
-        with torch.inference_mode():
-            return node(*args)
-
-    return step
-
-
-def _forward_backward(node: nn.Module, args: Any, leaves: list[Tensor], dy: Tensor) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(node(*args), leaves, dy)
 
 
 class _Stages:
@@ -187,29 +156,63 @@ class _Stages:
         self._bar.close()
 
 
+def _faster_layout(task: Task, model: nn.Module) -> tuple[Task, dict[str, float]]:
+    """The task in the layout that is the faster for the network as it is: what its user would choose.
+
+    Args:
+        task: in any layout.
+        model: the network as it is; it is not changed.
+
+    Returns:
+        The task, and by layout the milliseconds of a call in inference and a training step together.
+    """
+    steps: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, channels_last in (("NCHW", False), ("channels_last", True)):
+        one = replace(task, channels_last=channels_last)
+        x, labels = make_inputs(one)
+        networks = [in_format(copy.deepcopy(model), one.memory_format) for _ in range(2)]
+        steps[name, "inference"] = inference(networks[0], x)
+        steps[name, "training"] = training_step(networks[1], x, labels)
+    found = measure.interleave(steps, rounds=3, warmup=1, device=task.device)
+    ms = {name: sum(t.median_ms for (of, _), t in found.items() if of == name) for name, _ in steps}
+    return replace(task, channels_last=ms["channels_last"] < ms["NCHW"]), ms
+
+
 def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Everything that is measured, and the tensors that the picture shows."""
+    layouts = None
     with stages.stage("model"):
-        x, labels = make_inputs(task)
         before = make_model(task)
+        if args.layout == "auto":
+            task, layouts = _faster_layout(task, before)
+        before = in_format(before, task.memory_format)
+        x, labels = make_inputs(task)
         after = copy.deepcopy(before)
         report = dla_fast.swap_(after)
         names = [entry.name for entry in report.swapped]
         if not names:
-            raise CommandError(f"swap_ found no aggregation node in {task.model}:\n{report}")
+            raise CommandError(f"swap_ found no unit in {task.model}:\n{report}")
+    networks = {"before": before, "after": after}
+    kept = None
+    if x.device.type == "cpu":
+        networks["frozen"] = copy.deepcopy(after)
+        kept = dla_fast.freeze_(networks["frozen"])
     with stages.stage("differences"):
-        differences, logits = _differences(before, after, task, x, labels)
+        differences, logits = _differences(networks, task, x, labels)
     result: dict[str, Any] = {
         "task": asdict(task),
+        "layouts": layouts,
         "swapped": names,
-        "serves": {c.backend: c.reason for c in backend.explain("aggregate", x.device.type) if c.chosen},
+        "counts": report.counts(),
+        "frozen": None if kept is None else {"units": kept.units, "bytes": kept.bytes},
+        "serves": {c.backend: c.reason for c in backend.explain(OP, x.device.type) if c.chosen},
         "reference": _reference(x.device.type),
         "difference": differences,
     }
     pair = {"before": before, "after": after}
     with stages.stage("bytes saved for backward"):
         result["saved for backward"] = {name: _saved(model, x, labels) for name, model in pair.items()}
-    result["ms"] = _times(args.runs, pair, names, x, labels, stages)
+    result["ms"] = _times(args.runs, networks, names, x, labels, stages)
     result["peak"] = {}
     for name in pair:
         line = demo_memory.arguments(task, swapped=name == "after")
@@ -224,7 +227,7 @@ def _compare(args: argparse.Namespace, task: Task, stages: _Stages) -> tuple[dic
 
 def _reference(device: str) -> dict[str, Any] | None:
     """Whether the reference, which has no kernel to show, was asked for, and why it serves; None where it does not."""
-    candidates = {c.backend: c for c in backend.explain("aggregate", device)}
+    candidates = {c.backend: c for c in backend.explain(OP, device)}
     if not candidates["reference"].chosen:
         return None
     if backend.selected() == "reference":
@@ -244,31 +247,35 @@ def _saved(model: nn.Module, x: Tensor, labels: Tensor) -> int:
 
 
 def _times(
-    runs: int, pair: dict[str, nn.Module], names: list[str], x: Tensor, labels: Tensor, stages: _Stages
+    runs: int, networks: dict[str, nn.Module], names: list[str], x: Tensor, labels: Tensor, stages: _Stages
 ) -> dict[str, Any]:
-    """Medians of the nodes alone and of the network, before and after in turn."""
+    """Medians of the network and of its units by themselves, before and after in turn."""
     ms: dict[str, Any] = {}
-    for title, training in (("nodes, inference", False), ("nodes, forward and backward", True)):
-        models = {key: copy.deepcopy(model).train(training) for key, model in pair.items()}
-        arguments = _node_arguments(models["before"], names, partial(models["before"], x))
-        node_steps = {
-            (key, name): step
-            for key, model in models.items()
-            for name, step in _node_steps(model, arguments, training=training).items()
-        }
-        with stages.stage(title, runs) as step_done:
-            node_times = measure.interleave(node_steps, rounds=runs, device=x.device, progress=step_done)
-        ms[title] = {key: sum(node_times[key, name].median_ms for name in names) for key in models}
-        ms[f"each of the {title}"] = {name: {key: node_times[key, name].median_ms for key in models} for name in names}
-    for title, make, rounds in (
-        ("network, inference", lambda model: inference(model, x), runs),
-        ("network, training step", lambda model: training_step(model, x, labels), max(3, runs // 2)),
+    pair = {key: networks[key] for key in ("before", "after")}
+    for title, models, make, rounds in (
+        ("network, inference", networks, lambda model: inference(model, x), runs),
+        ("network, training step", pair, lambda model: training_step(model, x, labels), _fewer(runs)),
     ):
-        steps = {key: make(copy.deepcopy(model)) for key, model in pair.items()}
+        steps = {key: make(copy.deepcopy(model)) for key, model in models.items()}
         with stages.stage(title, rounds) as step_done:
             times = measure.interleave(steps, rounds=rounds, warmup=1, device=x.device, progress=step_done)
         ms[title] = {key: times[key].median_ms for key in pair}
+        if "frozen" in models:
+            ms[f"{title}, frozen"] = {"before": times["before"].median_ms, "after": times["frozen"].median_ms}
+    for title, training, rounds in (
+        ("units, inference", False, runs),
+        ("units, forward and backward", True, _fewer(runs)),
+    ):
+        with stages.stage(title, rounds) as step_done:
+            each = demo_units.times(pair, names, x, rounds, step_done, training=training)
+        ms[title] = {key: sum(row[key] for row in each.values()) for key in pair}
+        ms[f"each of the {title}"] = each
     return ms
+
+
+def _fewer(runs: int) -> int:
+    """Rounds of what takes three times as long."""
+    return max(3, runs // 2)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -279,7 +286,7 @@ def run(args: argparse.Namespace) -> int:
     """
     require(EXTRAS, "demo")
     task = _task(args)
-    stages = _Stages(total=2 + 1 + 3 * args.runs + max(3, args.runs // 2) + 4)
+    stages = _Stages(total=3 + 2 * (args.runs + _fewer(args.runs)) + 4)
     try:
         result, tensors = _compare(args, task, stages)
     finally:

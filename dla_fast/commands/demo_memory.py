@@ -33,7 +33,7 @@ def main() -> None:
     task = Task(args.model, args.batch, args.size, args.device, args.channels_last, pretrained=False)
     model = make_model(task)
     if args.swap:
-        # Checking the swapped nodes would itself take memory, and the demo has done it.
+        # Checking the swapped units would itself take memory, and the demo has done it.
         dla_fast.swap_(model, verify=False)
     step = training_step(model, *make_inputs(task))
     gc.collect()

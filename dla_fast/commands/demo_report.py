@@ -13,6 +13,7 @@ from dla_fast._version import __version__
 from dla_fast.commands.demo_setup import LOGITS, PHOTOGRAPHS, unnormalised
 from dla_fast.proof.machine import instruction_set
 
+_SHOWN = 7  # units in the picture
 _BEFORE, _AFTER, _WRONG = "#8a94a6", "#1f77b4", "#c0392b"
 
 
@@ -22,7 +23,7 @@ def speedup(row: dict[str, float]) -> float:
 
 
 def failed(result: dict[str, Any]) -> bool:
-    """Whether the nodes ran on the reference though nobody asked for it: the demo then shows no kernel."""
+    """Whether the units ran on the reference though nobody asked for it: the demo then shows no kernel."""
     return result["reference"] is not None and not result["reference"]["asked for"]
 
 
@@ -42,11 +43,13 @@ def last_line(result: dict[str, Any]) -> str:
     served = ""
     if result["reference"] is not None:
         served = "; FAILED: on the reference, unasked" if failed(result) else "; on the reference, as asked"
+    frozen = ms.get("network, inference, frozen")
     return (
-        f"demo: swapped {len(result['swapped'])} nodes, "
+        f"demo: swapped {len(result['swapped'])} units, "
         f"max logit difference {result['difference'][LOGITS]['relative']:.1e}, "
-        f"nodes {speedup(ms['nodes, inference']):.2f}x, "
-        f"network {speedup(ms['network, inference']):.2f}x, "
+        f"network {speedup(ms['network, inference']):.2f}x"
+        f"{f' (frozen {speedup(frozen):.2f}x)' if frozen else ''}, "
+        f"training step {speedup(ms['network, training step']):.2f}x, "
         f"saved for backward {saved['after'] / saved['before']:.2f}x{served}"
     )
 
@@ -60,6 +63,18 @@ def heading(result: dict[str, Any]) -> str:
     return f"timm {task['model']}, {weights}, {shape}, float32 {layout}"
 
 
+def choice(result: dict[str, Any]) -> str | None:
+    """Why it ran in its layout, in one line; None where that was asked for."""
+    ms = result["layouts"]
+    if ms is None:
+        return None
+    faster, slower = sorted(ms, key=lambda name: float(ms[name]))
+    return (
+        f"{faster}, since the network as it is runs faster so: {ms[faster]:.0f} ms a call and a training step, "
+        f"{ms[slower]:.0f} ms in {slower}"
+    )
+
+
 def machine(result: dict[str, Any]) -> str:
     """Where it ran, in one line."""
     device = torch.device(result["task"]["device"])
@@ -68,9 +83,7 @@ def machine(result: dict[str, Any]) -> str:
     else:
         threads = torch.get_num_threads()
         where = f"{threads} CPU thread{'s' if threads > 1 else ''} with {instruction_set()}"
-    return (
-        f"dla_fast {__version__}, torch {torch.__version__}, {where}; aggregate runs on: {', '.join(result['serves'])}"
-    )
+    return f"dla_fast {__version__}, torch {torch.__version__}, {where}; units run on: {', '.join(result['serves'])}"
 
 
 def _difference_rows(result: dict[str, Any]) -> list[str]:
@@ -84,24 +97,52 @@ _FOOTNOTE = (
     "  * unswapped, NCHW against channels_last. In float32 training a ReLU or pooling whose inputs lie within rounding",
     "    of zero or of each other sends its gradient elsewhere, so float64 is the one to read.",
 )
-_TIMES = ("nodes, inference", "nodes, forward and backward", "network, inference", "network, training step")
+_TIMES = (
+    "network, inference",
+    "network, inference, frozen",
+    "network, training step",
+    "units, inference",
+    "units, forward and backward",
+)
 
 
 def text(result: dict[str, Any]) -> str:
-    """The report; its last line is :func:`last_line`."""
-    first = notice(result)
-    lines = [*([first] if first else []), heading(result), machine(result), ""]
-    lines += [f"swapped {len(result['swapped'])} nodes: {', '.join(result['swapped'])}", ""]
-    lines += [*_difference_rows(result), *_FOOTNOTE, ""]
-    lines.append(f"{'milliseconds':<36}{'before':>12}{'after':>12}   before/after")
-    for name in _TIMES:
-        row = result["ms"][name]
+    """The report, the network first; its last line is :func:`last_line`."""
+    lines = [line for line in (notice(result), heading(result), choice(result), machine(result)) if line]
+    lines += ["", f"{'milliseconds':<36}{'before':>12}{'after':>12}   before/after"]
+    for name, row in time_rows(result).items():
         lines.append(f"  {name:<34}{row['before']:>12.2f}{row['after']:>12.2f}{speedup(row):>14.2f}x")
     lines += ["", f"{'MiB':<36}{'before':>12}{'after':>12}   after/before"]
     for name, row in memory_rows(result).items():
         ratio = row["after"] / row["before"]
         lines.append(f"  {name:<34}{row['before'] / 2**20:>12.1f}{row['after'] / 2**20:>12.1f}{ratio:>14.2f}x")
+    lines += ["", *_difference_rows(result), *_FOOTNOTE, ""]
+    counts = ", ".join(f"{count} {unit}" for unit, count in result["counts"].items() if count)
+    swapped = f"swapped {len(result['swapped'])} units ({counts}): {', '.join(result['swapped'])}"
+    lines += textwrap.wrap(swapped, 118, subsequent_indent="  ")
+    if result["frozen"]:
+        kept = result["frozen"]
+        size = kept["bytes"] / 2**20
+        lines.append(f"frozen: {kept['units']} convolutions, {size:.1f} MiB of folded norms and packed weights kept")
+    lines += losses(result)
     return "\n".join([*lines, "", f"wrote {result['picture']}", last_line(result)])
+
+
+def time_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Milliseconds before and after, of what there is."""
+    return {name: result["ms"][name] for name in _TIMES if name in result["ms"]}
+
+
+def losses(result: dict[str, Any]) -> list[str]:
+    """A line for each way of running the units by themselves: which take longer than before."""
+    lines = []
+    for title in ("units, inference", "units, forward and backward"):
+        ratios = {name: speedup(row) for name, row in result["ms"][f"each of the {title}"].items()}
+        behind = sorted((name for name in ratios if ratios[name] < 1), key=lambda name: ratios[name])
+        told = ", ".join(f"{name} {ratios[name]:.2f}x" for name in behind) or "none"
+        line = f"slower than before by themselves, {title.removeprefix('units, ')}: {told}"
+        lines += textwrap.wrap(line, 118, subsequent_indent="  ")
+    return lines
 
 
 def memory_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -159,22 +200,28 @@ def draw(result: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
     FigureCanvasAgg(figure)
     first = notice(result)
     title = f"{heading(result)}: before and after dla_fast.swap_\n{machine(result)}"
+    chosen = choice(result)
+    if chosen:
+        title = f"{title}\n{chosen}"
     if first:
         title = "\n".join([*textwrap.wrap(first, 110), title])
     figure.suptitle(title, fontsize=12, color=_WRONG if failed(result) else "black")
     rows: Any = figure.subfigures(3, 1, height_ratios=[1.5, 3.2, 3.2])
     top, middle, bottom = rows
     _strip(top, tensors["photographs"])
-    swapped, alone, each = middle.subplots(1, 3, width_ratios=[1, 1, 1.9])
-    _logits(swapped, alone, result, tensors)
-    _bars(each, result["ms"]["each of the nodes, inference"], "Each node, inference", "ms", "before/after")
-    each.legend(loc="lower right", fontsize=9, ncols=2, bbox_to_anchor=(1.0, -0.13), frameon=False)
-    times, memory = bottom.subplots(1, 2)
-    _bars(times, {name: result["ms"][name] for name in _TIMES}, "Time", "ms", "before/after")
+    times, memory = middle.subplots(1, 2)
+    _bars(times, time_rows(result), "Time", "ms", "before/after")
+    times.legend(loc="lower right", fontsize=9, ncols=2, bbox_to_anchor=(1.0, -0.13), frameon=False)
     bytes_ = {
         name.replace(", ", ",\n"): {k: v / 2**20 for k, v in row.items()} for name, row in memory_rows(result).items()
     }
     _bars(memory, bytes_, "Memory", "MiB", "after/before")
+    swapped, alone, each = bottom.subplots(1, 3, width_ratios=[1, 1, 1.9])
+    _logits(swapped, alone, result, tensors)
+    units = result["ms"]["each of the units, inference"]
+    longest = sorted(units, key=lambda name: -units[name]["before"])[:_SHOWN]
+    title = "Each unit, inference" if len(units) <= _SHOWN else f"The {_SHOWN} units that took longest, inference"
+    _bars(each, {name: units[name] for name in longest}, title, "ms", "before/after")
     figure.savefig(path, dpi=110)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dla_fast.nn.batch_norm import is_observed
+from dla_fast.reference.activation import ActSpec
 from dla_fast.swap.calls import PLAIN, are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.nodes import FusedNode
 
@@ -19,8 +20,10 @@ class BlockSpec:
     """What swapping found out about a residual block.
 
     Attributes:
-        units: names of the convolution, norm and activation of each unit; the last activates behind the addition.
+        units: names of the convolution, norm and activation of each unit; the last activates behind the addition. An
+            activation without a name is a ReLU that is no child.
         argument: name of the argument that brings a shortcut, None where there is none.
+        required: it has no default.
         arguments: how many arguments forward takes by position.
         downsample: name of the child that makes a shortcut of the input, None where the input itself is added.
         others: names of children that have to do nothing.
@@ -30,6 +33,7 @@ class BlockSpec:
 
     units: tuple[tuple[str, str, str], ...]
     argument: str | None
+    required: bool
     arguments: int
     downsample: str | None
     others: tuple[str, ...]
@@ -53,6 +57,9 @@ class FusedBlock(FusedNode):
             return super().forward(*args, **kwargs)
         return run_block(self, spec, *call)
 
+    def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
+        return [(self._modules.get(conv), self._modules.get(bn)) for conv, bn, _ in self._dla_fast_spec.units]
+
 
 def bound(spec: BlockSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Input and shortcut of a call, or None where it brings anything else."""
@@ -69,7 +76,7 @@ def bound(spec: BlockSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple
             shortcut = value
         elif value is not None:
             return None
-    return args[0], shortcut
+    return None if spec.required and shortcut is None else (args[0], shortcut)
 
 
 def output_shape(convs: Sequence[nn.Conv2d], x: Sequence[int]) -> tuple[int, ...]:
@@ -101,7 +108,7 @@ def can_fuse(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> bool:
     dtype: torch.dtype | None = None
     for conv_name, bn_name, act_name in spec.units:
         conv, bn = children.get(conv_name), children.get(bn_name)
-        if not are_unit(conv, bn) or not is_act(children.get(act_name)):
+        if not are_unit(conv, bn) or (act_name and not is_act(children.get(act_name))):
             return False
         given = unit_dtype((x,), conv, bn)
         if given is None or given != (dtype or given):
@@ -121,9 +128,13 @@ def run_block(module: nn.Module, spec: BlockSpec, x: Tensor, shortcut: Tensor | 
     children: Any = module._modules
     y = x
     for conv, bn, act in spec.units[:-1]:
-        y = run_unit_on(spec.backend, [y], children[conv], children[bn], act=fused_act(children[act]))
+        y = run_unit_on(spec.backend, [y], children[conv], children[bn], act=_act(children, act))
     if shortcut is None:
         downsample = children.get(spec.downsample)
         shortcut = x if downsample is None else downsample(x)
     conv, bn, act = spec.units[-1]
-    return run_unit_on(spec.backend, [y], children[conv], children[bn], act=fused_act(children[act]), residual=shortcut)
+    return run_unit_on(spec.backend, [y], children[conv], children[bn], act=_act(children, act), residual=shortcut)
+
+
+def _act(children: Any, name: str) -> ActSpec:
+    return cast(ActSpec, fused_act(children[name])) if name else "relu"

@@ -20,18 +20,24 @@ _DOWNSAMPLES = ("downsample", "shortcut")
 _ACTS = ("act{}", "relu{}", "relu", "act")
 
 
-def _signature(forward: Any) -> tuple[str | None, int] | None:
-    """Name of the argument that brings a shortcut and number of arguments by position, None for another signature."""
+def _signature(forward: Any) -> tuple[str | None, bool, int] | None:
+    """Name of the argument that brings a shortcut, whether it is required, and number of arguments by position.
+
+    None for another signature than (x), (x, shortcut), or (x, shortcut=None) with further arguments that are None too.
+    """
     try:
         parameters = list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p for p in parameters if p.kind in kinds]
-    if not positional or any(p.default is not None for p in positional[1:]) or len(positional) != len(parameters):
+    if not positional or len(positional) != len(parameters):
         return None
-    second = positional[1].name if len(positional) > 1 else None
-    return second if second in _ARGUMENTS else None, len(positional)
+    argument = positional[1].name if len(positional) > 1 and positional[1].name in _ARGUMENTS else None
+    required = argument is not None and positional[1].default is inspect.Parameter.empty
+    if any(p.default is not None for p in positional[2 if required else 1 :]):
+        return None
+    return argument, required, len(positional)
 
 
 def _units(module: nn.Module) -> list[tuple[str, str, str]]:
@@ -52,9 +58,9 @@ def _convs(module: nn.Module, spec: BlockSpec) -> list[nn.Conv2d]:
 class BlockAdapter:
     """Residual blocks: ``conv1``, ``bn1``, ``conv2``, ``bn2`` and so on, with the shortcut before the last activation.
 
-    The activations are ``act1``, ``act2``, or ``relu1``, or one ``relu`` or ``act`` for all. The shortcut comes as an
-    argument (``shortcut`` or ``residual``, None by default), from a child ``downsample`` (or ``shortcut``), or is the
-    input. Other children may only be those that do nothing: nn.Identity, or None.
+    The activations are ``act1``, ``act2``, or ``relu1``, or one ``relu`` or ``act`` for all, or no children: then they
+    have to be ReLUs. The shortcut comes as an argument (``shortcut`` or ``residual``), from a child ``downsample`` (or
+    ``shortcut``), or is the input. Other children may only be those that do nothing: nn.Identity, or None.
     """
 
     unit = "blocks"
@@ -78,17 +84,18 @@ class BlockAdapter:
         children, units = module._modules, _units(module)
         signature = _signature(type(module).forward)
         reasons = [] if signature is not None else ["forward takes neither (x) nor (x, shortcut=None)"]
+        functional = not any(act for _, _, act in units)
         for conv, bn, act in units:
             for name, reason_of in ((conv, conv_reason), (bn, norm_reason), (act, act_reason)):
                 child = children.get(name)
-                if child is None:
-                    reasons.append(f"no child {name}" if name else f"no activation for {bn}")
-                else:
+                if child is not None:
                     reasons.append(reason_of(name, child) or "")
+                elif name or not functional:
+                    reasons.append(f"no child {name}" if name else f"no activation for {bn}")
         downsamples = [name for name in _DOWNSAMPLES if children.get(name) is not None]
         if len(downsamples) > 1:
             reasons.append(f"both {' and '.join(downsamples)}")
-        used = {name for unit in units for name in unit} | set(downsamples)
+        used = {*(name for unit in units for name in unit), *downsamples}
         others = tuple(name for name in children if name not in used)
         further = [name for name in others if children[name] is not None and type(children[name]) is not nn.Identity]
         further += [*module._parameters, *module._buffers]
@@ -98,9 +105,8 @@ class BlockAdapter:
         told = [r for r in dict.fromkeys(reasons) if r]
         if signature is None or told:
             return "; ".join(told)
-        argument, arguments = signature
         spec = BlockSpec(
-            tuple(units), argument, arguments, downsamples[0] if downsamples else None, others, len(children), backend
+            tuple(units), *signature, downsamples[0] if downsamples else None, others, len(children), backend
         )
         return self._misfit(module, spec) or spec
 
@@ -145,5 +151,5 @@ def _cases(module: nn.Module, spec: BlockSpec) -> list[verify.Case]:
     x = verify.input_shape(convs)
     y = output_shape(convs, x)
     shortcuts = [y] if spec.argument is not None else []
-    without = [None] if spec.downsample is not None or y == x else []
+    without = [None] if not spec.required and (spec.downsample is not None or y == x) else []
     return [verify.Case(training, [x, s]) for training in (False, True) for s in [*without, *shortcuts]]

@@ -65,6 +65,9 @@ class FusedConvs(FusedNode):
                 i += 1
         return x
 
+    def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
+        return [(conv, bn) for conv, bn, _ in _runs(self)]
+
 
 class ConvsAdapter:
     """nn.Sequential with runs of Conv2d, BatchNorm2d and, where there is one, an activation.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from dla_fast.nn.aggregate import AggregationNode
 from dla_fast.nn.blocks import BasicBlock, Bottleneck, ConvLevel, SplitBottleneck
@@ -15,7 +15,7 @@ from dla_fast.nn.tree import Projection
 from dla_fast.ops import packed
 from dla_fast.swap.nodes import FusedNode
 
-# Modules of this package whose convolutions, all of them, are those of units.
+# Modules of this package that run units: the norm of each follows its convolution among the children.
 _OWN = (AggregationNode, BasicBlock, Bottleneck, ConvLevel, ConvNormAct, Projection, SplitBottleneck)
 
 
@@ -42,14 +42,17 @@ class FreezeReport:
         return f"<{type(self).__name__}: {self}>"
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that run units: this package's own, and what is inside of swapped ones."""
-    inside: set[int] = set()
-    for name, module in model.named_modules():
+def _units(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """The convolution and the norm of each unit of a model, in this package's modules and in swapped ones."""
+    for module in model.modules():
+        pairs: Iterable[tuple[nn.Module | None, nn.Module | None]] = ()
         if isinstance(module, FusedNode):
-            inside.update(map(id, module.modules()))
-        if isinstance(module, _OWN) or id(module) in inside:
-            yield name, module
+            pairs = module._dla_fast_units()
+        elif isinstance(module, _OWN):
+            pairs = pairwise(module.children())
+        for conv, bn in pairs:
+            if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
+                yield conv, bn
 
 
 def freeze_(model: nn.Module) -> FreezeReport:
@@ -84,14 +87,12 @@ def freeze_(model: nn.Module) -> FreezeReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    convs: dict[int, nn.Conv2d] = {}
-    for name, owner in _owners(model):
-        for child_name, child in (("", owner), *owner.named_children()):
-            if type(child) is nn.Conv2d:
-                convs[id(child)] = child
-            elif isinstance(child, _NormBase) and child.training:
-                where = ".".join(filter(None, (name, child_name)))
-                raise ValueError(f"model: {where} is in training mode; call model.eval() before freeze_")
+    convs = {}
+    for conv, bn in _units(model):
+        if bn.training:
+            name = next(name for name, module in model.named_modules() if module is bn)
+            raise ValueError(f"model: {name} is in training mode; call model.eval() before freeze_")
+        convs[id(conv)] = conv
     if not convs:
         raise ValueError("model: nothing in it is fused; call dla_fast.swap_(model) before freeze_")
     shared = FrozenModel()

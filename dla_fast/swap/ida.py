@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -174,6 +174,12 @@ class FusedIDA(FusedNode):
         if kwargs or bounds is None or not can_fuse(self, spec, args[0], *bounds):
             return super().forward(*args, **kwargs)
         return run_forced(self, spec, args[0], *bounds)
+
+    def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
+        spec = self._dla_fast_spec
+        units = [child(self, spec, kind, i) for kind in ("proj", "node") for i in range(spec.layers)]
+        found = [parts(unit) for unit in units if unit is not None]
+        return [(unit[0], unit[1]) for unit in found if unit is not None]
 
 
 def can_fuse(module: nn.Module, spec: IDASpec, layers: Any, start: Any, end: Any) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,6 +46,10 @@ class FusedNode(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not passed on: a model zoo's class registry must not see the fused class."""
+
+    def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
+        """The convolutions that ``forward`` runs as units, each with the norm behind it: what can be frozen."""
+        return ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(2, protocol))
@@ -171,6 +175,9 @@ class FusedAggregate(FusedNode):
         if kwargs or not 0 < len(xs) <= MAX_INPUTS or not can_fuse(self, spec, xs):
             return super().forward(*args, **kwargs)
         return run_fused(self, spec, xs)
+
+    def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
+        return [(self._modules.get("conv"), self._modules.get(self._dla_fast_spec.bn))]
 
 
 def can_fuse(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> bool:

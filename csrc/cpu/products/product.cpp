@@ -5,6 +5,7 @@
 
 #include "bf16_gemm.h"
 #include "bf16x3_gemm.h"
+#include "float_gemm.h"
 
 namespace dla_fast::cpu {
 namespace {
@@ -45,7 +46,12 @@ Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
       if ((in.kernel != 3 || !plain) && in.total() >= kFewPixels) return Arithmetic::bf16x3_direct;
     }
   }
-  if (in.kernel == 1) return Arithmetic::float_pointwise;
+  if (in.kernel == 1) {
+    // A panel of pixels is of one contiguous image: of maps smaller than a few of them most of the last one is empty.
+    // With their pixels turned into rows, all images are one matrix.
+    const bool small = !in.channels_last && in.pixels() < 4 * kPanel;
+    return small ? Arithmetic::direct : Arithmetic::float_pointwise;
+  }
   return winograd_pays(in, kept) ? Arithmetic::winograd : Arithmetic::direct;
 }
 

@@ -77,7 +77,7 @@ class PlainSeg(nn.Module):
         self.up.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.base.base_layer(x)
+        x = self.base.get_submodule("base_layer")(x)
         levels = []
         for i in range(6):
             x = getattr(self.base, f"level{i}")(x)
