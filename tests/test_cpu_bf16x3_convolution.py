@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dla_fast import _extension, functional, use_backend
+from dla_fast.ops import packed
 from dla_fast.proof import parity
 
 pytestmark = pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
@@ -233,6 +234,26 @@ def test_parity_of_strides(poisoned, layout):
             pool.add(problem)
             pool.add_inference(problem)
         assert pool.failures() == "", geometry
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", [(1, 1, 1), (3, 1, 1), (3, 2, 1)], ids=str)
+def test_packed_weights(layout, geometry):
+    """What is packed once gives what is packed in the call, for few pixels and for many."""
+    kernel, stride, dilation = geometry
+    memory = parity.LAYOUTS[layout]
+    weight = torch.randn(130, 134, kernel, kernel).contiguous(memory_format=memory)
+    one = torch.ones(130)
+    for size in ((1, 14, 12), (3, 19, 21)):
+        xs = [torch.randn(size[0], c, *size[1:]).contiguous(memory_format=memory) for c in (64, 70)]
+        with torch.no_grad():
+            expected = convolved(xs, weight, stride, dilation)
+        way = packed.way_of(xs, [], weight, [1, 1], stride, dilation, 1, False)
+        kept = packed.pack(weight, [64, 70], way)
+        found = packed.run(
+            xs, [], weight, kept, way, one, 0 * one, None, [1, 1], stride, dilation, 1, -1, "identity", 0.0
+        )
+        assert torch.equal(found, expected), size
 
 
 def test_other_products_hold_too():
