@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dla_fast import _extension, functional, use_backend
+from dla_fast.ops import packed
 from dla_fast.proof import parity
 
 pytestmark = pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
@@ -68,6 +69,14 @@ class Case:
             # What a transform mixes into a result comes from the pixels around it.
             around = F.max_pool2d(m, 5, 1, 2) if m.shape[-1] != 3 else F.max_pool2d(m, 3).expand_as(m)
             assert ((f - e).abs() <= BOUND * around).all(), f"{message} result {i}"
+
+
+def convolved(xs: list[Tensor], weight: Tensor, stride: int, dilation: int) -> Tensor:
+    """The output alone."""
+    one = torch.ones(len(weight))
+    norm = (one, 0 * one, 0 * one, one)
+    geometry = {"stride": stride, "dilation": dilation}
+    return functional.conv_norm_act(xs, weight, *norm, training=False, act="identity", eps=0, **geometry)
 
 
 # Tiles of 2x2 pixels around a block (16) and a step (32), blocks that are multiplied together and alone, many of them.
@@ -164,6 +173,87 @@ def test_parity(poisoned, layout):
             pool.add(problem)
             pool.add_inference(problem)
         assert pool.failures() == "", channels
+
+
+# Kernel, stride, dilation.
+GEOMETRIES = ((3, 2, 1), (3, 1, 2), (3, 2, 3), (3, 3, 1), (5, 1, 1), (5, 3, 2), (7, 2, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(6, 13, 14), (1, 37, 40), (33, 5, 4)], ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_every_geometry(poisoned, geometry, size, layout):
+    """The forward of strided, dilated and larger kernels, with blocks of several images and of parts of one."""
+    kernel, stride, dilation = geometry
+    for channels, out_channels, threads in (((64,), 130, 1), ((70, 31, 33), 65, 3)):
+        case = Case.of(channels, out_channels, size, layout)
+        case.xs = [amid_nan(x) for x in case.xs]
+        weight = torch.randn(out_channels, sum(channels), kernel, kernel)
+        weight = amid_nan(weight.contiguous(memory_format=parity.LAYOUTS[layout]))
+        with threads_of(threads), torch.no_grad():
+            y = convolved(case.xs, weight, stride, dilation)
+        x = torch.cat(case.xs, 1).double()
+        z, magnitude = (
+            F.conv2d(x, w, None, stride, dilation * (kernel // 2), dilation)
+            for x, w in ((x, weight.double()), (x.abs(), weight.double().abs()))
+        )
+        assert ((y - z).abs() <= BOUND / 2 * magnitude).all(), out_channels
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_finite_stays_in_the_pixels_that_read_it(layout):
+    (x,), weight = Case.of((64,), 64, (2, 19, 21), layout).xs, torch.randn(64, 64, 3, 3)
+    with torch.no_grad():
+        expected = convolved([x], weight, 2, 1)
+        x[1, 5, 6, 9] = float("nan")
+        y = convolved([x], weight, 2, 1)
+    assert y[1, :, 3, 4:6].isnan().all()
+    y[1, :, 3, 4:6] = expected[1, :, 3, 4:6]
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parity_of_strides(poisoned, layout):
+    for geometry in ({"stride": 2}, {"dilation": 2}, {"stride": 2, "dilation": 2, "residual": True}):
+        pool = parity.Pool()
+        for training, seed in itertools.product((False, True), range(2)):
+            problem = parity.conv_norm_act(
+                parity.Spec(
+                    layout=layout,
+                    channels=(64, 70),
+                    out_channels=66,
+                    batch=3,
+                    height=15,
+                    width=18,
+                    kernel=3,
+                    training=training,
+                    seed=seed,
+                    **geometry,
+                )
+            )
+            pool.add(problem)
+            pool.add_inference(problem)
+        assert pool.failures() == "", geometry
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", [(1, 1, 1), (3, 1, 1), (3, 2, 1)], ids=str)
+def test_packed_weights(layout, geometry):
+    """What is packed once gives what is packed in the call, for few pixels and for many."""
+    kernel, stride, dilation = geometry
+    memory = parity.LAYOUTS[layout]
+    weight = torch.randn(130, 134, kernel, kernel).contiguous(memory_format=memory)
+    one = torch.ones(130)
+    for size in ((1, 14, 12), (3, 19, 21)):
+        xs = [torch.randn(size[0], c, *size[1:]).contiguous(memory_format=memory) for c in (64, 70)]
+        with torch.no_grad():
+            expected = convolved(xs, weight, stride, dilation)
+        way = packed.way_of(xs, [], weight, [1, 1], stride, dilation, 1, False)
+        kept = packed.pack(weight, [64, 70], way)
+        found = packed.run(
+            xs, [], weight, kept, way, one, 0 * one, None, [1, 1], stride, dilation, 1, -1, "identity", 0.0
+        )
+        assert torch.equal(found, expected), size
 
 
 def test_other_products_hold_too():

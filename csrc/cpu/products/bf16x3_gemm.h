@@ -19,21 +19,33 @@ constexpr int64_t kBf16x3Tile = kBf16Block * kBf16Step;  // values of a part of 
 constexpr int64_t kBf16x3Step = 3 * kBf16x3Tile;
 
 // One side of a product, split: blocks of kBf16Block rows (of the left-hand side) or columns (of the right-hand side),
-// `stride` apart; in each, kBf16Step values of the depth after another; of those high, middle and low, 1 KB each. Depth
-// is padded with zeros to whole steps.
+// `stride` apart; in each, kBf16Step values of the depth after another, `step` apart; of those high, middle and low,
+// `part` apart, 1 KB each. Depth is padded with zeros to whole steps.
 struct Bf16x3Side {
   c10::BFloat16* data;
-  int64_t stride;
+  int64_t stride, step = kBf16x3Step, part = kBf16x3Tile;
 
-  Bf16x3Side at(int64_t block, int64_t step) const { return {data + block * stride + step * kBf16x3Step, stride}; }
+  Bf16x3Side at(int64_t block, int64_t step_index) const {
+    return {data + block * stride + step_index * step, stride, step, part};
+  }
   // For so many steps. A line more than they take: blocks a multiple of 4 KB apart evict each other from the cache.
   static int64_t stride_of(int64_t steps) { return steps * kBf16x3Step + kBf16Step; }
   static int64_t values(int64_t count, int64_t steps) {
     return (count + kBf16Block - 1) / kBf16Block * stride_of(steps);
   }
+  // A left-hand side of so many rows at most, which lie one after the other: a product may begin at any of them. What
+  // is split or multiplied takes kBf16Block of them at a time.
+  static Bf16x3Side of_rows(c10::BFloat16* data, int64_t rows) {
+    const int64_t part = (rows + kBf16Block) * kBf16Step;
+    return {data, kBf16x3Tile, 3 * part, part};
+  }
+  static int64_t values_of_rows(int64_t rows, int64_t steps) { return 3 * (rows + kBf16Block) * kBf16Step * steps; }
+  Bf16x3Side from_row(int64_t row) const { return {data + row * kBf16Step, stride, step, part}; }
 };
 
-// c[m x n] (+)= left * right. Only these values of c are touched. `ahead` is fetched evenly over the product.
+// c[m x n] (+)= left * right, or the sum of such products, whose left-hand sides begin at `taps` in `left` and whose
+// right-hand sides follow one another in depth, `steps` each. Only these values of c are touched. `ahead` is fetched
+// evenly over the product.
 struct Bf16x3Gemm {
   int64_t m, n, steps;
   Bf16x3Side left, right;
@@ -41,12 +53,15 @@ struct Bf16x3Gemm {
   int64_t ldc;
   bool add = false;
   Ahead* ahead = nullptr;
+  const int64_t* taps = nullptr;
+  int64_t tap_count = 1;
 };
 
 struct Bf16x3Kernels {
   void (*gemm)(const Bf16x3Gemm&);
   // Split a matrix for a side: `count` rows of the left-hand or columns of the right-hand side. The left-hand side lies
   // count x depth in memory, the right-hand side depth x count; transposed, the other way about.
+  // Only `left` knows sides of another step and part.
   void (*left)(Strided<const float> src, int64_t count, int64_t depth, Bf16x3Side to);
   void (*left_transposed)(Strided<const float> src, int64_t count, int64_t depth, Bf16x3Side to);
   void (*right)(Strided<const float> src, int64_t count, int64_t depth, Bf16x3Side to);

@@ -47,13 +47,13 @@ void split_along(Strided<const float> src, int64_t count, int64_t depth, Bf16x3S
   for (int64_t i = 0; i < (count + kBf16Block - 1) / kBf16Block * kBf16Block; ++i) {
     BFloat16* to = side.at(i / kBf16Block, 0).data + i % kBf16Block * kBf16Step;
     const float* from = src.data + (i < count ? i * src.ld : 0);
-    for (int64_t k = 0; k < depth; k += kBf16Step, to += kBf16x3Step) {
+    for (int64_t k = 0; k < depth; k += kBf16Step, to += side.step) {
       const int64_t n = i < count ? depth - k : 0;
       const Parts a = split(_mm512_maskz_loadu_ps(lanes(n), from + k)),
                   b = split(_mm512_maskz_loadu_ps(lanes(n - kBf16Block), from + k + kBf16Block));
 #pragma GCC unroll 3
       for (int p = 0; p < 3; ++p) {
-        _mm512_store_si512(to + p * kBf16x3Tile, _mm512_permutex2var_epi16(a.part[p], upper, b.part[p]));
+        _mm512_store_si512(to + p * side.part, _mm512_permutex2var_epi16(a.part[p], upper, b.part[p]));
       }
     }
     if (TRANSPOSE && i % kBf16Block == kBf16Block - 1) transpose_steps(side.at(i / kBf16Block, 0).data, steps);
@@ -117,9 +117,9 @@ inline void multiply() {
 }
 
 template <int ROWS>
-inline void load_rows(const BFloat16* a0, const BFloat16* a1, int part) {
-  _tile_loadd(4, a0 + part * kBf16x3Tile, 64);
-  if constexpr (ROWS == 2) _tile_loadd(5, a1 + part * kBf16x3Tile, 64);
+inline void load_rows(const BFloat16* a0, const BFloat16* a1, int64_t part) {
+  _tile_loadd(4, a0 + part, 64);
+  if constexpr (ROWS == 2) _tile_loadd(5, a1 + part, 64);
 }
 
 template <int COLUMNS>
@@ -137,27 +137,35 @@ inline void micro(const Bf16x3Gemm& g, int64_t i, int64_t j, int64_t lines) {
   if constexpr (COLUMNS == 2) _tile_zero(1);
   if constexpr (ROWS == 2) _tile_zero(2);
   if constexpr (ROWS == 2 && COLUMNS == 2) _tile_zero(3);
-  for (int64_t step = 0; step < g.steps; ++step) {
-    if (g.ahead != nullptr) fetch(*g.ahead, lines);
-    const BFloat16 *a0 = a + step * kBf16x3Step, *a1 = a0 + next_row;
-    const BFloat16 *b0 = b + step * kBf16x3Step, *b1 = b0 + next_column;
-    load_rows<ROWS>(a0, a1, 0);
-    load_columns<COLUMNS>(b0, b1, 2);
-    multiply<ROWS, COLUMNS>();
-    load_columns<COLUMNS>(b0, b1, 1);
-    multiply<ROWS, COLUMNS>();
-    load_rows<ROWS>(a0, a1, 1);
-    multiply<ROWS, COLUMNS>();
-    load_columns<COLUMNS>(b0, b1, 0);
-    multiply<ROWS, COLUMNS>();
-    load_rows<ROWS>(a0, a1, 2);
-    multiply<ROWS, COLUMNS>();
+  const auto tap = [&](int64_t t) { return g.taps == nullptr ? a : a + g.taps[t]; };
+  const int64_t part = g.left.part;
+  const BFloat16* b0 = b;
+  for (int64_t t = 0; t < g.tap_count; ++t) {
+    const BFloat16* a0 = tap(t);
+    for (int64_t step = 0; step < g.steps; ++step, a0 += g.left.step, b0 += kBf16x3Step) {
+      if (g.ahead != nullptr) fetch(*g.ahead, lines);
+      const BFloat16 *a1 = a0 + next_row, *b1 = b0 + next_column;
+      load_rows<ROWS>(a0, a1, 0);
+      load_columns<COLUMNS>(b0, b1, 2);
+      multiply<ROWS, COLUMNS>();
+      load_columns<COLUMNS>(b0, b1, 1);
+      multiply<ROWS, COLUMNS>();
+      load_rows<ROWS>(a0, a1, part);
+      multiply<ROWS, COLUMNS>();
+      load_columns<COLUMNS>(b0, b1, 0);
+      multiply<ROWS, COLUMNS>();
+      load_rows<ROWS>(a0, a1, 2 * part);
+      multiply<ROWS, COLUMNS>();
+    }
   }
-  for (int64_t step = 0; step < g.steps; ++step) {
-    const BFloat16 *a0 = a + step * kBf16x3Step, *b0 = b + step * kBf16x3Step;
-    load_rows<ROWS>(a0, a0 + next_row, 0);
-    load_columns<COLUMNS>(b0, b0 + next_column, 0);
-    multiply<ROWS, COLUMNS>();
+  b0 = b;
+  for (int64_t t = 0; t < g.tap_count; ++t) {
+    const BFloat16* a0 = tap(t);
+    for (int64_t step = 0; step < g.steps; ++step, a0 += g.left.step, b0 += kBf16x3Step) {
+      load_rows<ROWS>(a0, a0 + next_row, 0);
+      load_columns<COLUMNS>(b0, b0 + next_column, 0);
+      multiply<ROWS, COLUMNS>();
+    }
   }
   const int64_t i1 = i + kBf16Block, j1 = j + kBf16Block;
   DLA_STORE_TILE(0, i, j)
@@ -188,7 +196,7 @@ void gemm(const Bf16x3Gemm& g) {
   constexpr int64_t pair = 2 * kBf16Block;
   int64_t lines = 0;
   if (g.ahead != nullptr) {
-    const int64_t steps = (g.m + pair - 1) / pair * ((g.n + pair - 1) / pair) * g.steps;
+    const int64_t steps = (g.m + pair - 1) / pair * ((g.n + pair - 1) / pair) * g.tap_count * g.steps;
     lines = (g.ahead->rows * g.ahead->lines + steps - 1) / (steps > 0 ? steps : 1);
   }
   for (int64_t j = 0; j < g.n; j += pair) {

@@ -1,7 +1,7 @@
 // Forward of the 1x1 product of floats in bfloat16 instructions. K = sum of the inputs' channels, N = output channels.
 //
-// The weight is split once a call (6KN bytes), the pixels tile by tile (6K bytes a pixel, in cache); with few pixels
-// the other way about.
+// The weight is split once a call, or where it is packed (6KN bytes), the pixels tile by tile (6K bytes a pixel, in
+// cache); with few pixels the other way about.
 
 #include "bf16x3_pointwise.h"
 
@@ -48,6 +48,21 @@ Bf16x3Pointwise::Bf16x3Pointwise(const Inputs<float>& in, const Bf16x3Kernels& k
       few_(in.total() <= 2 * kMostPixels),
       tiles_(in, most_pixels(in, steps_.back(), few_), kBf16Block) {}
 
+int64_t Bf16x3Pointwise::packed_bytes() const {
+  return Bf16x3Side::values(in_.out_channels, steps_.back()) * static_cast<int64_t>(sizeof(c10::BFloat16));
+}
+
+void Bf16x3Pointwise::pack(void* to) const {
+  const int64_t inputs = in_.count(), panels = divide_up(in_.out_channels, kPanel);
+  const Bf16x3Side weight = {static_cast<c10::BFloat16*>(to), stride_};
+  parallel(panels * inputs, kPanel * in_.in_channels / inputs, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t channel = i / inputs * kPanel;
+      split_weight(channel, i % inputs, weight.at(channel / kBf16Block, 0));
+    }
+  });
+}
+
 void Bf16x3Pointwise::forward(float* out, Epilogue<float> epilogue) const {
   // What the other side meets but a few times is split by whoever multiplies it, straight into cache.
   if (few_) {
@@ -86,14 +101,8 @@ void Bf16x3Pointwise::piece(int64_t tile, int64_t channel, Bf16x3Side pixels, Bf
 void Bf16x3Pointwise::by_tiles(float* out, Epilogue<float> epilogue) const {
   const int64_t depth = in_.in_channels, n = in_.out_channels;
   const int64_t inputs = in_.count(), panels = divide_up(n, kPanel);
-  const Scratch<c10::BFloat16> weight_parts(Bf16x3Side::values(n, steps_.back()));
-  const Bf16x3Side weight_side = {weight_parts.get(), stride_};
-  parallel(panels * inputs, kPanel * depth / inputs, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i / inputs * kPanel;
-      split_weight(channel, i % inputs, weight_side.at(channel / kBf16Block, 0));
-    }
-  });
+  const PackedWeight<c10::BFloat16> weight_parts(*this, in_);
+  const Bf16x3Side weight_side = {const_cast<c10::BFloat16*>(weight_parts.get()), stride_};
   const Tasks tasks(tiles_.count(), panels);
   parallel_queue(tasks.count, tiles_.size * depth * divide_up(n, tasks.groups) / 32, [&](const Take& take) {
     const Bf16Thread thread(kernels_.thread);
@@ -128,12 +137,17 @@ void Bf16x3Pointwise::by_panels(float* out, Epilogue<float> epilogue) const {
   const Tasks tasks(divide_up(in_.out_channels, kPanel), tiles_.count());
   parallel_queue(tasks.count, in_.total() / tasks.groups * depth * kPanel / 32, [&](const Take& take) {
     const Bf16Thread thread(kernels_.thread);
-    const Scratch<c10::BFloat16> weight_parts(Bf16x3Side::values(kPanel, steps_.back()));
+    const bool kept = in_.packed != nullptr;
+    const Scratch<c10::BFloat16> weight_parts(kept ? 0 : Bf16x3Side::values(kPanel, steps_.back()));
     const Scratch<float> z(tiles_.size * kPanel);
-    const Bf16x3Side weight_side = {weight_parts.get(), stride_};
+    Bf16x3Side weight_side = {weight_parts.get(), stride_};
     for (int64_t task = take(); task >= 0; task = take()) {
       const int64_t channel = task / tasks.groups * kPanel;
-      for (int64_t i = 0; i < inputs; ++i) split_weight(channel, i, weight_side);
+      if (kept) {
+        const Bf16x3Side all = {static_cast<c10::BFloat16*>(const_cast<void*>(in_.packed)), stride_};
+        weight_side = all.at(channel / kBf16Block, 0);
+      }
+      for (int64_t i = 0; !kept && i < inputs; ++i) split_weight(channel, i, weight_side);
       for (int64_t tile = tasks.begin(task); tile < tasks.end(task); ++tile) {
         piece(tile, channel, pixels(tile), weight_side, z.get(), nullptr, out, epilogue);
       }
@@ -150,7 +164,8 @@ bool bf16x3_pays(const Inputs<float>& in) {
   // (measured on a Xeon with AMX: 64 to 64 channels of a 1x1 kernel break even, 32 to 64 lose a tenth).
   constexpr int64_t least = 48, products = 64 * 64;
   if (std::min(in.in_channels, in.out_channels) < least || in.in_channels * in.out_channels < products) return false;
-  const int64_t steps = in.kernel == 1 ? steps_of(in).back() : divide_up(in.in_channels, kBf16Step);
+  const bool winograd = in.kernel == 3 && in.stride == 1 && in.dilation == 1;
+  const int64_t steps = winograd ? divide_up(in.in_channels, kBf16Step) : steps_of(in).back();
   return 2 * steps * kBf16Step <= 3 * in.in_channels;
 }
 

@@ -48,6 +48,8 @@ struct PixelTiles {
 class Bf16x3Pointwise : public Product<float> {
  public:
   Bf16x3Pointwise(const Inputs<float>& in, const Bf16x3Kernels& kernels);
+  int64_t packed_bytes() const override;
+  void pack(void* to) const override;
   int64_t groups() const override { return tiles_.count(); }
   void forward(float* out, Epilogue<float> epilogue) const override;
   bool forms_dz() const override { return true; }

@@ -53,7 +53,7 @@ class Direct : public Product<T> {
   bool forms_dz() const override { return false; }
   void backward(const Gradient<T>& gradient) const override;
 
- private:
+ protected:
   // Whether the rows of a block lie one behind the other in the output.
   bool whole() const { return grid_.col_blocks == 1; }
   int64_t pieces() const { return grid_.together * (whole() ? 1 : grid_.rows); }

@@ -43,6 +43,7 @@ Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
       if (in.kernel == 1) return Arithmetic::bf16x3_pointwise;
       // Few pixels read the weight at memory's speed, and in parts it is half as large again.
       if (winograd_pays(in, kept) && in.total() >= kFewPixels) return Arithmetic::bf16x3_winograd;
+      if ((in.kernel != 3 || !plain) && in.total() >= kFewPixels) return Arithmetic::bf16x3_direct;
     }
   }
   if (in.kernel == 1) {
@@ -68,6 +69,9 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
       break;
     case Arithmetic::bf16x3_winograd:
       if constexpr (std::is_same_v<T, float>) return bf16x3_winograd(in);
+      break;
+    case Arithmetic::bf16x3_direct:
+      if constexpr (std::is_same_v<T, float>) return bf16x3_direct(in);
       break;
     case Arithmetic::winograd:
       return winograd(in);

@@ -138,7 +138,8 @@ enum class Arithmetic : int {
   bf16_pointwise,
   bf16_convolution,
   bf16x3_pointwise,
-  bf16x3_winograd
+  bf16x3_winograd,
+  bf16x3_direct
 };
 
 // The one that serves a node on this processor. kept: its weight is packed once for many calls.
@@ -160,6 +161,7 @@ ProductOf<c10::BFloat16> bf16_pointwise(const Inputs<c10::BFloat16>& in);
 ProductOf<c10::BFloat16> bf16_convolution(const Inputs<c10::BFloat16>& in);
 ProductOf<float> bf16x3_pointwise(const Inputs<float>& in);
 ProductOf<float> bf16x3_winograd(const Inputs<float>& in);
+ProductOf<float> bf16x3_direct(const Inputs<float>& in);
 
 // Whether products in bfloat16 parts are the faster way, where the processor has them.
 bool bf16x3_pays(const Inputs<float>& in);
