@@ -71,7 +71,8 @@ class Case:
 
 
 # Tiles of 2x2 pixels around a block (16) and a step (32), blocks that are multiplied together and alone, many of them.
-SIZES = ((1, 1, 1), (5, 7, 7), (3, 3, 33), (2, 14, 13), (1, 19, 41))
+# Of fewer than 128 pixels floats are multiplied.
+SIZES = ((129, 1, 1), (5, 7, 7), (33, 3, 2), (3, 3, 33), (2, 14, 13), (1, 19, 41))
 CHANNELS = ((64,), (64, 31, 33), (1, 150), (48, 40))
 
 
@@ -144,7 +145,7 @@ def test_parity(poisoned, layout):
     """The last input is upsampled on the way."""
     for channels, out_channels, factor in (((64, 64), 64, 2), ((70, 5, 66), 130, 3), ((256,), 48, 2)):
         pool = parity.Pool()
-        sizes = ((1, 3, 4), (2, 5, 7))
+        sizes = ((1, 6, 11), (2, 5, 7))
         for training, (batch, height, width), seed in itertools.product((False, True), sizes, range(3)):
             problem = parity.merge(
                 parity.Spec(

@@ -78,7 +78,7 @@ class _Folded:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.scale, self.shift, *self.weights.values()))
+        return sum(t.numel() * t.element_size() for t in (self.scale, self.shift, *self.weights.values()))
 
 
 class Frozen:
@@ -176,6 +176,9 @@ class Frozen:
             call = folded.calls[kind] = self._serve(folded, xs, conv, tensors, residual, upsample, act)
         if call.added_input is not None:
             added = xs[call.added_input]
+        if call.way == packed.FOLDED:
+            kernel = weight.shape[2]
+            return packed.run_folded(xs[0], call.packed, kernel, folded.shift, stride, dilation, groups, call.act)
         return packed.run(
             xs, up_weights, weight, call.packed, call.way, folded.scale, folded.shift, added, call.factors, stride,
             dilation, groups, call.residual_input, call.act, call.slope,
@@ -214,12 +217,19 @@ class Frozen:
         call = functional.checked(
             "conv_norm_act", xs, weight, norm, None, conv_bias, *geometry, residual, upsample, act
         )
-        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry)
-        product = (way, *(x.shape[1] for x in xs))
+        alone = residual is None and packed.folds(call.act)
+        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry, alone)
+        folds = way == packed.FOLDED
+        product = (way, *(xs[0].shape if folds else (x.shape[1] for x in xs)))
         with self._making, torch.inference_mode(False), torch.no_grad():
             kept = folded.weights.get(product)
             if kept is None:
-                kept = folded.weights[product] = packed.pack(weight, product[1:], way)
+                made = (
+                    packed.fold(xs[0], weight, folded.scale, *geometry)
+                    if folds
+                    else packed.pack(weight, product[1:], way)
+                )
+                kept = folded.weights[product] = made
             if len(folded.calls) >= CALLS:
                 folded.calls.clear()
         added_input = residual if call.added is not None and isinstance(residual, int) else None

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dla_fast._extension import STATUS
@@ -26,13 +27,45 @@ def _function(name: str) -> Any:
 
 # fingerprint(tensors): a number of where tensors lie, what they are and what is in them; 0 where there is none.
 fingerprint: Callable[[Sequence[Tensor | None]], int] = _function("fingerprint")
-# way_of(xs, up_weights, weight, factors, stride, dilation, groups): which of the CPU's products serves a call.
+# way_of(xs, up_weights, weight, factors, stride, dilation, groups, alone): which of the CPU's products serves a call,
+# or :data:`FOLDED`, where nothing is added to its one input.
 way_of: Callable[..., int] = _function("conv_norm_act_way")
 # pack(weight, in_channels, way): the weight as that product reads it; opaque.
 pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_pack")
 # run(xs, up_weights, weight, packed, way, scale, shift, residual, factors, stride, dilation, groups, residual_input,
 # act, slope): act(scale * conv(cat(xs)) + shift + residual).
 run: Callable[..., Tensor] = _function("conv_norm_act_packed")
+
+
+# The library's convolution with the norm and the activation folded into it, as a way.
+FOLDED = -2
+_ATTRIBUTES = {"relu": "relu", "identity": "none"}
+
+
+def folds(act: str) -> bool:
+    """Whether the library's convolution ends with an activation."""
+    return act in _ATTRIBUTES
+
+
+def fold(x: Tensor, weight: Tensor, scale: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
+    """The weight with the norm's scale in it, in the library's blocks for inputs like ``x``."""
+    scaled = (weight * scale.view(-1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    padding = dilation * (weight.shape[2] // 2)
+    blocked: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        scaled, [padding] * 2, [stride] * 2, [dilation] * 2, groups, list(x.shape)
+    )
+    return blocked
+
+
+def run_folded(
+    x: Tensor, blocked: Tensor, kernel: int, shift: Tensor, stride: int, dilation: int, groups: int, act: str
+) -> Tensor:
+    """``act(conv(x) + shift)`` with a weight of :func:`fold`."""
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
+        x, blocked, shift, [dilation * (kernel // 2)] * 2, [stride] * 2, [dilation] * 2, groups, _ATTRIBUTES[act], [],
+        "",
+    )  # fmt: skip
+    return y
 
 
 def release_maps() -> None:

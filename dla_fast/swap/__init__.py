@@ -1,4 +1,4 @@
-"""Model surgery: swap modules of existing models for fused ones, freeze these for inference, and back."""
+"""Model surgery: swap the units of existing models for fused ones, and back; freeze them for inference, and back."""
 
 from dla_fast.swap.freeze import FreezeReport, freeze_, unfreeze_
 from dla_fast.swap.report import SwapEntry, SwapReport

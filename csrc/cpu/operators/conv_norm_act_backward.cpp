@@ -58,9 +58,9 @@ void by_library(const Node& node, const TailGradient<T>& tail, const Needs& need
   if (needs.weight) out.dw = like(found.weight, node.weight);
 }
 
-// Where the pixels lie that a stride takes.
+// Where the pixels lie that the stride of a 1x1 kernel takes.
 Tensor scattered(const Tensor& dx, const Node& node) {
-  if (node.stride == 1) return dx;
+  if (node.kernel > 1 || node.stride == 1) return dx;
   const Tensor out =
       empty_map(dx, {node.images, dx.size(1), node.in_height, node.in_width}, node.channels_last).zero_();
   out.slice(2, 0, std::nullopt, node.stride).slice(3, 0, std::nullopt, node.stride).copy_(dx);
@@ -72,7 +72,12 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
   const NativeNode<T> product(node);
   Gradient<T> g = {tail, needs.residual_input, {}, nullptr, nullptr};
   for (int64_t i = 0; i < node.count(); ++i) {
-    if (needs.full[i]) out.dxs[i] = node.map(node.xs[i].size(1));
+    if (needs.full[i]) {
+      const int64_t channels = node.xs[i].size(1);
+      out.dxs[i] = node.kernel == 1 ? node.map(channels)
+                                    : empty_map(node.weight, {node.images, channels, node.in_height, node.in_width},
+                                                node.channels_last);
+    }
     g.dx.push_back(needs.full[i] ? out.dxs[i].template mutable_data_ptr<T>() : nullptr);
   }
   Tensor dw, dz;
@@ -85,7 +90,7 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
     dz = form(node, tail, needs, out);
     g.dz = dz.const_data_ptr<T>();
     if (out.dresidual.defined()) g.du = out.dresidual.const_data_ptr<T>();
-    if (needs.weight) full = node.all_full();
+    if (needs.weight) full = node.upsamples_on_the_way() ? node.all_full() : product.maps();
     for (const Tensor& x : full) g.full.push_back(x.const_data_ptr<T>());
   }
   product->backward(g);
@@ -132,9 +137,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> conv_norm_a
     dispatch(weight.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const TailGradient<T> tail = tail_gradient<T>(norm, sums, dy, z, residual);
-      node.way() == Way::library || !(node.kernel == 1 || node.upsamples_on_the_way())
-          ? by_library(node, tail, needs, out)
-          : natively(node, tail, needs, out);
+      node.way() == Way::library ? by_library(node, tail, needs, out) : natively(node, tail, needs, out);
     });
   }
   std::vector<Tensor> dups;

@@ -117,7 +117,7 @@ std::vector<Tensor> taken(const Node& node) {
 
 template <class T>
 NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Arithmetic> arithmetic)
-    : kept_(taken(node)), weight_(arranged(node.weight, node.kernel > 1 && is_channels_last(node.weight))) {
+    : maps_(taken(node)), weight_(arranged(node.weight, node.kernel > 1 && is_channels_last(node.weight))) {
   in_ = {node.channels_last,
          node.images,
          node.height,
@@ -133,7 +133,7 @@ NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Ar
          packed};
   const bool upsampling = node.upsamples_on_the_way();
   for (int64_t i = 0; i < node.count(); ++i) {
-    const Tensor& x = kept_[i];
+    const Tensor& x = maps_[i];
     Input<T> input = {x.const_data_ptr<T>(), x.size(1), node.offsets[i], x.size(2), x.size(3)};
     if (upsampling && node.factors[i] > 1) {
       input.factor = node.factors[i];

@@ -55,13 +55,15 @@ class NativeNode {
   NativeNode(const NativeNode&) = delete;
 
   const Product<T>* operator->() const { return product_.get(); }
+  // The maps that it multiplies: inputs upsampled, unless it does that on the way, and those pixels that a stride takes.
+  const std::vector<Tensor>& maps() const { return maps_; }
   // The best one where the weight is packed once for many calls.
   Arithmetic arithmetic_kept() const;
   // A new tensor for the gradient of the weight, laid out as the products write it.
   Tensor weight_gradient() const;
 
  private:
-  std::vector<Tensor> kept_;  // inputs and up-weights
+  std::vector<Tensor> maps_;
   Tensor weight_;
   Inputs<T> in_;
   Arithmetic arithmetic_;

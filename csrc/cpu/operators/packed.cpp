@@ -1,5 +1,6 @@
 #include "packed.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
@@ -12,7 +13,7 @@
 namespace dla_fast::cpu {
 namespace {
 
-constexpr int64_t kLibrary = -1;
+constexpr int64_t kLibrary = -1, kFolded = -2;
 
 // An arithmetic and a layout as one number.
 int64_t way_from(Arithmetic arithmetic, bool channels_last) {
@@ -67,13 +68,18 @@ void pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t
 }  // namespace
 
 int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
-                          const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups) {
+                          const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
+                          bool alone) {
   const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
-  if (node.way() == Way::library || node.empty()) return kLibrary;
+  if (node.empty()) return kLibrary;
+  const bool foldable = alone && node.channels_last && node.count() == 1 && weight.scalar_type() == at::kFloat &&
+                        at::globalContext().userEnabledMkldnn() && at::hasMKLDNN();
+  if (node.way() == Way::library) return foldable ? kFolded : kLibrary;
   int64_t way = kLibrary;
   dispatch(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    way = way_from(NativeNode<T>(node).arithmetic_kept(), node.channels_last);
+    const Arithmetic arithmetic = NativeNode<T>(node).arithmetic_kept();
+    way = foldable && arithmetic == Arithmetic::direct ? kFolded : way_from(arithmetic, node.channels_last);
   });
   return way;
 }

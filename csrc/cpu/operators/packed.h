@@ -10,9 +10,13 @@
 
 namespace dla_fast::cpu {
 
-// By what a call is served: the arithmetic of its product and the layout. A weight is packed for one of them.
+// By what a call is served: the arithmetic of its product and the layout, for one of which a weight is packed; -1: by
+// the library's convolution. -2: by the library's with the norm and the activation folded into it, which is asked for
+// where nothing is added to a call's one input (alone), and which the caller makes. Measured on Zen 4 (docs/
+// benchmarks.md): with a weight in its own blocks that has the better code for strides and for few channels.
 int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
-                          const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups);
+                          const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
+                          bool alone);
 
 // The weight as that way reads it, opaque; empty where it takes the weight as it is. in_channels: of each input.
 Tensor conv_norm_act_pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way);

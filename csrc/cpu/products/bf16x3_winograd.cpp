@@ -19,6 +19,7 @@ int64_t steps_of(int64_t depth) {
 
 // With the sixteen matrices of every panel's weight, a right-hand side each.
 struct Products {
+  static constexpr int64_t tiles = 64;
   const Bf16x3Kernels& kernels;
   const BFloat16* packed;
 

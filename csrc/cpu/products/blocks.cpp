@@ -40,20 +40,21 @@ WeightSums<T>::WeightSums(const Inputs<T>& in, T* dw, int64_t blocks, int64_t de
       wide_(wide),
       pieces_(pieces_of(in, deep, wide)),
       parts_(std::clamp<int64_t>(divide_up(2 * thread_count(), std::max<int64_t>(pieces_.size(), 1)), 1, blocks)),
-      sums_(dw, 9 * in.in_channels * in.out_channels, parts_) {}
+      sums_(dw, in.taps() * in.in_channels * in.out_channels, parts_) {}
 
 template <class T>
-void WeightSums<T>::store(int64_t task, const A* taps) const {
+void WeightSums<T>::store(int64_t task, const A* taps, int64_t per_tap) const {
   const Piece& piece = pieces_[task / parts_];
-  const int64_t depth = in_.in_channels, row = 9 * depth, channel = in_.xs[piece.input].offset + piece.channel;
+  const int64_t count = in_.taps(), depth = in_.in_channels, row = count * depth,
+                channel = in_.xs[piece.input].offset + piece.channel;
   A* const to = sums_.at[task % parts_] + piece.out * row;
   if (in_.taps_first) {
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      kernels<A>().load_transposed({taps + tap * per_tap(), wide_}, {to + tap * depth + channel, row}, piece.depth,
+    for (int64_t tap = 0; tap < count; ++tap) {
+      kernels<A>().load_transposed({taps + tap * per_tap, wide_}, {to + tap * depth + channel, row}, piece.depth,
                                    piece.width);
     }
   } else {
-    kernels<A>().load_transposed({taps, wide_}, {to + channel * 9, row}, piece.depth * 9, piece.width);
+    kernels<A>().load_transposed({taps, wide_}, {to + channel * count, row}, piece.depth * count, piece.width);
   }
 }
 

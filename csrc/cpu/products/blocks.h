@@ -61,6 +61,17 @@ struct Map {
       }
     }
   }
+
+  // Pixels of one row within the map as [cols][count].
+  void gather_row(int64_t image, int64_t h, int64_t w, int64_t cols, int64_t first, int64_t count,
+                  Strided<acc_t<T>> to) const {
+    const int64_t pixel = h * width + w, pixels = height * width;
+    if (channels_last) {
+      kernels<T>().load({data + (image * pixels + pixel) * channels + first, channels}, to, cols, count);
+    } else {
+      kernels<T>().load_transposed({data + (image * channels + first) * pixels + pixel, pixels}, to, count, cols);
+    }
+  }
 };
 
 // The blocks of a node's inputs.
@@ -214,7 +225,7 @@ void for_rows(const Inputs<T>& in, const TileGrid& grid, const TileGrid::Block& 
   }
 }
 
-// The gradient of a 3x3 weight, in pieces of `deep` input channels by `wide` output channels. A task sums one over the
+// The gradient of a weight, in pieces of `deep` input channels by `wide` output channels. A task sums one over the
 // blocks of the map, or where there are fewer pieces than threads over a part of them; the parts are added in order.
 template <class T>
 class WeightSums {
@@ -237,8 +248,10 @@ class WeightSums {
 
   // Where the sums of a task are to lie: rows of `wide` values, in the order of the weight.
   int64_t per_tap() const { return (in_.taps_first ? deep_ : 1) * wide_; }
-  int64_t per_channel() const { return (in_.taps_first ? 1 : 9) * wide_; }
-  void store(int64_t task, const A* taps) const;
+  int64_t per_channel() const { return (in_.taps_first ? 1 : in_.taps()) * wide_; }
+  void store(int64_t task, const A* taps) const { store(task, taps, per_tap()); }
+  // With the taps that far apart, where they are first.
+  void store(int64_t task, const A* taps, int64_t per_tap) const;
 
   // Writes dw.
   void add() const { sums_.add(); }

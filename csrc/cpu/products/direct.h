@@ -51,7 +51,7 @@ class Direct : public Product<T> {
   int64_t groups() const override { return grid_.count() * pieces(); }
   void forward(A* out, Epilogue<A> epilogue) const override;
   bool forms_dz() const override { return false; }
-  void backward(const Gradient<T>&) const override {}
+  void backward(const Gradient<T>& gradient) const override;
 
  private:
   // Whether the rows of a block lie one behind the other in the output.

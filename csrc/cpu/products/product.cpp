@@ -5,6 +5,7 @@
 
 #include "bf16_gemm.h"
 #include "bf16x3_gemm.h"
+#include "float_gemm.h"
 
 namespace dla_fast::cpu {
 namespace {
@@ -12,14 +13,16 @@ namespace {
 // Winograd's algorithm takes 8KN flops a pixel where the sum of products takes 18KN, but has a weight of 16KN values to
 // form, which so few pixels are not worth, and transforms that so few channels do not pay for. Measured on Zen 4
 // (docs/benchmarks.md).
+constexpr int64_t kFewPixels = 128;
+
 template <class T>
 bool winograd_pays(const Inputs<T>& in, bool kept) {
-  constexpr int64_t pixels = 128, channels = 32;
+  constexpr int64_t channels = 32;
   if (in.kernel != 3 || in.stride != 1 || in.dilation != 1) return false;
   for (const Input<T>& x : in.xs) {
     if (x.factor > 1) return true;  // it alone upsamples on the way
   }
-  return std::min(in.in_channels, in.out_channels) >= channels && (kept || in.total() >= pixels);
+  return std::min(in.in_channels, in.out_channels) >= channels && (kept || in.total() >= kFewPixels);
 }
 
 }  // namespace
@@ -38,10 +41,16 @@ Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
   if constexpr (std::is_same_v<T, float>) {
     if (bf16x3_kernels() != nullptr && bf16x3_pays(in)) {
       if (in.kernel == 1) return Arithmetic::bf16x3_pointwise;
-      if (in.kernel == 3 && plain) return Arithmetic::bf16x3_winograd;
+      // Few pixels read the weight at memory's speed, and in parts it is half as large again.
+      if (winograd_pays(in, kept) && in.total() >= kFewPixels) return Arithmetic::bf16x3_winograd;
     }
   }
-  if (in.kernel == 1) return Arithmetic::float_pointwise;
+  if (in.kernel == 1) {
+    // A panel of pixels is of one contiguous image: of maps smaller than a few of them most of the last one is empty.
+    // With their pixels turned into rows, all images are one matrix.
+    const bool small = !in.channels_last && in.pixels() < 4 * kPanel;
+    return small ? Arithmetic::direct : Arithmetic::float_pointwise;
+  }
   return winograd_pays(in, kept) ? Arithmetic::winograd : Arithmetic::direct;
 }
 

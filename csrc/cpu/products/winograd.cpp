@@ -8,6 +8,7 @@ namespace {
 // With the sixteen matrices of every panel's weight, [16][depth][kPanel].
 template <class A>
 struct Products {
+  static constexpr int64_t tiles = 48;
   const A* packed;
 
   struct Thread {

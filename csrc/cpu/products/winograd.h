@@ -56,6 +56,7 @@ struct WinogradTaps {
 };
 
 // Products: how the transformed values are multiplied by the transformed weight. It has
+//   tiles, so many together where blocks are smaller,
 //   Thread(products, tiles, depth), what a thread works in, and
 //   multiply(thread, panels, first, last, tiles, v, m), m[panel][position][tile][kPanel] of those panels from
 //   v[position][tile][depth].
@@ -70,9 +71,9 @@ class WinogradBlocks {
 
   void run(RowEpilogue<A> epilogue) const {
     const int64_t depth = in_.in_channels, count = static_cast<int64_t>(panels_.size()), threads = thread_count();
-    // Every product reads all of the weight, so blocks of few tiles are multiplied together.
-    constexpr int64_t many = 64;
-    const int64_t most = std::clamp<int64_t>(many / grid_.tiles(), 1, divide_up(grid_.count(), threads));
+    // Small blocks come several together, so that the weight passes by less often.
+    const int64_t most =
+        std::clamp<int64_t>(Products::tiles / grid_.tiles(), 1, std::max<int64_t>(grid_.count() / threads, 1));
     const int64_t batches = divide_up(grid_.count(), most);
     const int64_t groups = std::clamp<int64_t>(divide_up(2 * threads, batches), 1, std::max<int64_t>(count, 1));
     const int64_t cost = most * grid_.tiles() * depth * divide_up(count, groups) * kPanel;
