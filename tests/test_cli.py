@@ -378,7 +378,7 @@ def test_peak_memory_in_a_process_of_its_own(demo_extras):
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def test_interleave_calls_in_turn():
+def test_interleave_calls_in_turn(monkeypatch):
     calls = []
     rounds = []
     fns = {name: (lambda name=name: calls.append(name)) for name in "ab"}
@@ -387,6 +387,10 @@ def test_interleave_calls_in_turn():
     assert len(rounds) == 3
     assert list(times) == ["a", "b"]
     assert all(0 <= t.p20_ms <= t.median_ms <= t.p80_ms for t in times.values())
+    slept = []
+    monkeypatch.setattr(measure.time, "sleep", slept.append)
+    measure.interleave(fns, rounds=3, warmup=2, min_sample_ms=0, pause_s=0.5)
+    assert slept == [0.5] * 6
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
         measure.interleave(fns, rounds=0)
 

@@ -153,8 +153,15 @@ def without(monkeypatch, *names: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in names else real(name))
 
 
-def test_they_agree_and_are_timed(packages):
+def test_they_agree_and_are_timed(packages, monkeypatch):
+    pauses, right = [], timing.time_runners
+    monkeypatch.setattr(
+        timing, "time_runners", lambda *args, **options: pauses.append(options["pause_s"]) or right(*args, **options)
+    )
     outcome = network_timing.time_network(TINY, "inference", quick("eager", *OUTSIDE), RATES)
+    assert pauses == [exported.PAUSE_S], "each runtime has the cores for itself"
+    network_timing.time_network(TINY, "inference", quick("eager"), RATES)
+    assert pauses[1] == 0
     assert [(r["impl"], r.get("error")) for r in outcome.records] == [
         (impl, None) for impl in ("dla_fast", "eager", *OUTSIDE)
     ]

@@ -27,6 +27,10 @@ MODULES = {
 DTYPES = {"onnxruntime": (torch.float32,), "openvino": (torch.float32, torch.bfloat16)}
 
 
+# After this long the threads of every runtime sleep: OpenMP's wait actively for 7 to 15 ms after a call of torch.
+PAUSE_S = 0.03
+
+
 class Absent(RuntimeError):
     """A peer that is not installed; the message is one line that says how to install it."""
 

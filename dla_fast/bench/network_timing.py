@@ -220,7 +220,9 @@ def time_network(
         else:
             failed = {"impl": peers.FUSED, "error": f"{network.name} ({mode}): {one_line(error)}"}
         return Outcome([complete({**common, **failed})], skipped)
-    figures = timing.time_runners(runs, settings, graphs=False)
+    # Between runtimes whose threads are not the same.
+    pause_s = exported.PAUSE_S if any(impl in exported.MODULES for impl in runs) else 0.0
+    figures = timing.time_runners(runs, settings, graphs=False, pause_s=pause_s)
     graphed = _graphs(runs, device) if device.type == "cuda" else {}
     if graphed:
         # What has no graph takes part as it is, so that all are timed in turn.

@@ -175,9 +175,14 @@ def rounds_that_fit(settings: Settings, once_ms: float) -> int:
 
 
 def time_runners(
-    runners: dict[str, Callable[[], object]], settings: Settings, *, copies: int = 1, graphs: bool = True
+    runners: dict[str, Callable[[], object]],
+    settings: Settings,
+    *,
+    copies: int = 1,
+    graphs: bool = True,
+    pause_s: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
-    """Time functions in turn; each may go through ``copies`` passes a call.
+    """Time functions in turn; each may go through ``copies`` passes a call, and sleeps ``pause_s`` before a sample.
 
     Returns:
         Per name ``median_ms``, ``p20_ms`` and ``p80_ms`` of one pass, ``timing`` (wall, events or graph) and
@@ -192,7 +197,7 @@ def time_runners(
     once_ms = (time.perf_counter() - start) * 1e3
     # One call warms up, one sizes the samples, the rest is left for the rounds.
     rounds = rounds_that_fit(settings, max(once_ms, 5.0 * len(runners)))
-    timings = measure.interleave(runners, rounds=rounds, warmup=1, min_sample_ms=5.0, device=device)
+    timings = measure.interleave(runners, rounds=rounds, warmup=1, min_sample_ms=5.0, device=device, pause_s=pause_s)
     kind = "wall" if device.type == "cpu" else "graph" if graphs else "events"
     return {
         name: {

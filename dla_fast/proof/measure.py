@@ -71,6 +71,7 @@ def interleave(
     min_sample_ms: float = 1.0,
     device: torch.device | str = "cpu",
     progress: Callable[[], object] | None = None,
+    pause_s: float = 0.0,
 ) -> dict[Key, Timing]:
     """Time several functions in turn, so that a slow moment of the machine hits all of them.
 
@@ -85,6 +86,8 @@ def interleave(
         min_sample_ms: least length of a sample.
         device: where the functions work.
         progress: called once per round, for a progress bar.
+        pause_s: seconds to sleep before each sample. Threads of one runtime wait actively for a while after a call
+            (OpenMP's for several milliseconds), and would take their cores from the next where that is another.
 
     Returns:
         A :class:`Timing` per name, in the order of ``fns``.
@@ -112,6 +115,8 @@ def interleave(
         for round_ in range(rounds):
             for i in range(len(names)):
                 name = names[(round_ + i) % len(names)]
+                if pause_s:
+                    time.sleep(pause_s)
                 readers[name].append(clock(fns[name], repeats[name]))
             if progress is not None:
                 progress()
