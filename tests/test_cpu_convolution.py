@@ -1,4 +1,4 @@
-"""The CPU's 3x3 convolutions on maps of many blocks: several panels, pieces and blocks, and ragged ones of each."""
+"""The CPU's convolutions on maps of many blocks: several panels, pieces and blocks, and ragged ones of each."""
 
 from __future__ import annotations
 
@@ -34,6 +34,49 @@ def test_many_blocks(dtype, layout):
                     height=height,
                     width=width,
                     factor=factor,
+                )
+            )
+        )
+    assert pool.failures() == ""
+
+
+# Rows and columns of blocks, several images in one, few channels of many pixels, more taps than pixels, and small
+# contiguous maps of a 1x1 kernel: (channels, out_channels, batch, height, width, kernel, stride, dilation).
+DIRECT = {
+    "columns": ((70,), 66, 1, 6, 70, 3, 2, 1),
+    "images": ((40, 9), 130, 7, 7, 7, 3, 2, 1),
+    "stem": ((3,), 16, 2, 40, 300, 7, 1, 1),
+    "narrow": ((16,), 16, 2, 24, 40, 3, 1, 1),
+    "dilated": ((20,), 20, 2, 9, 11, 3, 1, 4),
+    "wide_kernel": ((5, 3), 33, 6, 6, 5, 7, 3, 1),
+    "long_stride": ((6,), 8, 3, 10, 13, 3, 4, 2),
+    "pixels": ((70, 30), 66, 9, 7, 7, 1, 1, 1),
+    "strided_pixels": ((30,), 70, 5, 14, 13, 1, 2, 1),
+}
+
+
+@pytest.mark.parametrize("layout", list(parity.LAYOUTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", DIRECT)
+def test_direct_sums(name, dtype, layout):
+    channels, out, batch, height, width, kernel, stride, dilation = DIRECT[name]
+    pool = parity.Pool()
+    for seed, training in ((0, True), (1, False), (2, True)):
+        pool.add(
+            parity.conv_norm_act(
+                parity.Spec(
+                    dtype=dtype,
+                    layout=layout,
+                    channels=channels,
+                    out_channels=out,
+                    batch=batch,
+                    height=height,
+                    width=width,
+                    kernel=kernel,
+                    stride=stride,
+                    dilation=dilation,
+                    training=training,
+                    seed=seed,
                 )
             )
         )
