@@ -221,7 +221,7 @@ class Frozen:
         foldable = packed.folds(call.act) and (residual is None or isinstance(residual, Tensor))
         way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry, foldable, residual is not None)
         folds = way == packed.FOLDED
-        product = (way, *(xs[0].shape if folds else (x.shape[1] for x in xs)))
+        product = (way, *(x.shape[1] for x in xs))
         with self._making, torch.inference_mode(False), torch.no_grad():
             kept = folded.weights.get(product)
             if kept is None:

@@ -48,7 +48,7 @@ def folds(act: str) -> bool:
 
 
 def fold(x: Tensor, weight: Tensor, scale: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
-    """The weight with the norm's scale in it, in the library's blocks for inputs like ``x``."""
+    """The weight with the norm's scale in it, in the library's blocks for inputs like ``x``; others it takes too."""
     scaled = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype).contiguous(memory_format=torch.channels_last)
     padding = dilation * (weight.shape[2] // 2)
     blocked: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
