@@ -306,8 +306,8 @@ def conv_norm_act(
 ) -> Tensor:
     """``act(batch_norm(conv(cat(xs))) + residual)``, any input upsampled first: what every unit of a DLA network is.
 
-    Kernels of 1 and 3 without groups are this package's, where they pay; other convolutions are the library's, with
-    this package's norm behind them.
+    Convolutions without groups are this package's where that pays: kernels of 1 and 3, on CPUs in float32 and float64
+    every kernel, stride and dilation. Others are the library's, with this package's norm behind them.
 
     Args:
         xs: inputs (N, C_i, H_i, W_i), one dtype and device; those to be upsampled are still low-resolution.

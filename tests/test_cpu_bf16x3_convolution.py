@@ -248,7 +248,7 @@ def test_packed_weights(layout, geometry):
         xs = [torch.randn(size[0], c, *size[1:]).contiguous(memory_format=memory) for c in (64, 70)]
         with torch.no_grad():
             expected = convolved(xs, weight, stride, dilation)
-        way = packed.way_of(xs, [], weight, [1, 1], stride, dilation, 1, False, False)
+        way = packed.way_of(xs, [], weight, [1, 1], stride, dilation, 1, False)
         kept = packed.pack(weight, [64, 70], way)
         found = packed.run(
             xs, [], weight, kept, way, one, 0 * one, None, [1, 1], stride, dilation, 1, -1, "identity", 0.0

@@ -227,3 +227,25 @@ def test_a_peer_that_fails_is_no_yardstick(monkeypatch):
         pool = parity.Pool()
         pool.add(parity.upsample(spec))
         assert bool(pool.failures()) == wrong
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_no_input_channels(kernel):
+    norm = [torch.ones(8) for _ in range(4)]
+    y = functional.conv_norm_act([torch.randn(1, 0, 4, 4)], torch.randn(8, 0, kernel, kernel), *norm, training=False)
+    assert y.shape[0] == 1
+
+
+def test_a_bfloat16_gradient_of_maps_narrower_than_the_stride():
+    """oneDNN's reads memory there that nobody wrote, in torch 2.13."""
+    torch.manual_seed(0)
+    junk = [torch.full((1 << 16,), 1e30) for _ in range(8)]
+    del junk
+    x, weight = torch.randn(3, 64, 30, 2).bfloat16(), torch.randn(3, 64, 3, 3).bfloat16().requires_grad_()
+    norm = [torch.ones(3) for _ in range(4)]
+    y = functional.conv_norm_act([x], weight, *norm, training=False, stride=3, act="identity")
+    exact = weight.detach().double().requires_grad_()
+    want = torch.nn.functional.conv2d(x.double(), exact, None, 3, 1)
+    (got,) = torch.autograd.grad(y.sum(), weight)
+    (expected,) = torch.autograd.grad(want.sum() / (1 + 1e-5) ** 0.5, exact)
+    torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.1)

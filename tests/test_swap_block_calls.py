@@ -11,6 +11,8 @@ from nn_helpers import relative
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import dla_fast
+
 
 @pytest.fixture
 def fused_calls(monkeypatch):
@@ -197,3 +199,45 @@ def test_data_parallel_replicas(fused_calls):
     assert fused_calls == ["block", "run"]
     y.sum().backward()
     assert twin.conv1.weight.grad is not None
+
+
+class Attributed(nn.Module):
+    """A block whose forward reads attributes that do nothing at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.downsample = nn.AvgPool2d(2, 2)
+        self.scale = 1.0
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y * self.scale + self.downsample(x))
+
+
+def test_attributes_that_change(fused_calls):
+    original, twin = swapped_pair(Attributed().eval())
+    x = torch.randn(2, 8, 6, 6)
+    assert relative(twin(x), original(x)) < 1e-5
+    assert len(fused_calls) == 1
+    original.scale = twin.scale = 0.1
+    assert torch.equal(twin(x), original(x))
+    assert len(fused_calls) == 1
+
+
+def test_a_shortcut_that_is_broadcast(fused_calls):
+    original, twin = swapped_pair(Attributed().eval())
+    x = torch.randn(2, 8, 3, 3)
+    assert relative(twin(x), original(x)) < 1e-5
+    assert len(fused_calls) == 1
+
+
+def test_a_sequential_that_iterates_otherwise():
+    class Shorter(nn.Sequential):
+        def __iter__(self):
+            return iter([*self._modules.values()][:-1])
+
+    model = Shorter(nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Softmax(1))
+    assert not dla_fast.swap_(model).swapped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ class FrozenModel:
     """What the units of one model share: whether it has been said that a call needs gradients."""
 
     warned = False
+
+    def __init__(self) -> None:
+        # Nobody could ask for that memory any more once the model is gone.
+        weakref.finalize(self, packed.release_maps).atexit = False
 
     def warn(self) -> None:
         if self.warned:
@@ -219,7 +224,7 @@ class Frozen:
             "conv_norm_act", xs, weight, norm, None, conv_bias, *geometry, residual, upsample, act
         )
         foldable = packed.folds(call.act) and (residual is None or isinstance(residual, Tensor))
-        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry, foldable, residual is not None)
+        way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry, foldable)
         folds = way == packed.FOLDED
         product = (way, *(x.shape[1] for x in xs))
         with self._making, torch.inference_mode(False), torch.no_grad():

@@ -27,8 +27,8 @@ def _function(name: str) -> Any:
 
 # fingerprint(tensors): a number of where tensors lie, what they are and what is in them; 0 where there is none.
 fingerprint: Callable[[Sequence[Tensor | None]], int] = _function("fingerprint")
-# way_of(xs, up_weights, weight, factors, stride, dilation, groups, foldable, added): which of the CPU's products serves
-# a call, or :data:`FOLDED`.
+# way_of(xs, up_weights, weight, factors, stride, dilation, groups, foldable): which of the CPU's products serves a
+# call, or :data:`FOLDED`.
 way_of: Callable[..., int] = _function("conv_norm_act_way")
 # pack(weight, in_channels, way): the weight as that product reads it; opaque.
 pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_pack")
@@ -37,14 +37,13 @@ pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_
 run: Callable[..., Tensor] = _function("conv_norm_act_packed")
 
 
-# The library's convolution with the norm and the activation folded into it, as a way.
+# The library's convolution with the norm folded into it, as a way.
 FOLDED = -2
-_ATTRIBUTES = {"relu": "relu", "identity": "none"}
 
 
 def folds(act: str) -> bool:
-    """Whether the library's convolution ends with an activation."""
-    return act in _ATTRIBUTES
+    """Whether an activation may follow the library's convolution: one that a pass in place costs little."""
+    return act in ("relu", "identity")
 
 
 def fold(x: Tensor, weight: Tensor, scale: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
@@ -70,14 +69,16 @@ def run_folded(
 ) -> Tensor:
     """``act(conv(x) + shift + added)`` with a weight of :func:`fold`."""
     mkldnn, geometry = torch.ops.mkldnn, ([dilation * (kernel // 2)] * 2, [stride] * 2, [dilation] * 2, groups)
+    # The activation comes by itself: the library's own makes zeros of NaN.
     if added is None:
-        y: Tensor = mkldnn._convolution_pointwise.default(x, blocked, shift, *geometry, _ATTRIBUTES[act], [], "")
-        return y
-    # Its sums take a bias of the inputs' dtype alone.
-    added = added.contiguous(memory_format=torch.channels_last)
-    unary = None if act == "identity" else _ATTRIBUTES[act]
-    y = mkldnn._convolution_pointwise.binary(x, added, blocked, shift.to(x.dtype), *geometry, "add", 1.0, unary, [], "")
-    return y
+        y: Tensor = mkldnn._convolution_pointwise.default(x, blocked, shift, *geometry, "none", [], "")
+    else:
+        # Sums take a bias of the inputs' dtype alone.
+        added = added.contiguous(memory_format=torch.channels_last)
+        y = mkldnn._convolution_pointwise.binary(
+            x, added, blocked, shift.to(x.dtype), *geometry, "add", 1.0, None, [], ""
+        )
+    return y.relu_() if act == "relu" else y
 
 
 def release_maps() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast.nn.batch_norm import is_observed
-from dla_fast.reference.activation import ActSpec
+from dla_fast.reference.activation import ActSpec, activate
 from dla_fast.swap.calls import PLAIN, are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.nodes import FusedNode
 
@@ -28,6 +28,7 @@ class BlockSpec:
         downsample: name of the child that makes a shortcut of the input, None where the input itself is added.
         others: names of children that have to do nothing.
         children: how many children there are, absent ones (None) included.
+        attributes: the block's own numbers and strings, on which its forward may depend.
         backend: the backend this block is forced to, or "auto" for whichever is in force.
     """
 
@@ -38,6 +39,7 @@ class BlockSpec:
     downsample: str | None
     others: tuple[str, ...]
     children: int
+    attributes: tuple[tuple[str, Any], ...]
     backend: str
 
 
@@ -45,9 +47,9 @@ class FusedBlock(FusedNode):
     """A residual block whose convolutions run through :func:`dla_fast.functional.conv_norm_act`.
 
     Every call first checks that what the fused path replaces is still there, else runs the original forward: children
-    of the expected types, without hooks or parametrizations, and none besides; plain tensors of one dtype; a shortcut
-    of the output's shape; no export or tracing in progress; no global module hooks. A ``downsample`` child is called
-    as the module it is.
+    of the expected types, without hooks or parametrizations, and none besides; the block's own numbers and strings;
+    plain tensors of one dtype; a shortcut of the output's shape; no export or tracing in progress; no global module
+    hooks. A ``downsample`` child is called as the module it is.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +102,10 @@ def can_fuse(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> bool:
     children = module._modules
     if len(children) != spec.children or type(x) not in PLAIN or not undisturbed():
         return False
+    own = module.__dict__
+    for name, value in spec.attributes:
+        if own.get(name) != value:
+            return False
     for name in spec.others:
         other = children.get(name)
         if other is not None and (type(other) is not nn.Identity or is_observed(other)):
@@ -132,8 +138,12 @@ def run_block(module: nn.Module, spec: BlockSpec, x: Tensor, shortcut: Tensor | 
     if shortcut is None:
         downsample = children.get(spec.downsample)
         shortcut = x if downsample is None else downsample(x)
-    conv, bn, act = spec.units[-1]
-    return run_unit_on(spec.backend, [y], children[conv], children[bn], act=_act(children, act), residual=shortcut)
+    conv, bn, last = spec.units[-1]
+    ending = _act(children, last)
+    if shortcut.shape == output_shape([children[conv]], y.shape):
+        return run_unit_on(spec.backend, [y], children[conv], children[bn], act=ending, residual=shortcut)
+    # What a child made of the input may be broadcast.
+    return activate(run_unit_on(spec.backend, [y], children[conv], children[bn], act="identity") + shortcut, ending)
 
 
 def _act(children: Any, name: str) -> ActSpec:

@@ -105,9 +105,13 @@ class BlockAdapter:
         told = [r for r in dict.fromkeys(reasons) if r]
         if signature is None or told:
             return "; ".join(told)
-        spec = BlockSpec(
-            tuple(units), *signature, downsamples[0] if downsamples else None, others, len(children), backend
+        attributes = tuple(
+            (key, value)
+            for key, value in module.__dict__.items()
+            if key not in verify.INTERNAL and (value is None or type(value) in (bool, int, float, str))
         )
+        downsample = downsamples[0] if downsamples else None
+        spec = BlockSpec(tuple(units), *signature, downsample, others, len(children), attributes, backend)
         return self._misfit(module, spec) or spec
 
     def _misfit(self, module: nn.Module, spec: BlockSpec) -> str | None:

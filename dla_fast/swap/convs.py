@@ -81,9 +81,11 @@ class ConvsAdapter:
     node: type[FusedNode] = FusedConvs
 
     def resembles(self, module: nn.Module) -> bool:
-        return (
-            isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and bool(_runs(module))
-        )
+        if not isinstance(module, nn.Sequential):
+            return False
+        kind = type(module)
+        plain = kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
+        return plain and bool(_runs(module))
 
     def match(self, module: nn.Module, backend: str) -> ConvsSpec | str:
         reason = class_reason(module)

@@ -245,7 +245,7 @@ def compare(
 
 # Comparisons that agreed, by what was compared; None outside of a swap.
 _agreed: ContextVar[set[Any] | None] = ContextVar("agreed", default=None)
-_INTERNAL = frozenset(nn.Module().__dict__)
+INTERNAL = frozenset(nn.Module().__dict__)
 _WIDTHS = {nn.Conv2d: ("in_channels", "out_channels"), nn.BatchNorm2d: ("num_features",)}
 
 
@@ -269,7 +269,7 @@ def signature(module: nn.Module, widths: bool) -> Any:
         parts += [name, type(part), *((key, child is None) for key, child in part._modules.items())]
         hidden = () if widths else _WIDTHS.get(type(part), ())
         for key, value in part.__dict__.items():
-            if key in _INTERNAL or key in hidden:
+            if key in INTERNAL or key in hidden:
                 continue
             simple = tuple(value) if isinstance(value, (list, tuple)) else (value,)
             if not all(v is None or type(v) in (bool, int, float, str) for v in simple):

@@ -1,6 +1,6 @@
 // Forward of the node, CPU. K = sum of the inputs' channels, N = output channels.
 //
-// Per output pixel of a 1x1 or 3x3 kernel: inference reads K (an input that is upsampled on the way of a 3x3 kernel
+// Per output pixel: inference reads K (an input that is upsampled on the way of a 3x3 kernel
 // counts C / f^2) and writes N values; the training stage reads K and writes N, and the tail moves 2N more. The tail
 // (inference) or the moments (training) follow while z is in cache, so neither the concatenation nor, with a 3x3
 // kernel, the upsampled map exists.

@@ -26,6 +26,11 @@ bool layout_to_trust(const Node& node) {
   return node.channels_last && !(node.dilation > 1 && node.weight.scalar_type() == at::kBFloat16);
 }
 
+// And so it does, in either layout, with a kernel past the edge of a map that is narrower than the stride.
+bool gradient_to_trust(const Node& node) {
+  return node.kernel == 1 || node.in_width >= node.stride || node.weight.scalar_type() != at::kBFloat16;
+}
+
 }  // namespace
 
 Tensor library_convolution(const Node& node) {
@@ -47,10 +52,14 @@ LibraryGradients library_gradients(const Node& node, const Tensor& dz, const std
   LibraryGradients out;
   out.full.resize(needed.size());
   if (!any && !need_weight) return out;
+  const at::ScalarType type = node.weight.scalar_type(), trusted = gradient_to_trust(node) ? type : at::kFloat;
+  const auto given = [&](const Tensor& t) { return arranged(t, channels_last).to(trusted); };
   Tensor dx;
-  std::tie(dx, out.weight, std::ignore) = at::convolution_backward(
-      arranged(dz, channels_last), arranged(concatenated(node), channels_last), arranged(node.weight, channels_last),
-      std::nullopt, stride, padding, dilation, false, {0, 0}, node.groups, {any, need_weight, false});
+  std::tie(dx, out.weight, std::ignore) =
+      at::convolution_backward(given(dz), given(concatenated(node)), given(node.weight), std::nullopt, stride, padding,
+                               dilation, false, {0, 0}, node.groups, {any, need_weight, false});
+  if (any) dx = dx.to(type);
+  if (need_weight) out.weight = out.weight.to(type);
   for (int64_t i = 0; i < node.count(); ++i) {
     if (needed[i]) out.full[i] = dx.narrow(1, node.offsets[i], node.xs[i].size(1));
   }

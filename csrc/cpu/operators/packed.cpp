@@ -69,20 +69,19 @@ void pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t
 
 int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
                           const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
-                          bool foldable, bool added) {
+                          bool foldable) {
   const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
   if (node.empty()) return kLibrary;
   const at::ScalarType type = weight.scalar_type();
   foldable = foldable && node.channels_last && node.count() == 1 && up_weights.empty() &&
              at::globalContext().userEnabledMkldnn() && at::hasMKLDNN();
-  const bool floats = foldable && !added && type == at::kFloat, halves = foldable && type == at::kBFloat16;
-  if (node.way() == Way::library) return floats || halves ? kFolded : kLibrary;
-  if (halves && current_isa() == Isa::avx512_bf16) return kFolded;
+  foldable = foldable && type == at::kBFloat16;
+  if (node.way() == Way::library) return foldable ? kFolded : kLibrary;
+  if (foldable && current_isa() == Isa::avx512_bf16) return kFolded;
   int64_t way = kLibrary;
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    const Arithmetic arithmetic = NativeNode<T>(node).arithmetic_kept();
-    way = floats && arithmetic == Arithmetic::direct ? kFolded : way_from(arithmetic, node.channels_last);
+    way = way_from(NativeNode<T>(node).arithmetic_kept(), node.channels_last);
   });
   return way;
 }

@@ -11,13 +11,11 @@
 namespace dla_fast::cpu {
 
 // By what a call is served: the arithmetic of its product and the layout, for one of which a weight is packed; -1: by
-// the library's convolution. -2: by the library's with the norm and the activation folded into it, which the caller
-// makes, where it says that it can (foldable); added: with a tensor that is added. Measured on Zen 4 (docs/
-// benchmarks.md): with a weight in its own blocks that has the better code for strides, for few channels and, without
-// AMX, for bfloat16.
+// the library's convolution. -2: by the library's with the norm folded into it, which the caller makes, where it says
+// that it can (foldable). Measured on Zen 4 (docs/benchmarks.md): without AMX that has the better code for bfloat16.
 int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
                           const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
-                          bool foldable, bool added);
+                          bool foldable);
 
 // The weight as that way reads it, opaque; empty where it takes the weight as it is. in_channels: of each input.
 Tensor conv_norm_act_pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way);

@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/Allocator.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 
@@ -21,30 +22,48 @@ void free_block(Head* head) {
   ::operator delete(head, std::align_val_t(64));
 }
 
-// Blocks by size. One serves what takes three quarters of it or more.
+// Blocks by size. One serves what takes three quarters of it or more. Together with those in use they are never more
+// than were once in use at the same time.
 class Kept {
  public:
   Head* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = blocks_.lower_bound(bytes);
-    if (found == blocks_.end() || found->first / 4 * 3 > bytes) return nullptr;
-    Head* const head = found->second;
-    blocks_.erase(found);
+    Head* head = nullptr;
+    if (found != blocks_.end() && found->first / 4 * 3 <= bytes) {
+      head = found->second;
+      kept_ -= head->bytes;
+      blocks_.erase(found);
+    }
+    used_ += head == nullptr ? bytes : head->bytes;
+    most_ = std::max(most_, used_);
+    while (used_ + kept_ > most_) drop();
     return head;
   }
   void put(Head* head) {
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks_.emplace(head->bytes, head);
+    used_ -= head->bytes;
+    kept_ += head->bytes;
   }
   void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [bytes, head] : blocks_) free_block(head);
-    blocks_.clear();
+    while (!blocks_.empty()) drop();
+    most_ = used_;
   }
 
  private:
+  // The smallest: the large ones are what is dear.
+  void drop() {
+    const auto first = blocks_.begin();
+    kept_ -= first->first;
+    free_block(first->second);
+    blocks_.erase(first);
+  }
+
   std::mutex mutex_;
   std::multimap<size_t, Head*> blocks_;
+  size_t used_ = 0, kept_ = 0, most_ = 0;
 };
 
 // Never destroyed: a tensor may outlive everything that is static.

@@ -26,7 +26,7 @@ RowGrid::RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, 
   rows = divide_up(height, divide_up(height, rows));
   row_blocks = divide_up(height, rows);
   if (row_blocks * col_blocks == 1) {
-    const int64_t fit = 4 * read / (side(rows) * side(cols) * inputs);
+    const int64_t fit = 4 * read / std::max<int64_t>(side(rows) * side(cols) * inputs, 1);
     together =
         std::clamp<int64_t>(few / (rows * cols), 1, std::max<int64_t>(std::min(fit, images / thread_count()), 1));
   }

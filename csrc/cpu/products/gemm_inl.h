@@ -138,8 +138,8 @@ inline void column(const Gemm<A>& g, int64_t j0) {
     if (!g.add) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, false);
     return;
   }
-  // Narrow rows leave room for more of them.
-  constexpr int64_t depth = NV <= kVectors / 2 ? 2 * kDepth : kDepth;
+  // Narrow rows leave room for more of them. A weight's gradient sums pixels, which PyTorch adds up in shorter chains.
+  constexpr int64_t depth = TRANSPOSED ? kDepth / 2 : (NV <= kVectors / 2 ? 2 * kDepth : kDepth);
   const int64_t blocks = (total + depth - 1) / depth, even = ((total + blocks - 1) / blocks + 15) / 16 * 16;
   bool add = g.add;
   Depth<A> at = {0, 0, g.b, 0};

@@ -1,4 +1,5 @@
-// A product of a node: z = sum_i W_i x_i with a 1x1 or 3x3 kernel, and its gradients, in one arithmetic. Without torch.
+// A product of a node: z = sum_i W_i x_i with a kernel of any odd size, and its gradients, in one arithmetic. Without
+// torch.
 //
 // A new product is a file beside those that are here, and a line in product.cpp, which picks one.
 
