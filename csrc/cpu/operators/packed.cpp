@@ -75,13 +75,16 @@ int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tenso
   const at::ScalarType type = weight.scalar_type();
   foldable = foldable && node.channels_last && node.count() == 1 && up_weights.empty() &&
              at::globalContext().userEnabledMkldnn() && at::hasMKLDNN();
-  foldable = foldable && type == at::kBFloat16;
-  if (node.way() == Way::library) return foldable ? kFolded : kLibrary;
-  if (foldable && current_isa() == Isa::avx512_bf16) return kFolded;
+  const bool halves = foldable && type == at::kBFloat16, floats = foldable && type == at::kFloat;
+  if (node.way() == Way::library) return halves || floats ? kFolded : kLibrary;
+  if (halves && current_isa() == Isa::avx512_bf16) return kFolded;
   int64_t way = kLibrary;
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    way = way_from(NativeNode<T>(node).arithmetic_kept(), node.channels_last);
+    const Arithmetic arithmetic = NativeNode<T>(node).arithmetic_kept();
+    // What a stride leaves is small beside its flops, and the activation's own pass over it costs little.
+    const bool folds = floats && arithmetic == Arithmetic::direct && node.stride > 1;
+    way = folds ? kFolded : way_from(arithmetic, node.channels_last);
   });
   return way;
 }
