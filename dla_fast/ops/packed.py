@@ -35,6 +35,8 @@ pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_
 # run(xs, up_weights, weight, packed, way, scale, shift, residual, factors, stride, dilation, groups, residual_input,
 # act, slope): act(scale * conv(cat(xs)) + shift + residual).
 run: Callable[..., Tensor] = _function("conv_norm_act_packed")
+# release_maps(): free the memory that packed calls keep for their maps; there is none without the extension.
+release_maps: Callable[[], None] = _function("release_maps") if STATUS.loaded else lambda: None
 
 
 # The library's convolution with the norm folded into it, as a way.
@@ -79,9 +81,3 @@ def run_folded(
             x, added, blocked, shift.to(x.dtype), *geometry, "add", 1.0, None, [], ""
         )
     return y.relu_() if act == "relu" else y
-
-
-def release_maps() -> None:
-    """Free the memory that packed calls keep for their maps."""
-    if STATUS.loaded:
-        _function("release_maps")()

@@ -56,10 +56,11 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
   width = in_width == 0 ? 0 : (in_width - 1) / stride + 1;
 }
 
-// Measured (docs/benchmarks.md): on every convolution of the networks our products of floats, with the tail or the
-// moments behind them in cache, were faster than the library's convolutions followed by passes. In half precision the
-// library has instructions that our strided, dilated and larger kernels have not; without vectors of eight floats it
-// has the better code. Groups are rare in these networks.
+// Measured on Zen 4 (docs/benchmarks.md): on nodes, and on 3x3 convolutions without a stride, our products of floats
+// with the tail or the moments behind them in cache are faster than the library's convolutions followed by passes; on
+// strided ones they are up to a tenth slower. In half precision the library has instructions that our strided, dilated
+// and larger kernels have not; without vectors of eight floats it has the better code. Groups are rare in these
+// networks.
 Way Node::way() const {
   if (groups != 1) return Way::library;
   if (kernel == 1) return Way::pointwise;
@@ -146,8 +147,7 @@ NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Ar
     }
     in_.xs.push_back(input);
   }
-  arithmetic_ = arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false);
-  product_ = product_of(in_, arithmetic_);
+  product_ = product_of(in_, arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false));
 }
 
 template <class T>

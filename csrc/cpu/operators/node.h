@@ -67,7 +67,6 @@ class NativeNode {
   std::vector<Tensor> maps_;
   Tensor weight_;
   Inputs<T> in_;
-  Arithmetic arithmetic_;
   ProductOf<T> product_;
 };
 

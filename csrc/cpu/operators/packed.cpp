@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "inference.h"

@@ -11,8 +11,8 @@ namespace dla_fast::cpu {
 namespace {
 
 // Winograd's algorithm takes 8KN flops a pixel where the sum of products takes 18KN, but has a weight of 16KN values to
-// form, which so few pixels are not worth, and transforms that so few channels do not pay for. Measured on Zen 4
-// (docs/benchmarks.md).
+// form, which so few pixels are not worth, and transforms that so few channels do not pay for. From what
+// transforming, packing and either sum took a core of a Zen 4.
 constexpr int64_t kFewPixels = 128;
 
 template <class T>
@@ -47,9 +47,9 @@ Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
     }
   }
   if (in.kernel == 1) {
-    // A panel of pixels is of one contiguous image: of maps smaller than a few of them most of the last one is empty.
-    // With their pixels turned into rows, all images are one matrix.
-    const bool small = !in.channels_last && in.pixels() < 4 * kPanel;
+    // A panel of pixels is of one contiguous image. Where an image does not fill one, all of them as one matrix, pixels
+    // turned into rows, are the faster way.
+    const bool small = !in.channels_last && in.pixels() < kPanel;
     return small ? Arithmetic::direct : Arithmetic::float_pointwise;
   }
   return winograd_pays(in, kept) ? Arithmetic::winograd : Arithmetic::direct;
