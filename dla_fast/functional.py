@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dla_fast import backend, checks, ops, reference
+from dla_fast.arguments import autocast, checked
 from dla_fast.checks import Upsampling
 from dla_fast.ops import cuda
 from dla_fast.reference.activation import ActSpec, parse_act
@@ -17,39 +17,6 @@ from dla_fast.reference.conv_norm_act import added_to_aggregate, node
 from dla_fast.reference.norm import Norm
 
 __all__ = ["aggregate", "batch_norm_act", "conv_norm_act", "merge", "upsample", "upsample_add"]
-
-
-# Whether autocast exists for a device type, asked once per type.
-_autocasts: dict[str, bool] = {}
-
-
-@cuda.constant_when_traced
-def _has_autocast(device: str) -> bool:
-    """``torch.amp.is_autocast_available``, a question that torch 2.11's compiler cannot trace."""
-    if device not in _autocasts:
-        _autocasts[device] = torch.amp.is_autocast_available(device)
-    return _autocasts[device]
-
-
-def _autocasts_on(device: str) -> bool:
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
-
-
-def _autocast(tensors: Sequence[Any]) -> list[Any]:
-    """Cast what a convolution reads as autocast casts conv2d's arguments: everything floating but float64."""
-    for first in tensors:
-        if isinstance(first, Tensor):
-            break
-    else:
-        return list(tensors)
-    device = first.device.type
-    if not _autocasts_on(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
 
 
 def needs_reference() -> bool:
@@ -73,91 +40,6 @@ def _any_needs_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and _any_needs_grad(tensors)
-
-
-class Checked(NamedTuple):
-    """A node's arguments when they have been checked, and cast where autocast says so.
-
-    Attributes:
-        xs: the inputs.
-        weight: of the convolution.
-        conv_bias: its bias, or None.
-        added: the tensor that is added before the activation, where it is not an input as a kernel loads it.
-        residual_input: the index of the input that is, else -1.
-        upsample: per input None or ``(up_weight, factor)``; None where no input is upsampled.
-        up_weights: of the inputs that are upsampled, in order.
-        factors: per input, 1 where it is taken as it is.
-        act: name of the activation.
-        slope: of a leaky one.
-    """
-
-    xs: list[Tensor]
-    weight: Tensor
-    conv_bias: Tensor | None
-    added: Tensor | None
-    residual_input: int
-    upsample: Upsampling | None
-    up_weights: list[Tensor]
-    factors: list[int]
-    act: str
-    slope: float
-
-
-def checked(
-    op: str,
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    norm: Norm,
-    kernels: tuple[int, ...] | None,
-    conv_bias: Tensor | None,
-    stride: int,
-    dilation: int,
-    groups: int,
-    residual: int | Tensor | None,
-    upsample: Upsampling | None,
-    act: ActSpec,
-) -> Checked:
-    """The arguments of :func:`conv_norm_act`, under the name ``op``, with a weight of one of some kernels, or of any.
-
-    Raises:
-        ValueError: as :func:`conv_norm_act`.
-        TypeError: as :func:`conv_norm_act`.
-    """
-    xs = checks.check_inputs(xs)
-    if _autocasts_on(xs[0].device.type):
-        *xs, weight, conv_bias = _autocast([*xs, weight, conv_bias])
-    checks.check_one_kind(xs)
-    if stride != 1 or dilation != 1 or groups != 1:
-        checks.check_geometry(stride, dilation, groups)
-    checks.check_weight(weight, xs, kernels, groups)
-    x, up_weights, factors = xs[0], [], [1] * len(xs)
-    images, _, height, width = x.shape
-    channels, _, kernel, _ = weight.shape
-    if upsample is None and (op == "aggregate" or len(xs) == 1):
-        checks.check_same_size(xs)
-    else:
-        upsample = checks.check_upsampling([None] * len(xs) if upsample is None else upsample, xs, _autocast)
-        height, width = checks.check_same_size_upsampled(xs, upsample)
-        for i, up in enumerate(upsample):
-            if up is not None:
-                up_weights.append(up[0])
-                factors[i] = up[1]
-    if kernel > 1 or stride > 1:
-        height, width = (checks.convolved(side, kernel, stride, dilation) for side in (height, width))
-    checks.check_vector("conv_bias", conv_bias, channels, x, norm=False)
-    added, residual_input = None, -1
-    if residual is not None:
-        if isinstance(residual, Tensor):
-            (added,) = _autocast([residual])
-            checks.check_residual(added, (images, channels, height, width), x)
-        else:
-            residual_input = checks.check_residual_input(residual, xs, (images, channels, height, width))
-            if stride > 1 or factors[residual_input] > 1:
-                # What is added is then not what a kernel has loaded.
-                added, residual_input = xs[residual_input], -1
-    name, slope = parse_act(act)
-    checks.check_norm(norm, channels=channels, like=x, values_per_channel=images * height * width)
-    return Checked(xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope)
 
 
 def _node(
@@ -414,7 +296,7 @@ def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:
         TypeError: a factor that is not an integer, dtypes that are not floating or not equal.
         RuntimeError: a forced backend cannot run the call.
     """
-    x, weight = _autocast([x, weight])
+    x, weight = autocast([x, weight])
     checks.check_tensor("x", x, rank=4)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     serving = _serving("upsample", x.device.type, x.dtype)
@@ -440,7 +322,7 @@ def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor
         TypeError: a factor that is not an integer, dtypes that are not floating or not equal.
         RuntimeError: a forced backend cannot run the call.
     """
-    x, weight, skip = _autocast([x, weight, skip])
+    x, weight, skip = autocast([x, weight, skip])
     checks.check_tensor("x", x, rank=4)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     size = (*x.shape[:2], checks.upsampled(x.shape[2], factor), checks.upsampled(x.shape[3], factor))

@@ -20,6 +20,7 @@ LINES = (
     ("models", "swap"),
     ("nn",),
     ("functional",),
+    ("arguments",),
     ("backend",),
     ("kernels", "ops"),
     ("checks", "reference", "_extension", "_extras", "_timm", "_version", "_build"),

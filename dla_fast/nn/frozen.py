@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dla_fast import backend, functional
+from dla_fast import arguments, backend, functional
 from dla_fast.checks import Upsampling
 from dla_fast.ops import packed
 from dla_fast.ops.layout import accumulation_dtype
@@ -220,9 +220,7 @@ class Frozen:
         weight, conv_bias, gamma, beta, mean, var = tensors
         geometry = conv.stride[0], conv.dilation[0], conv.groups
         norm = Norm(gamma, beta, mean, var, False, eps=folded.eps)
-        call = functional.checked(
-            "conv_norm_act", xs, weight, norm, None, conv_bias, *geometry, residual, upsample, act
-        )
+        call = arguments.checked("conv_norm_act", xs, weight, norm, None, conv_bias, *geometry, residual, upsample, act)
         foldable = packed.folds(call.act) and (residual is None or isinstance(residual, Tensor))
         way = packed.way_of(xs, call.up_weights, weight, call.factors, *geometry, foldable)
         folds = way == packed.FOLDED
