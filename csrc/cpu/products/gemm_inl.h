@@ -9,7 +9,7 @@ constexpr int kRows = 6, kVectors = 2;
 
 // So many products are added up in registers before they go on to c: a sum of sums rounds far less than one long chain,
 // and these rows of b stay in the first-level cache for all rows of a.
-constexpr int64_t kDepth = 96;
+constexpr int64_t kDepth = 128;
 
 template <class A, int MR, int NV, bool TRANSPOSED>
 inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
@@ -39,18 +39,30 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
   }
 }
 
+// c (+)= acc, of which c has n columns.
 template <class A, int MR, int NV>
-inline __attribute__((always_inline)) void flush(typename VectorOf<A>::type (&acc)[MR][NV], A* c, int64_t ldc,
+inline __attribute__((always_inline)) void flush(const typename VectorOf<A>::type (&acc)[MR][NV], A* c, int64_t ldc,
                                                  int64_t n, bool add) {
-  constexpr int64_t lanes = VectorOf<A>::lanes;
+  using V = VectorOf<A>;
+  if (n >= NV * V::lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) {
+        auto* to = reinterpret_cast<typename V::unaligned*>(c + i * ldc + j * V::lanes);
+        *to = add ? acc[i][j] + *to : acc[i][j];
+      }
+    }
+    return;
+  }
+  // Through memory: lanes that are picked one by one would keep all of acc there, from its first sum on.
+  alignas(64) A row[NV * V::lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) {
-      A* to = c + i * ldc + j * lanes;
-      store_lanes(to, add ? acc[i][j] + load_lanes(to, n - j * lanes) : acc[i][j], n - j * lanes);
-      acc[i][j] = typename VectorOf<A>::type{};
-    }
+    for (int j = 0; j < NV; ++j) *reinterpret_cast<typename V::type*>(row + j * V::lanes) = acc[i][j];
+    A* to = c + i * ldc;
+    for (int64_t j = 0; j < n; ++j) to[j] = add ? to[j] + row[j] : row[j];
   }
 }
 
@@ -139,7 +151,7 @@ inline void column(const Gemm<A>& g, int64_t j0) {
     return;
   }
   // Narrow rows leave room for more of them. A weight's gradient sums pixels, which PyTorch adds up in shorter chains.
-  constexpr int64_t depth = TRANSPOSED ? kDepth / 2 : (NV <= kVectors / 2 ? 2 * kDepth : kDepth);
+  constexpr int64_t depth = TRANSPOSED ? 48 : (NV <= kVectors / 2 ? 192 : kDepth);
   const int64_t blocks = (total + depth - 1) / depth, even = ((total + blocks - 1) / blocks + 15) / 16 * 16;
   bool add = g.add;
   Depth<A> at = {0, 0, g.b, 0};
