@@ -11,17 +11,18 @@ constexpr int kRows = 6, kVectors = 2;
 // and these rows of b stay in the first-level cache for all rows of a.
 constexpr int64_t kDepth = 128;
 
+// The rows of a lie `row` values behind it, those that are next about `next` behind these.
 template <class A, int MR, int NV, bool TRANSPOSED>
 inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
-                                                      int64_t lda, const A* b, int64_t ldb, int64_t count,
-                                                      Ahead* ahead) {
+                                                      const int64_t (&row)[MR], int64_t next, int64_t lda, const A* b,
+                                                      int64_t ldb, int64_t count, Ahead* ahead) {
   using V = VectorOf<A>;
   constexpr int64_t line = 64 / sizeof(A);
   for (int64_t p0 = 0; p0 < count; p0 += line) {
     if constexpr (!TRANSPOSED) {
       // The next rows of a: memory is too far for the processor to begin on them by itself.
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) __builtin_prefetch(a + (MR + i) * lda + p0, 0, 2);
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(a + row[i] + next + p0, 0, 2);
     }
     if (ahead != nullptr) fetch(*ahead, MR);
     const int64_t end = count - p0 < line ? count : p0 + line;
@@ -31,7 +32,7 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
       for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + p * ldb + j * V::lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
-        const A av = TRANSPOSED ? a[p * lda + i] : a[i * lda + p];
+        const A av = TRANSPOSED ? a[p * lda + i] : a[row[i] + p];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
       }
@@ -49,8 +50,8 @@ inline __attribute__((always_inline)) void flush(const typename VectorOf<A>::typ
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) {
-        auto* to = reinterpret_cast<typename V::unaligned*>(c + i * ldc + j * V::lanes);
-        *to = add ? acc[i][j] + *to : acc[i][j];
+        A* to = c + i * ldc + j * V::lanes;
+        store_lanes(to, add ? acc[i][j] + load_lanes(to, V::lanes) : acc[i][j], V::lanes);
       }
     }
     return;
@@ -60,7 +61,7 @@ inline __attribute__((always_inline)) void flush(const typename VectorOf<A>::typ
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) *reinterpret_cast<typename V::type*>(row + j * V::lanes) = acc[i][j];
+    for (int j = 0; j < NV; ++j) store_lanes(row + j * V::lanes, acc[i][j], V::lanes);
     A* to = c + i * ldc;
     for (int64_t j = 0; j < n; ++j) to[j] = add ? to[j] + row[j] : row[j];
   }
@@ -92,9 +93,31 @@ inline __attribute__((always_inline)) void parts(const Gemm<A>& g, Depth<A>& at,
   }
 }
 
-// Row i0 of c is row `row` of that group of a.
+// Where in a segment rows i0, i0 + 1, ... of a begin.
+template <class A, int MR>
+inline __attribute__((always_inline)) void rows_at(const Gemm<A>& g, const Segment<A>& segment, int64_t i0,
+                                                   int64_t (&row)[MR]) {
+  if (g.group == 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) row[i] = (i0 + i) * segment.lda;
+    return;
+  }
+  int64_t group = i0 / g.group, within = i0 % g.group;
+  int64_t outer = group / g.outer;
+  group %= g.outer;
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    row[i] = outer * segment.outer + group * segment.step + within * segment.lda;
+    if (++within < g.group) continue;
+    within = 0;
+    if (++group < g.outer) continue;
+    group = 0;
+    ++outer;
+  }
+}
+
 template <class A, int MR, int NV, bool TRANSPOSED>
-inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t group, int64_t row, int64_t j0, bool add) {
+inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool add, Ahead* ahead) {
   typename VectorOf<A>::type acc[MR][NV] = {};
   A* c = g.c + i0 * g.ldc + j0;
   // c may lie far away: fetched now, it is there when the products are done.
@@ -102,43 +125,41 @@ inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t group, int6
     for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
   }
   parts(g, at, [&](const Segment<A>& segment, int64_t p, const A* b, int64_t count) {
-    const int64_t at_group = g.outer > 0 ? group / g.outer * segment.outer + group % g.outer * segment.step : 0;
-    const A* a = segment.a + (TRANSPOSED ? p * segment.lda + row : at_group + row * segment.lda + p);
-    accumulate<A, MR, NV, TRANSPOSED>(acc, a, segment.lda, b + j0, g.ldb, count, g.ahead);
+    int64_t row[MR] = {};
+    if constexpr (!TRANSPOSED) rows_at(g, segment, i0, row);
+    const A* a = segment.a + (TRANSPOSED ? p * segment.lda + i0 : p);
+    accumulate<A, MR, NV, TRANSPOSED>(acc, a, row, MR * segment.lda, segment.lda, b + j0, g.ldb, count, ahead);
   });
   flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
 }
 
 template <class A, int NV, bool TRANSPOSED>
-inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add) {
+inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add, Ahead* ahead) {
   // Few vectors leave registers for more rows, and without those would wait for their own sums.
   constexpr int kMany = NV <= kVectors / 2 ? 2 * kRows : kRows;
-  const int64_t count = g.group > 0 ? g.group : g.m;
-  for (int64_t first = 0, group = 0; first < g.m; first += count, ++group) {
-    int64_t i = 0;
-    for (; i + kMany <= count; i += kMany) micro<A, kMany, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
-    if constexpr (kMany > kRows) {
-      for (; i + kRows <= count; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
-    }
-    switch (count - i) {
-      case 5:
-        micro<A, 5, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
-        break;
-      case 4:
-        micro<A, 4, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
-        break;
-      case 3:
-        micro<A, 3, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
-        break;
-      case 2:
-        micro<A, 2, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
-        break;
-      case 1:
-        micro<A, 1, NV, TRANSPOSED>(g, at, first + i, group, i, j0, add);
-        break;
-      default:
-        break;
-    }
+  int64_t i = 0;
+  for (; i + kMany <= g.m; i += kMany) micro<A, kMany, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+  if constexpr (kMany > kRows) {
+    for (; i + kRows <= g.m; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+  }
+  switch (g.m - i) {
+    case 5:
+      micro<A, 5, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      break;
+    case 4:
+      micro<A, 4, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      break;
+    case 3:
+      micro<A, 3, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      break;
+    case 2:
+      micro<A, 2, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      break;
+    case 1:
+      micro<A, 1, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      break;
+    default:
+      break;
   }
 }
 
@@ -147,18 +168,31 @@ inline void column(const Gemm<A>& g, int64_t j0) {
   int64_t total = 0;
   for (int64_t s = 0; s < g.segment_count; ++s) total += g.segments[s].k;
   if (total == 0) {
-    if (!g.add) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, false);
+    if (!g.add) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, false, nullptr);
     return;
   }
   // Narrow rows leave room for more of them. A weight's gradient sums pixels, which PyTorch adds up in shorter chains.
   constexpr int64_t depth = TRANSPOSED ? 48 : (NV <= kVectors / 2 ? 192 : kDepth);
   const int64_t blocks = (total + depth - 1) / depth, even = ((total + blocks - 1) / blocks + 15) / 16 * 16;
+  constexpr int64_t most = NV * VectorOf<A>::lanes;
+  const int64_t cols = g.n - j0 < most ? g.n - j0 : most;
   bool add = g.add;
   Depth<A> at = {0, 0, g.b, 0};
   for (int64_t done = 0; done < total; done += even, add = true) {
     at.count = total - done < even ? total - done : even;
-    rows<A, NV, TRANSPOSED>(g, at, j0, add);
-    parts(g, at, [](const Segment<A>&, int64_t, const A*, int64_t) {});
+    Depth<A> next = at;
+    parts(g, next, [](const Segment<A>&, int64_t, const A*, int64_t) {});
+    const int64_t left = total - done - at.count;
+    if (g.ahead == nullptr || left == 0) {
+      rows<A, NV, TRANSPOSED>(g, at, j0, add, g.ahead);
+    } else {
+      // What is wanted soonest: of a long column the rows of b below these, and only at its end what the caller says.
+      const A* b = g.segments[next.segment].b;
+      if (next.offset > 0 || b == nullptr) b = next.b;
+      Ahead below = Ahead::of<const A>({b + j0, g.ldb}, left < even ? left : even, cols);
+      rows<A, NV, TRANSPOSED>(g, at, j0, add, &below);
+    }
+    at = next;
   }
 }
 
