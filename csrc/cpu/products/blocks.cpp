@@ -16,7 +16,8 @@ TileGrid::TileGrid(int64_t images, int64_t height, int64_t width, int64_t most_t
 
 TileGrid::Block TileGrid::operator[](int64_t i) const {
   const int64_t w = i % col_blocks * 2 * cols, h = i / col_blocks % row_blocks * 2 * rows;
-  return {i / col_blocks / row_blocks, h, w, std::min(2 * rows, height - h), std::min(2 * cols, width - w)};
+  const int64_t high = std::min(2 * rows, height - h);
+  return {i / col_blocks / row_blocks, h, w, high, std::min(2 * cols, width - w), divide_up(high, 2)};
 }
 
 template <class T>

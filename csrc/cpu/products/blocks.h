@@ -18,13 +18,16 @@ struct TileGrid {
   struct Block {
     int64_t image, h, w;    // first pixel
     int64_t height, width;  // pixels within the map
+    int64_t rows;           // of tiles that have such pixels
   };
 
   int64_t images, height, width, rows, cols, row_blocks, col_blocks;
 
   TileGrid(int64_t images, int64_t height, int64_t width, int64_t most_tiles);
   int64_t count() const { return images * row_blocks * col_blocks; }
+  // Of a block, at most.
   int64_t tiles() const { return rows * cols; }
+  int64_t tiles(const Block& block) const { return block.rows * cols; }
   int64_t moment_groups() const { return images * height * col_blocks; }
   Block operator[](int64_t i) const;
 };
@@ -107,10 +110,11 @@ class Blocks {
           planes(b.planes_) {}
   };
 
-  // Input i of a block with a pixel around it, zero outside of the map: work.patch[2 rows + 2][2 cols + 2][channels].
+  // Input i of a block with a pixel around it, zero outside of the map: work.patch[2 rows + 2][2 cols + 2][channels], of
+  // the block's rows.
   void gather(size_t i, const TileGrid::Block& block, const Work& work) const {
     if (in_.xs[i].factor == 1) {
-      maps_[i].gather(block.image, block.h - 1, block.w - 1, 2 * grid_.rows + 2, 2 * grid_.cols + 2, 0,
+      maps_[i].gather(block.image, block.h - 1, block.w - 1, 2 * block.rows + 2, 2 * grid_.cols + 2, 0,
                       maps_[i].channels, work.patch.get());
     } else {
       upsample_block(i, block, work);
@@ -123,7 +127,7 @@ class Blocks {
     const int64_t cols = 2 * grid_.cols + 2, begin = std::max<int64_t>(block.w - 1, 0),
                   end = std::min(block.w - 1 + cols, in_.width), skip = begin - (block.w - 1);
     A* to = work.patch.get();
-    for (int64_t r = 0; r < 2 * grid_.rows + 2; ++r, to += cols * x.channels) {
+    for (int64_t r = 0; r < 2 * block.rows + 2; ++r, to += cols * x.channels) {
       const int64_t h = block.h - 1 + r;
       if (h < 0 || h >= in_.height) {
         std::fill_n(to, cols * x.channels, A(0));

@@ -119,7 +119,7 @@ void Direct<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
         Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, count);
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
                                  packed.get() + panel * depth * kPanel, kPanel, z.get(), ld, false, &ahead, block.width,
-                                 block.height});
+                                 block.height, true});
         const int64_t pieces = block.images * (whole() ? 1 : block.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
           const A* const from = z.get() + r * pixels * ld;

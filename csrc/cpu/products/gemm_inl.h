@@ -24,7 +24,7 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) __builtin_prefetch(a + row[i] + next + p0, 0, 2);
     }
-    if (ahead != nullptr) fetch(*ahead, MR);
+    if (ahead != nullptr) fetch(*ahead, MR * ahead->pace);
     const int64_t end = count - p0 < line ? count : p0 + line;
     for (int64_t p = p0; p < end; ++p) {
       typename V::type bv[NV];
@@ -183,14 +183,19 @@ inline void column(const Gemm<A>& g, int64_t j0) {
     Depth<A> next = at;
     parts(g, next, [](const Segment<A>&, int64_t, const A*, int64_t) {});
     const int64_t left = total - done - at.count;
-    if (g.ahead == nullptr || left == 0) {
+    if (!g.far) {
       rows<A, NV, TRANSPOSED>(g, at, j0, add, g.ahead);
     } else {
       // What is wanted soonest: of a long column the rows of b below these, and only at its end what the caller says.
-      const A* b = g.segments[next.segment].b;
-      if (next.offset > 0 || b == nullptr) b = next.b;
-      Ahead below = Ahead::of<const A>({b + j0, g.ldb}, left < even ? left : even, cols);
-      rows<A, NV, TRANSPOSED>(g, at, j0, add, &below);
+      Ahead ahead = g.ahead == nullptr ? Ahead{} : *g.ahead;
+      if (left > 0) {
+        const A* b = g.segments[next.segment].b;
+        if (next.offset > 0 || b == nullptr) b = next.b;
+        ahead = Ahead::of<const A>({b + j0, g.ldb}, left, cols);
+      }
+      ahead.rows = ahead.rows < even ? ahead.rows : even;
+      ahead.pace = ahead.rows * ahead.lines / (g.m * at.count * static_cast<int64_t>(sizeof(A)) / 64 + 1) + 1;
+      rows<A, NV, TRANSPOSED>(g, at, j0, add, &ahead);
     }
     at = next;
   }

@@ -84,25 +84,30 @@ class WinogradBlocks {
       const typename Blocks<T>::Work work(blocks_);
       const typename Products::Thread thread(products_, widest, depth);
       for (int64_t task = take(); task >= 0; task = take()) {
-        const int64_t begin = task / groups * most, end = std::min(begin + most, grid_.count()),
-                      tiles = (end - begin) * grid_.tiles();
-        const int64_t group = task % groups, first = count * group / groups, last = count * (group + 1) / groups;
+        // A thread meets the same panels again, and where blocks are not of one size as much work as the others.
+        const int64_t begin = task % batches * most, end = std::min(begin + most, grid_.count());
+        const int64_t group = task / batches, first = count * group / groups, last = count * (group + 1) / groups;
+        int64_t tiles = 0, tile = 0;
+        for (int64_t b = begin; b < end; ++b) tiles += grid_.tiles(grid_[b]);
         for (int64_t b = begin; b < end; ++b) {
-          A* const at = v.get() + (b - begin) * grid_.tiles() * depth;
+          const TileGrid::Block block = grid_[b];
           for (size_t i = 0; i < in_.xs.size(); ++i) {
-            blocks_.gather(i, grid_[b], work);
-            float_kernels<A>().winograd_input(
-                {grid_.rows, grid_.cols, in_.xs[i].channels, at + in_.xs[i].offset, tiles * depth, depth},
-                work.patch.get());
+            blocks_.gather(i, block, work);
+            float_kernels<A>().winograd_input({block.rows, grid_.cols, in_.xs[i].channels,
+                                               v.get() + tile * depth + in_.xs[i].offset, tiles * depth, depth},
+                                              work.patch.get());
           }
+          tile += grid_.tiles(block);
         }
         products_.multiply(thread, panels_, first, last, tiles, v.get(), m.get());
         for (int64_t p = first; p < last; ++p) {
+          A* at = m.get() + (p - first) * 16 * tiles * kPanel;
           for (int64_t b = begin; b < end; ++b) {
-            A* const at = m.get() + ((p - first) * 16 * tiles + (b - begin) * grid_.tiles()) * kPanel;
-            float_kernels<A>().winograd_output({grid_.rows, grid_.cols, panels_[p].count, at, tiles * kPanel, kPanel},
+            const TileGrid::Block block = grid_[b];
+            float_kernels<A>().winograd_output({block.rows, grid_.cols, panels_[p].count, at, tiles * kPanel, kPanel},
                                                z.get());
-            for_rows<T, A>(in_, grid_, grid_[b], panels_[p], z.get(), 2 * grid_.cols, rows.get(), epilogue);
+            for_rows<T, A>(in_, grid_, block, panels_[p], z.get(), 2 * grid_.cols, rows.get(), epilogue);
+            at += grid_.tiles(block) * kPanel;
           }
         }
       }
@@ -149,17 +154,17 @@ void winograd_weight_gradient(const Inputs<T>& in, const Gradient<T>& gradient, 
       const auto& [input, channel, depth, out, width] = sums.piece(task);
       const int64_t first = sums.first_block(task), last = sums.last_block(task);
       for (int64_t b = first; b < last; b += most) {
-        const int64_t together = std::min(most, last - b);
-        for (int64_t i = 0; i < together; ++i) {
-          const TileGrid::Block block = grid[b + i];
-          const int64_t tile = i * grid.tiles();
-          maps[input].gather(block.image, block.h - 1, block.w - 1, rows + 2, cols + 2, channel, depth, x.get());
-          k.winograd_input({grid.rows, grid.cols, depth, v.get() + tile * deep, plane * deep, deep}, x.get());
-          dz.gather(block.image, block.h, block.w, rows, cols, out, width, dy.get());
-          k.winograd_gradient({grid.rows, grid.cols, width, d.get() + tile * wide, plane * wide, wide}, dy.get());
+        int64_t tile = 0;
+        for (int64_t i = b; i < std::min(b + most, last); ++i) {
+          const TileGrid::Block block = grid[i];
+          maps[input].gather(block.image, block.h - 1, block.w - 1, 2 * block.rows + 2, cols + 2, channel, depth,
+                             x.get());
+          k.winograd_input({block.rows, grid.cols, depth, v.get() + tile * deep, plane * deep, deep}, x.get());
+          dz.gather(block.image, block.h, block.w, 2 * block.rows, cols, out, width, dy.get());
+          k.winograd_gradient({block.rows, grid.cols, width, d.get() + tile * wide, plane * wide, wide}, dy.get());
+          tile += grid.tiles(block);
         }
-        products.multiply(thread, {plane, together * grid.tiles(), depth, width}, v.get(), d.get(), du.get(),
-                          b > first);
+        products.multiply(thread, {plane, tile, depth, width}, v.get(), d.get(), du.get(), b > first);
       }
       for (int64_t c = 0; c < depth; ++c) {
         k.winograd_weight_gradient(du.get() + c * wide, deep * wide, width, taps.get() + c * sums.per_channel(),
