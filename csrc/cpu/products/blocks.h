@@ -110,8 +110,8 @@ class Blocks {
           planes(b.planes_) {}
   };
 
-  // Input i of a block with a pixel around it, zero outside of the map: work.patch[2 rows + 2][2 cols + 2][channels], of
-  // the block's rows.
+  // Input i of a block with a pixel around it, zero outside of the map: work.patch[2 rows + 2][2 cols + 2][channels],
+  // of the block's rows.
   void gather(size_t i, const TileGrid::Block& block, const Work& work) const {
     if (in_.xs[i].factor == 1) {
       maps_[i].gather(block.image, block.h - 1, block.w - 1, 2 * block.rows + 2, 2 * grid_.cols + 2, 0,

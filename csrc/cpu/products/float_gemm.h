@@ -23,8 +23,8 @@ struct Segment {
   int64_t step = 0, outer = 0;
 };
 
-// Memory that is wanted soon: rows of so many cache lines, `stride` bytes apart. A product fetches it in passing, `pace`
-// lines for each cache line of a, and moves this on.
+// Memory that is wanted soon: rows of so many cache lines, `stride` bytes apart. A product fetches it in passing,
+// `pace` lines for each cache line of a, and moves this on.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, rows = 0, lines = 0, line = 0, pace = 1;
@@ -64,7 +64,7 @@ struct Gemm {
   bool add;
   Ahead* ahead = nullptr;
   int64_t group = 0, outer = 0;  // rows of a group, and groups of a group of them, where they come in groups
-  bool far = false;  // b lies far away and ahead is what follows it: both are fetched as they are wanted
+  bool far = false;              // b lies far away and ahead is what follows it: both are fetched as they are wanted
 };
 
 // Winograd's minimal filtering F(2x2, 3x3): a tile of 2x2 outputs of a 3x3 convolution takes 16 products a channel pair
