@@ -48,33 +48,33 @@ Direct<T>::Direct(const Inputs<T>& in)
 
 template <class T>
 int64_t Direct<T>::packed_bytes() const {
-  return round_up(in_.out_channels, kPanel) * in_.taps() * in_.in_channels * static_cast<int64_t>(sizeof(A));
+  return divide_up(in_.out_channels, kPanel) * width() * in_.taps() * in_.in_channels * static_cast<int64_t>(sizeof(A));
 }
 
-// Panel by panel [input][tap][channel][kPanel].
+// Panel by panel [input][tap][channel][width()].
 template <class T>
 void Direct<T>::pack(void* to) const {
   const auto& k = kernels<T>();
-  const int64_t taps = in_.taps(), depth = taps * in_.in_channels, inputs = in_.count();
+  const int64_t taps = in_.taps(), depth = taps * in_.in_channels, inputs = in_.count(), ld = width();
   A* const packed = static_cast<A*>(to);
-  parallel(divide_up(in_.out_channels, kPanel) * inputs, depth * kPanel / inputs, [&](int64_t begin, int64_t end) {
-    const Scratch<A> work(in_.taps_first ? 0 : depth * kPanel);
+  parallel(divide_up(in_.out_channels, kPanel) * inputs, depth * ld / inputs, [&](int64_t begin, int64_t end) {
+    const Scratch<A> work(in_.taps_first ? 0 : depth * ld);
     for (int64_t task = begin; task < end; ++task) {
       const Input<T>& x = in_.xs[task % inputs];
       const int64_t n = task / inputs * kPanel, cols = std::min(kPanel, in_.out_channels - n);
-      A* const panel = packed + (task / inputs * depth + taps * x.offset) * kPanel;
+      A* const panel = packed + (task / inputs * depth + taps * x.offset) * ld;
       if (in_.taps_first) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           k.load_transposed({in_.weight + n * depth + tap * in_.in_channels + x.offset, depth},
-                            {panel + tap * x.channels * kPanel, kPanel}, cols, x.channels);
+                            {panel + tap * x.channels * ld, ld}, cols, x.channels);
         }
         continue;
       }
-      k.load_transposed({in_.weight + n * depth + x.offset * taps, depth}, {work.get(), kPanel}, cols,
+      k.load_transposed({in_.weight + n * depth + x.offset * taps, depth}, {work.get(), ld}, cols,
                         x.channels * taps);
       for (int64_t c = 0; c < x.channels; ++c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
-          std::copy_n(work.get() + (c * taps + tap) * kPanel, cols, panel + (tap * x.channels + c) * kPanel);
+          std::copy_n(work.get() + (c * taps + tap) * ld, cols, panel + (tap * x.channels + c) * ld);
         }
       }
     }
@@ -116,9 +116,9 @@ void Direct<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
       for (int64_t panel = tasks.begin(task); panel < panel_end; ++panel) {
         const int64_t channel = panel * kPanel, count = std::min(kPanel, n - channel);
         const int64_t next = panel + 1 < panel_end ? panel + 1 : tasks.begin(task);
-        Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, count);
+        Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * ld, ld}, depth, count);
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * kPanel, kPanel, z.get(), ld, false, &ahead, block.width,
+                                 packed.get() + panel * depth * ld, ld, z.get(), ld, false, &ahead, block.width,
                                  block.height, true});
         const int64_t pieces = block.images * (whole() ? 1 : block.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {

@@ -57,7 +57,8 @@ class Direct : public Product<T> {
   // Whether the rows of a block lie one behind the other in the output.
   bool whole() const { return grid_.col_blocks == 1; }
   int64_t pieces() const { return grid_.together * (whole() ? 1 : grid_.rows); }
-  // Values between pixels of a block of the output, in cache.
+  // Values between pixels of a block of the output, in cache, and between rows of a packed panel: with no more than are
+  // needed the rows of few output channels stay in the first-level cache, of which every fourth line holds few of them.
   int64_t width() const { return std::min(kPanel, round_up(in_.out_channels, 16)); }
   void weight_gradient(const Gradient<T>& gradient) const;
   void input_gradients(const Gradient<T>& gradient) const;

@@ -11,18 +11,34 @@ constexpr int kRows = 6, kVectors = 2;
 // and these rows of b stay in the first-level cache for all rows of a.
 constexpr int64_t kDepth = 128;
 
-// The rows of a lie `row` values behind it, those that are next about `next` behind these.
+// The same value, of unknown origin: what is computed from it is computed where it is used, and takes no register
+// before.
+template <class X>
+inline __attribute__((always_inline)) X anew(X x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+// The rows of a lie `row` values behind it, those that are next about `next` behind these. More than kRows of them are
+// lda apart.
 template <class A, int MR, int NV, bool TRANSPOSED>
 inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
                                                       const int64_t (&row)[MR], int64_t next, int64_t lda, const A* b,
                                                       int64_t ldb, int64_t count, Ahead* ahead) {
   using V = VectorOf<A>;
   constexpr int64_t line = 64 / sizeof(A);
-  for (int64_t p0 = 0; p0 < count; p0 += line) {
-    if constexpr (!TRANSPOSED) {
-      // The next rows of a: memory is too far for the processor to begin on them by itself.
+  // Many rows are reached from a pointer for every few of them: one for each is more than there are registers for.
+  constexpr bool many = MR > kRows && !TRANSPOSED;
+  constexpr int few = 4, pointers = many ? (MR + few - 1) / few : 1;
+  const A* at[pointers];
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) __builtin_prefetch(a + row[i] + next + p0, 0, 2);
+  for (int i = 0; i < pointers; ++i) at[i] = anew(a + row[0] + few * i * lda);
+  for (int64_t p0 = 0; p0 < count; p0 += line) {
+    // The next rows of a: memory is too far for the processor to begin on them by itself, unless they are one stream.
+    if (!TRANSPOSED && lda > 2 * line) {
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i)
+        __builtin_prefetch(many ? at[i / few] + i % few * lda + next : a + row[i] + next + p0, 0, 2);
     }
     if (ahead != nullptr) fetch(*ahead, MR * ahead->pace);
     const int64_t end = count - p0 < line ? count : p0 + line;
@@ -32,10 +48,12 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
       for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const typename V::unaligned*>(b + p * ldb + j * V::lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
-        const A av = TRANSPOSED ? a[p * lda + i] : a[row[i] + p];
+        const A av = TRANSPOSED ? a[p * lda + i] : (many ? at[i / few][i % few * lda] : a[row[i] + p]);
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
       }
+#pragma GCC unroll 16
+      for (int i = 0; many && i < pointers; ++i) ++at[i];
     }
   }
 }
@@ -130,17 +148,25 @@ inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool ad
     const A* a = segment.a + (TRANSPOSED ? p * segment.lda + i0 : p);
     accumulate<A, MR, NV, TRANSPOSED>(acc, a, row, MR * segment.lda, segment.lda, b + j0, g.ldb, count, ahead);
   });
-  flush<A, MR, NV>(acc, c, g.ldc, g.n - j0, add);
+  flush<A, MR, NV>(acc, anew(c), anew(g.ldc), g.n - j0, add);
 }
 
 template <class A, int NV, bool TRANSPOSED>
 inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add, Ahead* ahead) {
-  // Few vectors leave registers for more rows, and without those would wait for their own sums.
-  constexpr int kMany = NV <= kVectors / 2 ? 2 * kRows : kRows;
+  // Few vectors leave registers for more rows, and without those would wait for their own sums. Maps are often
+  // multiples of 14 wide.
+  constexpr int kMany = NV > kVectors / 2 ? kRows : (TRANSPOSED ? 2 * kRows : 14);
   int64_t i = 0;
-  for (; i + kMany <= g.m; i += kMany) micro<A, kMany, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
-  if constexpr (kMany > kRows) {
-    for (; i + kRows <= g.m; i += kRows) micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+  while (i + kRows <= g.m) {
+    // So many are within a line.
+    const int64_t left = g.group > 0 ? g.group - i % g.group : g.m - i;
+    if (kMany > kRows && left >= kMany) {
+      micro<A, kMany, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      i += kMany;
+    } else {
+      micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      i += kRows;
+    }
   }
   switch (g.m - i) {
     case 5:
