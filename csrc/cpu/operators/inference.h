@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "library.h"
 #include "node.h"
 
@@ -20,7 +22,9 @@ void infer(const Node& node, const NativeNode<T>& product, const NormVectors<acc
   const T* skip = data_or_null<T>(residual);
   T* out = y.mutable_data_ptr<T>();
   const int64_t ld = node.channels_last ? node.out_channels : node.height * node.width;
-  product->forward(nullptr, [&](const Piece& piece, Strided<const A> z) {
+  A* in_place = nullptr;
+  if constexpr (std::is_same_v<T, A>) in_place = product->in_place() ? out : nullptr;
+  product->forward(in_place, [&](const Piece& piece, Strided<const A> z) {
     kernels<T>().tail_accumulated(piece.shape, norm.from(piece.channel), z,
                                   {skip == nullptr ? nullptr : skip + piece.at, ld}, {out + piece.at, ld});
   });

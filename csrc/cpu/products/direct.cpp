@@ -81,16 +81,27 @@ void Direct<T>::pack(void* to) const {
   });
 }
 
+// The rows that the block after this one takes besides.
 template <class T>
-void Direct<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
+Ahead Direct<T>::below(const RowGrid::Block& block) const {
+  const Map<T>& x = maps_[0];
+  const int64_t h = block.h * window_.stride - window_.padding() + window_.side(block.height), row = x.width * x.channels;
+  if (!x.channels_last || h >= x.height) return {};
+  return Ahead::of<const T>({x.data + (block.image * x.height + h) * row, 0}, 1,
+                            std::min(grid_.rows * window_.stride, x.height - h) * row);
+}
+
+template <class T>
+void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
   const int64_t kernel = window_.kernel, dilation = window_.dilation, stride = window_.stride, ld = width();
   const int64_t depth = in_.taps() * in_.in_channels, n = in_.out_channels;
   const int64_t rows = window_.side(grid_.rows), cols = window_.side(grid_.cols), area = rows * cols,
                 most = grid_.together * grid_.rows * grid_.cols;
+  const bool direct = out != nullptr && this->in_place();
   const PackedWeight<A> packed(*this, in_);
   const Tasks tasks(grid_.count(), divide_up(n, kPanel));
   parallel_queue(tasks.count, most * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
-    const Scratch<A> patch(grid_.together * area * in_.in_channels), z(most * ld),
+    const Scratch<A> patch(grid_.together * area * in_.in_channels), z(direct ? 0 : most * ld),
         transposed(in_.channels_last ? 0 : most * ld);
     std::vector<Segment<A>> segments;
     for (int64_t task = take(); task >= 0; task = take()) {
@@ -117,18 +128,21 @@ void Direct<T>::forward(A* /*out*/, Epilogue<A> epilogue) const {
         const int64_t channel = panel * kPanel, count = std::min(kPanel, n - channel);
         const int64_t next = panel + 1 < panel_end ? panel + 1 : tasks.begin(task);
         Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * ld, ld}, depth, count);
+        if (tasks.panels == 1) ahead = below(block);
+        const Strided<A> to = direct ? Strided<A>{out + in_.at(n, block.image, block.h * in_.width, 0), n}
+                                     : Strided<A>{z.get(), ld};
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * ld, ld, z.get(), ld, false, &ahead, block.width,
-                                 block.height, true});
+                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead, block.width,
+                                 block.height, tasks.panels > 1});
         const int64_t pieces = block.images * (whole() ? 1 : block.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
-          const A* const from = z.get() + r * pixels * ld;
+          const A* const from = to.data + r * pixels * to.ld;
           const int64_t image = block.image + (whole() ? r : r / block.height),
                         h = block.h + (whole() ? 0 : r % block.height),
                         at = in_.at(n, image, h * in_.width + block.w, channel),
                         group = task / tasks.groups * this->pieces() + r;
           if (in_.channels_last) {
-            epilogue({{pixels, count, false}, group, channel, at}, Strided<const A>{from, ld});
+            epilogue({{pixels, count, false}, group, channel, at}, Strided<const A>{from, to.ld});
           } else {
             kernels<A>().load_transposed({from, ld}, {transposed.get(), pixels}, pixels, count);
             epilogue({{count, pixels, true}, group, channel, at}, Strided<const A>{transposed.get(), pixels});

@@ -49,6 +49,10 @@ class Direct : public Product<T> {
   void pack(void* to) const override;
   // Images of blocks, or where one is narrower than the map, their rows.
   int64_t groups() const override { return grid_.count() * pieces(); }
+  // A block is then one piece of memory, which the sums of products fetch long before they write it.
+  bool in_place() const override {
+    return std::is_same_v<T, A> && in_.channels_last && whole() && in_.out_channels <= kPanel;
+  }
   void forward(A* out, Epilogue<A> epilogue) const override;
   bool forms_dz() const override { return false; }
   void backward(const Gradient<T>& gradient) const override;
@@ -60,6 +64,7 @@ class Direct : public Product<T> {
   // Values between pixels of a block of the output, in cache, and between rows of a packed panel: with no more than are
   // needed the rows of few output channels stay in the first-level cache, of which every fourth line holds few of them.
   int64_t width() const { return std::min(kPanel, round_up(in_.out_channels, 16)); }
+  Ahead below(const RowGrid::Block& block) const;
   void weight_gradient(const Gradient<T>& gradient) const;
   void input_gradients(const Gradient<T>& gradient) const;
 

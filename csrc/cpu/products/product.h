@@ -98,6 +98,8 @@ class Product {
   virtual void pack(void* /*to*/) const {}
   // Groups that pieces fall into.
   virtual int64_t groups() const = 0;
+  // Whether z is better written to its place in the output also where the tail follows.
+  virtual bool in_place() const { return false; }
   // Where `out` is not null a product may write z there, and calls epilogue with that memory.
   virtual void forward(A* out, Epilogue<A> epilogue) const = 0;
   // Whether backward forms dz itself, in cache.
