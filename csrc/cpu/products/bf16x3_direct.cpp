@@ -47,7 +47,7 @@ class Bf16x3Direct : public Direct<float> {
 };
 
 Bf16x3Direct::Bf16x3Direct(const Inputs<float>& in, const Bf16x3Kernels& kernels)
-    : Direct<float>(in), kernels_(kernels) {
+    : Direct<float>(in, false), kernels_(kernels) {
   for (const Input<float>& x : in.xs) {
     steps_.push_back(steps_.back() + divide_up(x.channels, kBf16Step));
     most_channels_ = std::max(most_channels_, x.channels);

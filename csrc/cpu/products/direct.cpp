@@ -5,7 +5,7 @@
 namespace dla_fast::cpu {
 
 RowGrid::RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t inputs,
-                 int64_t outputs)
+                 int64_t outputs, bool rowwise)
     : images(images), height(height), width(width), together(1) {
   // What a block reads and writes is to stay in the second-level cache, beside its part of the weight.
   constexpr int64_t read = 5 << 14, written = 1 << 14, few = 96;
@@ -19,7 +19,8 @@ RowGrid::RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, 
   cols = fitting(span, std::min(width, pixels));
   cols = divide_up(width, divide_up(width, cols));
   col_blocks = divide_up(width, cols);
-  rows = fitting(side(cols), std::clamp<int64_t>(pixels / cols, 1, height));
+  by_rows = rowwise && outputs <= kPanel && cols >= few;
+  rows = fitting(side(cols), by_rows ? height : std::clamp<int64_t>(pixels / cols, 1, height));
   // Enough of them for every thread, and as many pixels as are worth passing the weight by.
   const int64_t least = divide_up(few, cols), wanted = divide_up(4 * thread_count(), images * col_blocks);
   rows = std::clamp<int64_t>(height / wanted, std::min(rows, least), rows);
@@ -39,10 +40,10 @@ RowGrid::Block RowGrid::operator[](int64_t i) const {
 }
 
 template <class T>
-Direct<T>::Direct(const Inputs<T>& in)
+Direct<T>::Direct(const Inputs<T>& in, bool rowwise)
     : in_(in),
       window_(in),
-      grid_(in.images, in.height, in.width, in.stride, window_.span(), in.in_channels, in.out_channels) {
+      grid_(in.images, in.height, in.width, in.stride, window_.span(), in.in_channels, in.out_channels, rowwise) {
   for (const Input<T>& x : in.xs) maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last});
 }
 
@@ -70,8 +71,7 @@ void Direct<T>::pack(void* to) const {
         }
         continue;
       }
-      k.load_transposed({in_.weight + n * depth + x.offset * taps, depth}, {work.get(), ld}, cols,
-                        x.channels * taps);
+      k.load_transposed({in_.weight + n * depth + x.offset * taps, depth}, {work.get(), ld}, cols, x.channels * taps);
       for (int64_t c = 0; c < x.channels; ++c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           std::copy_n(work.get() + (c * taps + tap) * ld, cols, panel + (tap * x.channels + c) * ld);
@@ -81,14 +81,14 @@ void Direct<T>::pack(void* to) const {
   });
 }
 
-// The rows that the block after this one takes besides.
+// The rows that what comes after this part takes besides.
 template <class T>
-Ahead Direct<T>::below(const RowGrid::Block& block) const {
+Ahead Direct<T>::below(const RowGrid::Block& part) const {
   const Map<T>& x = maps_[0];
-  const int64_t h = block.h * window_.stride - window_.padding() + window_.side(block.height), row = x.width * x.channels;
+  const int64_t h = part.h * window_.stride - window_.padding() + window_.side(part.height), row = x.width * x.channels;
   if (!x.channels_last || h >= x.height) return {};
-  return Ahead::of<const T>({x.data + (block.image * x.height + h) * row, 0}, 1,
-                            std::min(grid_.rows * window_.stride, x.height - h) * row);
+  return Ahead::of<const T>({x.data + (part.image * x.height + h) * row, 0}, 1,
+                            std::min(part.height * window_.stride, x.height - h) * row);
 }
 
 template <class T>
@@ -96,23 +96,25 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
   const int64_t kernel = window_.kernel, dilation = window_.dilation, stride = window_.stride, ld = width();
   const int64_t depth = in_.taps() * in_.in_channels, n = in_.out_channels;
   const int64_t rows = window_.side(grid_.rows), cols = window_.side(grid_.cols), area = rows * cols,
-                most = grid_.together * grid_.rows * grid_.cols;
+                most = grid_.together * (grid_.by_rows ? 1 : grid_.rows) * grid_.cols;
   const bool direct = out != nullptr && this->in_place();
   const PackedWeight<A> packed(*this, in_);
   const Tasks tasks(grid_.count(), divide_up(n, kPanel));
-  parallel_queue(tasks.count, most * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
+  const auto loop = [&](const Take& take) {
     const Scratch<A> patch(grid_.together * area * in_.in_channels), z(direct ? 0 : most * ld),
         transposed(in_.channels_last ? 0 : most * ld);
     std::vector<Segment<A>> segments;
-    for (int64_t task = take(); task >= 0; task = take()) {
-      const RowGrid::Block block = grid_[task / tasks.groups];
+    // `first`: of the block's rows. Those above it have been computed, so that some of its pixels are there.
+    const auto compute = [&](int64_t task, const RowGrid::Block& part, int64_t first) {
+      const int64_t there = first == 0 ? 0 : std::max<int64_t>(window_.span() - stride, 0);
       segments.clear();
       for (size_t i = 0; i < maps_.size(); ++i) {
         const int64_t channels = maps_[i].channels, row = cols * channels;
-        A* const at = patch.get() + grid_.together * area * in_.xs[i].offset;
-        for (int64_t q = 0; q < block.images; ++q) {
-          maps_[i].gather(block.image + q, block.h * stride - window_.padding(), block.w * stride - window_.padding(),
-                          window_.side(block.height), cols, 0, channels, at + q * area * channels);
+        A* const at = patch.get() + grid_.together * area * in_.xs[i].offset + first * stride * row;
+        for (int64_t q = 0; q < part.images; ++q) {
+          maps_[i].gather(part.image + q, part.h * stride - window_.padding() + there,
+                          part.w * stride - window_.padding(), window_.side(part.height) - there, cols, 0, channels,
+                          at + q * area * channels + there * row);
         }
         for (int64_t y = 0; y < kernel; ++y) {
           // A row of taps that lie side by side is one run of values.
@@ -123,24 +125,24 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
           }
         }
       }
-      const int64_t m = block.images * block.height * block.width, panel_end = tasks.end(task);
+      const int64_t m = part.images * part.height * part.width, panel_end = tasks.end(task);
       for (int64_t panel = tasks.begin(task); panel < panel_end; ++panel) {
         const int64_t channel = panel * kPanel, count = std::min(kPanel, n - channel);
         const int64_t next = panel + 1 < panel_end ? panel + 1 : tasks.begin(task);
-        Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * ld, ld}, depth, count);
-        if (tasks.panels == 1) ahead = below(block);
-        const Strided<A> to = direct ? Strided<A>{out + in_.at(n, block.image, block.h * in_.width, 0), n}
+        Ahead ahead =
+            tasks.panels == 1 ? below(part) : Ahead::of<const A>({packed.get() + next * depth * ld, ld}, depth, count);
+        const Strided<A> to = direct ? Strided<A>{out + in_.at(n, part.image, part.h * in_.width + part.w, 0), n}
                                      : Strided<A>{z.get(), ld};
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead, block.width,
-                                 block.height, tasks.panels > 1});
-        const int64_t pieces = block.images * (whole() ? 1 : block.height), pixels = m / pieces;
+                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead, part.width,
+                                 part.height, tasks.panels > 1});
+        const int64_t pieces = part.images * (whole() ? 1 : part.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
           const A* const from = to.data + r * pixels * to.ld;
-          const int64_t image = block.image + (whole() ? r : r / block.height),
-                        h = block.h + (whole() ? 0 : r % block.height),
-                        at = in_.at(n, image, h * in_.width + block.w, channel),
-                        group = task / tasks.groups * this->pieces() + r;
+          const int64_t image = part.image + (whole() ? r : r / part.height),
+                        h = part.h + (whole() ? 0 : r % part.height),
+                        at = in_.at(n, image, h * in_.width + part.w, channel),
+                        group = task / tasks.groups * this->pieces() + first + r;
           if (in_.channels_last) {
             epilogue({{pixels, count, false}, group, channel, at}, Strided<const A>{from, to.ld});
           } else {
@@ -149,8 +151,19 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
           }
         }
       }
+    };
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const RowGrid::Block block = grid_[task / tasks.groups];
+      if (!grid_.by_rows) {
+        compute(task, block, 0);
+        continue;
+      }
+      for (int64_t r = 0; r < block.height; ++r) {
+        compute(task, {block.image, block.h + r, block.w, 1, 1, block.width}, r);
+      }
     }
-  });
+  };
+  parallel_queue(tasks.count, grid_.together * grid_.rows * grid_.cols * depth * divide_up(n, tasks.groups) / 16, loop);
 }
 
 template <class T>
@@ -159,7 +172,7 @@ ProductOf<T> direct(const Inputs<T>& in) {
 }
 
 #define DLA_INSTANTIATE(T)                                               \
-  template Direct<T>::Direct(const Inputs<T>&);                          \
+  template Direct<T>::Direct(const Inputs<T>&, bool);                    \
   template int64_t Direct<T>::packed_bytes() const;                      \
   template void Direct<T>::pack(void*) const;                            \
   template void Direct<T>::forward(acc_t<T>*, Epilogue<acc_t<T>>) const; \

@@ -21,9 +21,11 @@ struct RowGrid {
   };
 
   int64_t images, height, width, together, rows, cols, row_blocks, col_blocks;
+  bool by_rows;  // a block's rows are long enough to be computed one after the other
 
-  // inputs, outputs: values of a pixel; span: pixels that a kernel spans.
-  RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t inputs, int64_t outputs);
+  // inputs, outputs: values of a pixel; span: pixels that a kernel spans; rowwise: rows may be computed so.
+  RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t inputs, int64_t outputs,
+          bool rowwise = false);
   int64_t count() const { return divide_up(images, together) * row_blocks * col_blocks; }
   Block operator[](int64_t i) const;
 };
@@ -44,27 +46,27 @@ class Direct : public Product<T> {
  public:
   using A = acc_t<T>;
 
-  explicit Direct(const Inputs<T>& in);
+  explicit Direct(const Inputs<T>& in, bool rowwise = true);
   int64_t packed_bytes() const override;
   void pack(void* to) const override;
-  // Images of blocks, or where one is narrower than the map, their rows.
+  // Images of blocks, or where one is narrower than the map or goes by rows, their rows.
   int64_t groups() const override { return grid_.count() * pieces(); }
-  // A block is then one piece of memory, which the sums of products fetch long before they write it.
+  // What is computed at a time is then one piece of memory, which the sums of products fetch long before they write it.
   bool in_place() const override {
-    return std::is_same_v<T, A> && in_.channels_last && whole() && in_.out_channels <= kPanel;
+    return std::is_same_v<T, A> && in_.channels_last && (whole() || grid_.by_rows) && in_.out_channels <= kPanel;
   }
   void forward(A* out, Epilogue<A> epilogue) const override;
   bool forms_dz() const override { return false; }
   void backward(const Gradient<T>& gradient) const override;
 
  protected:
-  // Whether the rows of a block lie one behind the other in the output.
-  bool whole() const { return grid_.col_blocks == 1; }
+  // Whether the rows of a block are one piece: they lie one behind the other in the output.
+  bool whole() const { return grid_.col_blocks == 1 && !grid_.by_rows; }
   int64_t pieces() const { return grid_.together * (whole() ? 1 : grid_.rows); }
   // Values between pixels of a block of the output, in cache, and between rows of a packed panel: with no more than are
   // needed the rows of few output channels stay in the first-level cache, of which every fourth line holds few of them.
   int64_t width() const { return std::min(kPanel, round_up(in_.out_channels, 16)); }
-  Ahead below(const RowGrid::Block& block) const;
+  Ahead below(const RowGrid::Block& part) const;
   void weight_gradient(const Gradient<T>& gradient) const;
   void input_gradients(const Gradient<T>& gradient) const;
 
