@@ -125,7 +125,7 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
           }
         }
       }
-      const int64_t m = part.images * part.height * part.width, panel_end = tasks.end(task);
+      const int64_t lines = part.images * part.height, m = lines * part.width, panel_end = tasks.end(task);
       for (int64_t panel = tasks.begin(task); panel < panel_end; ++panel) {
         const int64_t channel = panel * kPanel, count = std::min(kPanel, n - channel);
         const int64_t next = panel + 1 < panel_end ? panel + 1 : tasks.begin(task);
@@ -134,8 +134,8 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
         const Strided<A> to = direct ? Strided<A>{out + in_.at(n, part.image, part.h * in_.width + part.w, 0), n}
                                      : Strided<A>{z.get(), ld};
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead, part.width,
-                                 part.height, tasks.panels > 1});
+                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead,
+                                 lines > 1 ? part.width : 0, part.height, tasks.panels > 1});
         const int64_t pieces = part.images * (whole() ? 1 : part.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
           const A* const from = to.data + r * pixels * to.ld;

@@ -37,8 +37,9 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
     // The next rows of a: memory is too far for the processor to begin on them by itself, unless they are one stream.
     if (!TRANSPOSED && lda > 2 * line) {
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i)
+      for (int i = 0; i < MR; ++i) {
         __builtin_prefetch(many ? at[i / few] + i % few * lda + next : a + row[i] + next + p0, 0, 2);
+      }
     }
     if (ahead != nullptr) fetch(*ahead, MR * ahead->pace);
     const int64_t end = count - p0 < line ? count : p0 + line;
