@@ -19,7 +19,8 @@ RowGrid::RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, 
   cols = fitting(span, std::min(width, pixels));
   cols = divide_up(width, divide_up(width, cols));
   col_blocks = divide_up(width, cols);
-  by_rows = rowwise && outputs <= kPanel && cols >= few;
+  // The weight passes by with every row, and has to be near for that.
+  by_rows = rowwise && outputs <= kPanel && cols >= few && span * span * inputs * outputs <= written;
   rows = fitting(side(cols), by_rows ? height : std::clamp<int64_t>(pixels / cols, 1, height));
   // Enough of them for every thread, and as many pixels as are worth passing the weight by.
   const int64_t least = divide_up(few, cols), wanted = divide_up(4 * thread_count(), images * col_blocks);
@@ -130,12 +131,12 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
         const int64_t channel = panel * kPanel, count = std::min(kPanel, n - channel);
         const int64_t next = panel + 1 < panel_end ? panel + 1 : tasks.begin(task);
         Ahead ahead =
-            tasks.panels == 1 ? below(part) : Ahead::of<const A>({packed.get() + next * depth * ld, ld}, depth, count);
+            grid_.by_rows ? below(part) : Ahead::of<const A>({packed.get() + next * depth * ld, ld}, depth, count);
         const Strided<A> to = direct ? Strided<A>{out + in_.at(n, part.image, part.h * in_.width + part.w, 0), n}
                                      : Strided<A>{z.get(), ld};
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
                                  packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead,
-                                 lines > 1 ? part.width : 0, part.height, tasks.panels > 1});
+                                 lines > 1 ? part.width : 0, part.height, !grid_.by_rows});
         const int64_t pieces = part.images * (whole() ? 1 : part.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
           const A* const from = to.data + r * pixels * to.ld;

@@ -21,7 +21,7 @@ struct RowGrid {
   };
 
   int64_t images, height, width, together, rows, cols, row_blocks, col_blocks;
-  bool by_rows;  // a block's rows are long enough to be computed one after the other
+  bool by_rows;  // a block's rows are long enough to be computed one by one
 
   // inputs, outputs: values of a pixel; span: pixels that a kernel spans; rowwise: rows may be computed so.
   RowGrid(int64_t images, int64_t height, int64_t width, int64_t stride, int64_t span, int64_t inputs, int64_t outputs,
