@@ -81,8 +81,9 @@ int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tenso
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     const Arithmetic arithmetic = NativeNode<T>(node).arithmetic_kept();
-    // What a stride leaves is small beside its flops, and the activation's own pass over it costs little.
-    const bool folds = floats && arithmetic == Arithmetic::direct && node.stride > 1;
+    // What a stride leaves is small beside its flops, and the activation's own pass over it costs little. With few
+    // channels it is not, and comes from far: then it is read ahead and written once.
+    const bool folds = floats && arithmetic == Arithmetic::direct && node.stride > 1 && node.out_channels > 32;
     way = folds ? kFolded : way_from(arithmetic, node.channels_last);
   });
   return way;
