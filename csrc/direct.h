@@ -1,5 +1,5 @@
-// Operators as functions of the module: the same calls of the dispatcher, of arguments that are converted to what kernels
-// take and not to boxed values first, which for small maps costs as much as the kernel.
+// Operators as functions of the module: the same calls of the dispatcher, of arguments that are converted to what
+// kernels take and not to boxed values first, which for small maps costs as much as the kernel.
 
 #pragma once
 
@@ -52,7 +52,8 @@ void define_direct(pybind11::module& m, const std::string& name, Result (*)(Argu
       name.c_str(),
       [full = "dla_fast_cpu::" + name](const typename Given<Arguments>::type&... given) {
         // Schemas are defined after this module is loaded.
-        static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Result(Arguments...)>();
+        static const auto op =
+            c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Result(Arguments...)>();
         return op.call(Given<Arguments>::argument(given)...);
       },
       pybind11::call_guard<pybind11::gil_scoped_release>(), "The operator of this name.");

@@ -27,11 +27,6 @@ class Differentiable(Protocol):
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]: ...
 
 
-def is_wrapped(t: Tensor | None) -> bool:
-    """Whether a tensor comes from a transform of functorch, be that over or not."""
-    return t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t)
-
-
 def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether what is computed of these tensors has to be differentiable."""
     if torch.is_grad_enabled():
@@ -39,6 +34,14 @@ def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether functorch is about, or has wrapped one of these tensors, which it stays when a transform is over."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(t is not None and wrapped(t) for t in tensors)
 
 
 def register_autograd(
@@ -124,7 +127,7 @@ def register_autograd(
     def eager(*args: Any) -> Any:
         flat = flatten(args)
         if requires_grad(flat):
-            if torch._C._are_functorch_transforms_active() or any(map(is_wrapped, flat)):
+            if is_transformed(flat):
                 return Function.apply(formula.forward, args[differentiable:], tuple(map(len, args[:lists])), *flat)
             return apply_eager(args, *flat)
         with torch._C._AutoDispatchBelowAutograd():

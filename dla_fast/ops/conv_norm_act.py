@@ -171,10 +171,11 @@ class _ConvNormAct:
             sums = self.tail_backward_reduce(dy, z, mean, var, bn_weight, bn_bias, added, *options)
         made: tuple[Any, ...] = ([None] * n, [None] * m, None, None)
         if need_dw or need_residual or any(need_dx) or any(need_dup):
+            images, _, height, width = z.shape
             made = self.stage_backward(
                 dy, xs, ups, weight, residual, z, mean, var, bn_weight, bn_bias,
                 *(sums if ctx.training else (None, None)), *geometry, residual_input,
-                float(z.shape[0] * z.shape[2] * z.shape[3]), *options, need_dx, need_dup, need_dw, need_residual,
+                float(images * height * width), *options, need_dx, need_dup, need_dw, need_residual,
             )  # fmt: skip
         dbias, dgamma, dbeta = norm_gradients(
             ctx, sums, var, conv_bias, bn_weight, bn_bias, (need_bias, need_gamma, need_beta)
