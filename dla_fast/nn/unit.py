@@ -64,6 +64,18 @@ def run_unit(
     """
     if not is_plain(bn) or not is_plain_conv(conv):
         return _op_by_op(xs, conv, bn, act, residual, upsample)
+    return run_plain_unit(xs, conv, bn, act, residual, upsample)
+
+
+def run_plain_unit(
+    xs: Sequence[Tensor],
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    act: ActSpec,
+    residual: int | Tensor | None = None,
+    upsample: Upsampling | None = None,
+) -> Tensor:
+    """:func:`run_unit` where the children are known to be :func:`is_plain_conv` and :func:`is_plain`."""
     if isinstance(residual, Tensor) and residual.dtype != xs[0].dtype:
         residual = residual.to(xs[0].dtype)
     if not torch.compiler.is_compiling():
