@@ -17,6 +17,7 @@
 #include "cpu/operators/tail.h"
 #include "cpu/operators/upsample.h"
 #include "cpu/shared/isa.h"
+#include "direct.h"
 
 namespace dla_fast {
 
@@ -48,5 +49,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_norm_act_way", &dla_fast::cpu::conv_norm_act_way, released, "See csrc/cpu/operators/packed.h.");
   m.def("conv_norm_act_pack", &dla_fast::cpu::conv_norm_act_pack, released, "See csrc/cpu/operators/packed.h.");
   m.def("conv_norm_act_packed", &dla_fast::cpu::conv_norm_act_packed, released, "See csrc/cpu/operators/packed.h.");
+  dla_fast::define_direct<&dla_fast::cpu::conv_norm_act_inference>(m, "conv_norm_act_inference");
+  dla_fast::define_direct<&dla_fast::cpu::conv_norm_act_stage>(m, "conv_norm_act_stage");
+  dla_fast::define_direct<&dla_fast::cpu::conv_norm_act_backward>(m, "conv_norm_act_backward");
+  dla_fast::define_direct<&dla_fast::cpu::tail>(m, "tail");
+  dla_fast::define_direct<&dla_fast::cpu::tail_backward_reduce>(m, "tail_backward_reduce");
   m.def("release_maps", &dla_fast::cpu::release_maps, "Free the memory that packed calls keep for their maps.");
 }

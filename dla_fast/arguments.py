@@ -17,6 +17,9 @@ from dla_fast.reference.norm import Norm
 # Whether autocast exists for a device type, asked once per type.
 _autocasts: dict[str, bool] = {}
 
+# How many kinds of calls are remembered; beyond that all are forgotten.
+KINDS = 1024
+
 
 @cuda.constant_when_traced
 def _hasautocast(device: str) -> bool:
@@ -75,6 +78,31 @@ class Checked(NamedTuple):
     slope: float
 
 
+class _Kind(NamedTuple):
+    """What the checks make of every call of a kind, see :class:`Checked`."""
+
+    added_input: int | None
+    residual_input: int
+    upsample: Upsampling | None
+    factors: list[int]
+    act: str
+    slope: float
+
+
+_kinds: dict[tuple[Any, ...], _Kind] = {}
+
+
+def _key(xs: Sequence[Any], tensors: Sequence[Any], options: Sequence[Any]) -> tuple[Any, ...]:
+    """What the checks read of a call; values of tensors are not among it."""
+    key: list[Any] = [len(xs), *options]
+    for t in (*xs, *tensors):
+        if t is None:
+            key.append(None)
+        else:
+            key += type(t), t.shape, t.dtype, t.device
+    return tuple(key)
+
+
 def checked(
     op: str,
     xs: Sequence[Tensor],
@@ -91,12 +119,64 @@ def checked(
 ) -> Checked:
     """The arguments of :func:`dla_fast.functional.conv_norm_act`, under the name ``op``.
 
+    What has passed the checks is remembered by its kind: on small maps they take longer than the kernels.
     ``kernels``: those that the weight may have, or None for any odd one.
 
     Raises:
         ValueError: as :func:`dla_fast.functional.conv_norm_act`.
         TypeError: as :func:`dla_fast.functional.conv_norm_act`.
     """
+    arguments = op, xs, weight, norm, kernels, conv_bias, stride, dilation, groups, residual, upsample, act
+    gamma, beta, mean, var, training, _, eps = norm
+    added = residual if isinstance(residual, Tensor) else None
+    index: Any = residual if added is None else None
+    # Equal keys have to be equal calls: 1, 1.0 and True are equal, too, and sizes that are traced are tensors.
+    if (
+        upsample is not None
+        or type(xs) not in (list, tuple)
+        or not type(stride) is type(dilation) is type(groups) is int
+        or not (index is None or type(index) is int)
+        or type(training) is not bool
+        or type(eps) is not float
+        or torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
+    ):
+        return _check(*arguments)
+    options = (op, kernels, stride, dilation, groups, index, act, training, eps)
+    try:
+        key = _key(xs, (weight, conv_bias, added, gamma, beta, mean, var), options)
+        kind = _kinds.get(key)
+    except (AttributeError, TypeError, RuntimeError):
+        return _check(*arguments)  # something that is no tensor, or has no numbers for sizes
+    if kind is None:
+        call = _check(*arguments)
+        added_input = index if call.added is not None else None
+        if len(_kinds) >= KINDS:
+            _kinds.clear()
+        _kinds[key] = _Kind(added_input, call.residual_input, call.upsample, call.factors, call.act, call.slope)
+        return call
+    added_input, residual_input, upsample, factors, name, slope = kind
+    if added_input is not None:
+        added = xs[added_input]
+    return Checked([*xs], weight, conv_bias, added, residual_input, upsample, [], factors, name, slope)
+
+
+def _check(
+    op: str,
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    norm: Norm,
+    kernels: tuple[int, ...] | None,
+    conv_bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    groups: int,
+    residual: int | Tensor | None,
+    upsample: Upsampling | None,
+    act: ActSpec,
+) -> Checked:
+    """:func:`checked`, of a call of which nothing is known."""
     xs = checks.check_inputs(xs)
     if _autocasts_on(xs[0].device.type):
         *xs, weight, conv_bias = autocast([*xs, weight, conv_bias])

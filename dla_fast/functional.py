@@ -42,7 +42,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and _any_needs_grad(tensors)
 
 
-def _node(
+def run_node(
     op: str,
     given: Sequence[Tensor],
     given_weight: Tensor,
@@ -56,7 +56,7 @@ def _node(
     given_upsample: Upsampling | None,
     act: ActSpec,
 ) -> Tensor:
-    """:func:`conv_norm_act` of a norm, see :func:`checked`."""
+    """:func:`conv_norm_act` under the name ``op``, with a norm in one piece; see :func:`checked`."""
     xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope = checked(
         op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
     )
@@ -77,11 +77,11 @@ def _node(
             residual=added if added is not None else residual, upsample=upsample, act=act,
         )  # fmt: skip
     if differentiable:
-        return ops.differentiable(serving, "conv_norm_act")(
+        return ops.operator(serving, "conv_norm_act")(
             xs, up_weights, weight, conv_bias, added, gamma, beta, running_mean, running_var, factors, stride, dilation,
             groups, residual_input, training, momentum, eps, name, slope,
         )[0]  # fmt: skip
-    y: Tensor = ops.namespace(serving).conv_norm_act_inference(
+    y: Tensor = ops.operator(serving, "conv_norm_act_inference")(
         xs, up_weights, weight, conv_bias, added, gamma, beta, running_mean, running_var, factors, stride, dilation,
         groups, residual_input, eps, name, slope,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def aggregate(
         RuntimeError: a forced backend cannot run the call.
     """
     norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    return _node(
+    return run_node(
         "aggregate", xs, weight, norm, (1,), conv_bias, 1, 1, 1, added_to_aggregate(residual), None, act
     )  # fmt: skip
 
@@ -162,7 +162,7 @@ def merge(
     those of :func:`conv_norm_act`, without its groups and larger kernels.
     """
     norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    return _node(
+    return run_node(
         "merge", xs, weight, norm, (1, 3), conv_bias, stride, dilation, 1, residual, upsample, act
     )  # fmt: skip
 
@@ -220,7 +220,7 @@ def conv_norm_act(
         RuntimeError: a forced backend cannot run the call.
     """
     norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    return _node(
+    return run_node(
         "conv_norm_act", xs, weight, norm, None, conv_bias, stride, dilation, groups, residual, upsample, act
     )  # fmt: skip
 
@@ -271,7 +271,7 @@ def batch_norm_act(
     if serving == "reference":
         return normalise(x, norm, residual, act)
     if training or _needs_grad(x, residual, bn_weight, bn_bias):
-        return ops.differentiable(serving, "batch_norm_act")(
+        return ops.operator(serving, "batch_norm_act")(
             x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope
         )[0]
     y: Tensor = ops.namespace(serving).tail(
@@ -302,7 +302,7 @@ def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:
     serving = _serving("upsample", x.device.type, x.dtype)
     if serving == "reference":
         return reference.upsample(x, weight, factor)
-    return ops.differentiable(serving, "upsample")(x, weight, factor)
+    return ops.operator(serving, "upsample")(x, weight, factor)
 
 
 def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor:
@@ -330,4 +330,4 @@ def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor
     serving = _serving("upsample_add", x.device.type, x.dtype)
     if serving == "reference":
         return reference.upsample_add(x, skip, weight, factor)
-    return ops.differentiable(serving, "upsample_add")(x, skip, weight, factor)
+    return ops.operator(serving, "upsample_add")(x, skip, weight, factor)

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dla_fast.reference.norm import Norm
+
 
 def is_observed(module: nn.Module) -> bool:
     """Whether somebody watches or changes a module's calls, which a functional call in its place would not make."""
@@ -24,6 +26,11 @@ def parameter(module: nn.Module, name: str) -> Any:
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
+def buffer(module: nn.Module, name: str) -> Any:
+    """:func:`parameter`, of a buffer."""
+    return module._buffers[name] if name in module._buffers else getattr(module, name)
+
+
 def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
 
@@ -32,28 +39,39 @@ def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     return type(bn) is nn.BatchNorm2d and not is_observed(bn)
 
 
-def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
-    """The keyword arguments a functional norm call needs, following ``nn.BatchNorm2d.forward`` to the letter.
+def norm_of(bn: _NormBase) -> Norm:
+    """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` to the letter.
 
     ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
     """
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    tracking = bn.training and bn.track_running_stats
-    if bn.momentum is None and tracking and bn.num_batches_tracked is not None:
-        momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
-    keep = not bn.training or bn.track_running_stats
+    training, tracks, momentum = bn.training, bn.track_running_stats, bn.momentum
+    mean, var = buffer(bn, "running_mean"), buffer(bn, "running_var")
+    if momentum is None:
+        counted = bn.num_batches_tracked if training and tracks else None
+        momentum = 0.0 if counted is None else 1.0 / (float(counted) + 1.0)
+    batch = training or (mean is None and var is None)
+    if training and not tracks:
+        mean = var = None
+    return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps)
+
+
+def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
+    """:func:`norm_of` as the keyword arguments of a functional call."""
+    weight, bias, mean, var, training, momentum, eps = norm_of(bn)
     return {
-        "bn_weight": parameter(bn, "weight"),
-        "bn_bias": parameter(bn, "bias"),
-        "running_mean": bn.running_mean if keep else None,
-        "running_var": bn.running_var if keep else None,
-        "training": bn.training or (bn.running_mean is None and bn.running_var is None),
+        "bn_weight": weight,
+        "bn_bias": bias,
+        "running_mean": mean,
+        "running_var": var,
+        "training": training,
         "momentum": momentum,
-        "eps": bn.eps,
+        "eps": eps,
     }
 
 
 def count_batch(bn: _NormBase) -> None:
     """Count a training batch in ``num_batches_tracked``, as ``nn.BatchNorm2d.forward`` does."""
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+    if bn.training and bn.track_running_stats:
+        batches = buffer(bn, "num_batches_tracked")
+        if batches is not None:
+            batches.add_(1)

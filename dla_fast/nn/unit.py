@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla_fast import functional
 from dla_fast.checks import Upsampling
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_observed, is_plain, parameter
+from dla_fast.nn.batch_norm import count_batch, is_observed, is_plain, norm_of, parameter
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.frozen import KEY, Frozen
 from dla_fast.reference.activation import ActSpec
@@ -64,6 +64,18 @@ def run_unit(
     """
     if not is_plain(bn) or not is_plain_conv(conv):
         return _op_by_op(xs, conv, bn, act, residual, upsample)
+    return run_plain_unit(xs, conv, bn, act, residual, upsample)
+
+
+def run_plain_unit(
+    xs: Sequence[Tensor],
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    act: ActSpec,
+    residual: int | Tensor | None = None,
+    upsample: Upsampling | None = None,
+) -> Tensor:
+    """:func:`run_unit` where the children are known to be :func:`is_plain_conv` and :func:`is_plain`."""
     if isinstance(residual, Tensor) and residual.dtype != xs[0].dtype:
         residual = residual.to(xs[0].dtype)
     if not torch.compiler.is_compiling():
@@ -71,10 +83,9 @@ def run_unit(
         y = None if frozen is None else frozen.run(xs, conv, bn, act, residual, upsample)
         if y is not None:
             return y
-    y = functional.conv_norm_act(
-        xs, parameter(conv, "weight"), conv_bias=parameter(conv, "bias"), stride=conv.stride[0],
-        dilation=conv.dilation[0], groups=conv.groups, residual=residual, upsample=upsample, act=act,
-        **batch_norm_arguments(bn),
+    y = functional.run_node(
+        "conv_norm_act", xs, parameter(conv, "weight"), norm_of(bn), None, parameter(conv, "bias"), conv.stride[0],
+        conv.dilation[0], conv.groups, residual, upsample, act,
     )  # fmt: skip
     count_batch(bn)
     return y

@@ -16,7 +16,7 @@ import torch
 from dla_fast._extension import STATUS
 from dla_fast.ops import batch_norm_act, conv_norm_act, cuda, tail, triton, upsample
 
-__all__ = ["NAMESPACES", "STATUS", "differentiable", "missing", "namespace"]
+__all__ = ["NAMESPACES", "STATUS", "missing", "namespace", "operator"]
 
 # Backend -> the dispatch key its kernels are registered under. A backend joins the package by a line here.
 NAMESPACES = {"cpu": "CPU", "cuda": "CUDA", "triton": triton.KEY}
@@ -65,8 +65,8 @@ def namespace(backend: str) -> Any:
     return getattr(torch.ops, f"dla_fast_{backend}")
 
 
-def differentiable(backend: str, op: str) -> Callable[..., Any]:
-    """The differentiable operator of a unit: a node of the graph where one is being captured, else called eagerly."""
+def operator(backend: str, op: str) -> Callable[..., Any]:
+    """An operator of a unit: a node of the graph where one is being captured, else called eagerly."""
     return getattr(namespace(backend), op) if torch.compiler.is_compiling() else _eager[backend, op]
 
 

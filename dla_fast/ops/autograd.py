@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from dla_fast.ops.layout import accumulation_dtype
 
@@ -26,6 +25,23 @@ class Differentiable(Protocol):
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]: ...
+
+
+def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether what is computed of these tensors has to be differentiable."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether functorch is about, or has wrapped one of these tensors, which it stays when a transform is over."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(t is not None and wrapped(t) for t in tensors)
 
 
 def register_autograd(
@@ -42,8 +58,8 @@ def register_autograd(
         lists: how many of those, from the first on, are lists of tensors.
 
     Returns:
-        The operator for eager calls: the same kernels and formula, called from here instead of through the dispatcher,
-        whose two round trips cost more than the launch of a kernel.
+        The operator for eager calls, of whose outputs only the first is to be used: the same kernels and formula,
+        called from here instead of through the dispatcher, whose two round trips cost more than the launch of a kernel.
     """
 
     def nest(flat: tuple[Any, ...], lengths: tuple[int, ...]) -> tuple[Any, ...]:
@@ -56,14 +72,12 @@ def register_autograd(
             start += length
         return (*nested, *flat[start:])
 
-    class Function(torch.autograd.Function):
-        @classmethod
-        def apply(cls, *args: Any) -> Any:
-            # Function.apply inspects forward's signature for defaults, on every call: a third of a small call's time.
-            if torch._C._are_functorch_transforms_active():
-                return super().apply(*args)
-            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    def flatten(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if lists == 0:
+            return args[:differentiable]
+        return (*chain.from_iterable(args[:lists]), *args[lists:differentiable])
 
+    class Function(torch.autograd.Function):
         @staticmethod
         def forward(run: Callable[..., Any], rest: tuple[Any, ...], lengths: tuple[int, ...], *flat: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -82,23 +96,42 @@ def register_autograd(
                 return (None,) * len(ctx.needs_input_grad)
             return (None, None, None, *formula.backward(ctx, grads[0], list(ctx.needs_input_grad[3:])))
 
-    def call(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        if torch.is_grad_enabled():
-            flat = args[:differentiable]
-            if lists > 0:
-                flat = (*chain.from_iterable(args[:lists]), *args[lists:differentiable])
-            for t in flat:
-                if t is not None and t.requires_grad:
-                    lengths = tuple(map(len, args[:lists]))
-                    return Function.apply(run, args[differentiable:], lengths, *flat)
+    class Eager(torch.autograd.Function):
+        """:class:`Function` where no transform is about: what is saved beside the first output stays inside."""
+
+        @staticmethod
+        def forward(ctx: Any, args: tuple[Any, ...], *flat: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = formula.forward(*args)
+            ctx.set_materialize_grads(False)
+            formula.setup_context(ctx, args, output)
+            return output[:1] if isinstance(output, tuple) else output
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+            if dy is None:
+                return (None,) * len(ctx.needs_input_grad)
+            return (None, *formula.backward(ctx, dy, list(ctx.needs_input_grad[1:])))
+
+    # Function.apply inspects forward's signature for defaults, on every call: a third of a small call's time.
+    apply_eager = super(torch.autograd.Function, Eager).apply  # type: ignore[misc]
+
+    def autograd_kernel(keyset: Any, *args: Any) -> Any:
+        run = partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+        flat = flatten(args)
+        if requires_grad(flat):
+            return Function.apply(run, args[differentiable:], tuple(map(len, args[:lists])), *flat)
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)
 
-    def autograd_kernel(keyset: Any, *args: Any) -> Any:
-        return call(partial(op.redispatch, keyset & torch._C._after_autograd_keyset), args)
-
     def eager(*args: Any) -> Any:
-        return call(formula.forward, args)
+        flat = flatten(args)
+        if requires_grad(flat):
+            if is_transformed(flat):
+                return Function.apply(formula.forward, args[differentiable:], tuple(map(len, args[:lists])), *flat)
+            return apply_eager(args, *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return formula.forward(*args)
 
     library.impl(op._schema.name.split("::")[1], autograd_kernel, "Autograd", with_keyset=True)
     return eager
@@ -115,6 +148,11 @@ def frozen_statistics(
     if conv_bias is not None:
         mean = mean - conv_bias.to(dtype)
     return mean, running_var.to(dtype, copy=True)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, without the call where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def norm_gradients(
@@ -138,9 +176,9 @@ def norm_gradients(
             scale = (var + ctx.eps).rsqrt() if bn_weight is None else bn_weight * (var + ctx.eps).rsqrt()
             dbias = (sum_dy * scale).to(conv_bias.dtype)
     if need_gamma and bn_weight is not None and sum_dy_xhat is not None:
-        dgamma = sum_dy_xhat.to(bn_weight.dtype)
+        dgamma = cast(sum_dy_xhat, bn_weight.dtype)
     if need_beta and bn_bias is not None and sum_dy is not None:
-        dbeta = sum_dy.to(bn_bias.dtype)
+        dbeta = cast(sum_dy, bn_bias.dtype)
     return dbias, dgamma, dbeta
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dla_fast import checks, reference
 from dla_fast.ops.autograd import frozen_statistics, norm_gradients, register_autograd, second_order
+from dla_fast.ops.direct import direct
 from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, node_channels_last
 from dla_fast.ops.upsample import upsample_flops
@@ -116,10 +117,10 @@ def _backward_flops(dy_shape: Any, xs_shape: Any, ups_shape: Any, weight_shape: 
 class _ConvNormAct:
     """The differentiable operator of one backend: kernel and autograd formula."""
 
-    def __init__(self, namespace: Any) -> None:
-        self.stage = namespace.conv_norm_act_stage.default
-        self.stage_backward = namespace.conv_norm_act_backward.default
-        self.tail, self.tail_backward_reduce = namespace.tail.default, namespace.tail_backward_reduce.default
+    def __init__(self, backend: str) -> None:
+        self.stage = direct(backend, "conv_norm_act_stage", inputs=0)
+        self.stage_backward = direct(backend, "conv_norm_act_backward", inputs=1)
+        self.tail, self.tail_backward_reduce = direct(backend, "tail"), direct(backend, "tail_backward_reduce")
 
     def forward(
         self,
@@ -170,10 +171,11 @@ class _ConvNormAct:
             sums = self.tail_backward_reduce(dy, z, mean, var, bn_weight, bn_bias, added, *options)
         made: tuple[Any, ...] = ([None] * n, [None] * m, None, None)
         if need_dw or need_residual or any(need_dx) or any(need_dup):
+            images, _, height, width = z.shape
             made = self.stage_backward(
                 dy, xs, ups, weight, residual, z, mean, var, bn_weight, bn_bias,
                 *(sums if ctx.training else (None, None)), *geometry, residual_input,
-                float(z.shape[0] * z.shape[2] * z.shape[3]), *options, need_dx, need_dup, need_dw, need_residual,
+                float(images * height * width), *options, need_dx, need_dup, need_dw, need_residual,
             )  # fmt: skip
         dbias, dgamma, dbeta = norm_gradients(
             ctx, sums, var, conv_bias, bn_weight, bn_bias, (need_bias, need_gamma, need_beta)
@@ -224,6 +226,9 @@ def register(library: torch.library.Library, backend: str, key: str) -> dict[str
     ):
         torch.library.register_fake(f"dla_fast_{backend}::{name}", fake, lib=library)
         register_flop_formula(getattr(namespace, name))(flops)
-    op = _ConvNormAct(namespace)
+    op = _ConvNormAct(backend)
     library.impl("conv_norm_act", op.forward, key)
-    return {"conv_norm_act": register_autograd(library, namespace.conv_norm_act.default, op, differentiable=7, lists=2)}
+    return {
+        "conv_norm_act": register_autograd(library, namespace.conv_norm_act.default, op, differentiable=7, lists=2),
+        "conv_norm_act_inference": direct(backend, "conv_norm_act_inference", inputs=0),
+    }

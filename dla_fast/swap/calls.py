@@ -17,6 +17,7 @@ from dla_fast.reference.activation import ActSpec
 
 # Everything else (fx proxies, DTensor, quantized weights) has rules of its own.
 PLAIN = (Tensor, nn.Parameter)
+_ACTS: dict[type, ActSpec] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity", nn.Hardswish: "hardswish"}
 _HALF = (torch.float16, torch.bfloat16)
 # Two threads (DataParallel) that force a backend at once would restore each other's choice and leave one in force.
 _forcing = threading.RLock()
@@ -40,18 +41,9 @@ def undisturbed() -> bool:
 
 def fused_act(module: nn.Module) -> ActSpec | None:
     """The activation a module computes, or None when no kernel ends with it."""
-    kind = type(module)
-    if kind is nn.ReLU:
-        return "relu"
-    if kind is nn.SiLU:
-        return "silu"
-    if kind is nn.Identity:
-        return "identity"
-    if kind is nn.Hardswish:
-        return "hardswish"
-    if kind is nn.LeakyReLU:
-        return ("leaky_relu", module.negative_slope)  # type: ignore[return-value]
-    return None
+    if type(module) is nn.LeakyReLU:
+        return ("leaky_relu", module.negative_slope)
+    return _ACTS.get(type(module))
 
 
 def are_unit(conv: Any, bn: Any) -> bool:
@@ -62,11 +54,6 @@ def are_unit(conv: Any, bn: Any) -> bool:
 def is_act(act: Any) -> bool:
     """Whether a child is an activation that kernels end with, and nobody watches its calls."""
     return act is not None and fused_act(act) is not None and not is_observed(act)
-
-
-def _fits(vector: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether a norm's vector can stand beside activations of this dtype."""
-    return vector is None or vector.dtype == dtype or (vector.dtype == torch.float32 and dtype in _HALF)
 
 
 def unit_dtype(xs: Sequence[Tensor], conv: Any, bn: Any) -> torch.dtype | None:
@@ -89,11 +76,14 @@ def unit_dtype(xs: Sequence[Tensor], conv: Any, bn: Any) -> torch.dtype | None:
         dtype = torch.get_autocast_dtype(device)
     elif weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         return None
-    for name in ("weight", "bias"):
-        if not _fits(parameter(bn, name), dtype):
-            return None
     buffers = bn._buffers
-    return dtype if _fits(buffers.get("running_mean"), dtype) and _fits(buffers.get("running_var"), dtype) else None
+    for t in (
+        parameter(bn, "weight"), parameter(bn, "bias"), buffers.get("running_mean"), buffers.get("running_var")
+    ):  # fmt: skip
+        # A norm's vectors may be float32 beside half-precision activations.
+        if t is not None and t.dtype != dtype and not (t.dtype == torch.float32 and dtype in _HALF):
+            return None
+    return dtype
 
 
 def run_unit_on(name: str, xs: Sequence[Tensor], conv: nn.Module, bn: nn.Module, **options: Any) -> Tensor:

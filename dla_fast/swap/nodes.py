@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from dla_fast.nn.batch_norm import parameter
 from dla_fast.nn.frozen import KEY
+from dla_fast.nn.unit import run_plain_unit
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
 
 MAX_INPUTS = 8
@@ -200,4 +201,7 @@ def run_fused(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> T
     children: Any = module._modules
     conv, bn, act = children["conv"], children[spec.bn], fused_act(children[spec.act])
     assert act is not None
-    return run_unit_on(spec.backend, xs, conv, bn, act=act, residual=0 if spec.residual else None)
+    residual = 0 if spec.residual else None
+    if spec.backend == "auto":
+        return run_plain_unit(xs, conv, bn, act, residual)
+    return run_unit_on(spec.backend, xs, conv, bn, act=act, residual=residual)
