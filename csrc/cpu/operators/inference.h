@@ -19,6 +19,7 @@ void infer(const Node& node, const NativeNode<T>& product, const NormVectors<acc
   using A = acc_t<T>;
   const T* skip = data_or_null<T>(residual);
   T* out = y.mutable_data_ptr<T>();
+  if (product->infer(norm.from(0), skip, out)) return;
   const int64_t ld = node.channels_last ? node.out_channels : node.height * node.width;
   product->forward(nullptr, [&](const Piece& piece, Strided<const A> z) {
     kernels<T>().tail_accumulated(piece.shape, norm.from(piece.channel), z,
