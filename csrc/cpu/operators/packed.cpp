@@ -75,8 +75,12 @@ int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tenso
   foldable = foldable && node.channels_last && node.count() == 1 && up_weights.empty() &&
              at::globalContext().userEnabledMkldnn() && at::hasMKLDNN();
   const bool halves = foldable && type == at::kBFloat16, floats = foldable && type == at::kFloat;
+  // Vectors of bfloat16, which finish in registers; upsampled inputs pass by the way that gathers them.
+  if (type == at::kBFloat16 && current_isa() == Isa::avx512_bf16 && node.channels_last && groups == 1 &&
+      up_weights.empty()) {
+    return way_from(Arithmetic::bf16_direct, true);
+  }
   if (node.way() == Way::library) return halves || floats ? kFolded : kLibrary;
-  if (halves && current_isa() == Isa::avx512_bf16) return kFolded;
   int64_t way = kLibrary;
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);

@@ -16,25 +16,35 @@ struct Bf16Tail {
   const c10::BFloat16* residual;  // laid out like y, or null
   c10::BFloat16* y;
   int64_t ld;
+
+  Bf16Tail from(int64_t channel) const {
+    return {center + channel, scale + channel, shift + channel, relu, residual == nullptr ? nullptr : residual + channel,
+            y + channel,      ld};
+  }
 };
 
-// So many neighbouring pixels of one row, or where it is narrower than kRunSides[side] all of them: where the first
-// lies in the patch and in the output, and which runs of values meet the map at all.
+// So many neighbouring pixels of one row, or where it is narrower than kRunSides[side] all of them: which pixel of the
+// patch and of the output the first one is, and which runs meet the map at all.
 struct RunSegment {
   int64_t from, to, first_run, last_run;
 };
 
-// A pixel of z is the sum over `runs` runs of `length` neighbouring values: those that begin `offsets` behind its own
-// place in the patch. The weight has them pair by pair, of an odd length a zero behind the last.
+// `length` neighbouring values of a patch that has so many channels: for its first pixel they begin at `base`, which
+// lies `at` behind the patches' memory. In the panel there are so many pairs before them; behind the last value of an
+// odd length it has a zero.
+struct Run {
+  const c10::BFloat16* base;
+  int64_t at, channels, length, pairs_before;
+};
+
+// Every pixel of z is the sum over its runs.
 struct Bf16Runs {
   const RunSegment* segments;
   int64_t segment_count;
   int side;
-  int64_t pixels;  // of a segment
-  int64_t lda;     // between them, in the patch
-  const int64_t* offsets;
-  int64_t length;
-  const c10::BFloat16 *patch, *weight;
+  int64_t pixels, stride;  // of a segment, and between them in the patch
+  const Run* runs;
+  const c10::BFloat16* weight;
   int64_t channels;  // of the panel
   float* z;          // kRunPanel values a pixel; null where there is a tail
   const Bf16Tail* tail;

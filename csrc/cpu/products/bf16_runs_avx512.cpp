@@ -70,13 +70,13 @@ inline void tile(const Bf16Runs& r, const RunSegment* segments) {
       for (int v = 0; v < VECTORS; ++v) acc[g][i][v] = _mm512_setzero_ps();
     }
   }
-  const int64_t lda = 2 * r.lda, pairs = r.length / 2;
-  const c10::BFloat16* weight = r.weight + segments->first_run * (pairs + r.length % 2) * kRunPair;
-  for (int64_t run = segments->first_run; run < segments->last_run; ++run) {
+  const c10::BFloat16* weight = r.weight + r.runs[segments->first_run].pairs_before * kRunPair;
+  for (const Run *run = r.runs + segments->first_run, *end = r.runs + segments->last_run; run < end; ++run) {
+    const int64_t lda = r.stride * run->channels * static_cast<int64_t>(sizeof(c10::BFloat16)), pairs = run->length / 2;
     const char* at[GROUPS];
 #pragma GCC unroll 3
     for (int g = 0; g < GROUPS; ++g) {
-      at[g] = reinterpret_cast<const char*>(r.patch + segments[g].from + r.offsets[run]);
+      at[g] = reinterpret_cast<const char*>(run->base + segments[g].from * run->channels);
     }
     for (int64_t pair = 0; pair < pairs; ++pair, weight += kRunPair) {
       add_pair<int32_t>(at, lda, weight, acc);
@@ -84,7 +84,7 @@ inline void tile(const Bf16Runs& r, const RunSegment* segments) {
       for (int g = 0; g < GROUPS; ++g) at[g] += 4;
     }
     // What lies behind the last value is another pixel's, and may be NaN, which a zero does not silence.
-    if (r.length % 2 != 0) {
+    if (run->length % 2 != 0) {
       add_pair<uint16_t>(at, lda, weight, acc);
       weight += kRunPair;
     }

@@ -164,7 +164,7 @@ ProductOf<T> direct(const Inputs<T>& in);
 // Null where the processor has no such instructions.
 ProductOf<c10::BFloat16> bf16_pointwise(const Inputs<c10::BFloat16>& in);
 ProductOf<c10::BFloat16> bf16_convolution(const Inputs<c10::BFloat16>& in);
-// Of one map that is not upsampled, channels_last, where the instruction set is avx512_bf16.
+// Of maps that are not upsampled, channels_last, where the instruction set is avx512_bf16.
 ProductOf<c10::BFloat16> bf16_direct(const Inputs<c10::BFloat16>& in);
 ProductOf<float> bf16x3_pointwise(const Inputs<float>& in);
 ProductOf<float> bf16x3_winograd(const Inputs<float>& in);
