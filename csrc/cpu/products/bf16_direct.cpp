@@ -1,7 +1,7 @@
 // Forward of a convolution of any kernel in bfloat16 instructions (bf16_runs.h), finished in registers.
 //
-// The pixels that a block takes lie in cache as they lie in the map, with zeros beside it, and a row of taps is one run
-// of values there. A 1x1 kernel reads the maps where they are.
+// A row of taps is one run of values in the map, and is read there. The pixels of segments at the map's sides are
+// copied, with zeros beside it; rows of taps above it and below it are left out.
 
 #include <cstring>
 
@@ -26,23 +26,29 @@ class Bf16Direct : public Direct<BFloat16> {
   bool infer(const Norm<float>& norm, const BFloat16* residual, BFloat16* y) const override;
 
  private:
-  bool pointwise() const { return window_.kernel == 1; }
+  class Cut;
   // Of a row of taps: one of each input, or as many as it has taps, which a dilation keeps apart.
   int64_t runs() const { return window_.dilation == 1 ? 1 : window_.kernel; }
+  int64_t side() const { return kRunSides[side_]; }
   int64_t panel_values() const { return (runs_.back().pairs_before + divide_up(runs_.back().length, 2)) * kRunPair; }
+  // A segment's pixels as they are copied.
   int64_t rows() const { return window_.side(grid_.rows); }
-  int64_t cols() const { return window_.side(grid_.cols); }
-  void gather(const RowGrid::Block& block, BFloat16* patch) const;
-  std::vector<RunSegment> segments(const RowGrid::Block& block, bool whole_map) const;
+  int64_t cols() const { return window_.side(side()); }
+  int64_t copied() const { return grid_.together * rows() * cols() * in_.in_channels; }
+  // The column of the map where a segment's first run begins, and whether all of them lie inside it.
+  int64_t left(int64_t column) const { return column * window_.stride - window_.padding(); }
+  bool inside(int64_t column) const { return left(column) >= 0 && left(column) + cols() <= maps_[0].width; }
+  std::vector<Run> runs_in(int64_t width, const BFloat16* copies) const;
+  void copy(const RowGrid::Block& block, int64_t column, BFloat16* to) const;
   // With a tail for what a panel's sums become, or an epilogue that is given them.
   void multiply(const Bf16Tail* tail, Epilogue<float> epilogue) const;
 
   int side_;               // of kRunSides: the one that fits the width of a block
-  std::vector<Run> runs_;  // row of taps by row; base: from the patch on
+  std::vector<Run> runs_;  // row of taps by row, in the maps
 };
 
-// Half as large as floats, and sums that are finished at once need no memory: blocks of more rows, with less around
-// them. A 1x1 kernel takes all pixels as one row.
+// Half as large as floats, and sums that are finished at once need no memory: blocks of more pixels. A 1x1 kernel takes
+// all pixels as one row.
 RowGrid blocks_of(const Inputs<BFloat16>& in) {
   const Window window(in);
   const int64_t inputs = divide_up(in.in_channels, 2), outputs = divide_up(std::min(in.out_channels, kPanel), 4);
@@ -52,17 +58,27 @@ RowGrid blocks_of(const Inputs<BFloat16>& in) {
 
 Bf16Direct::Bf16Direct(const Inputs<BFloat16>& in) : Direct<BFloat16>(in) {
   grid_ = blocks_of(in);
+  if (in.kernel == 1) {
+    for (Map<BFloat16>& map : maps_) map = {map.data, map.channels, 1, in.total(), true};
+  }
   side_ = round_up(grid_.cols, kRunSides[0]) <= round_up(grid_.cols, kRunSides[1]) ? 0 : 1;
+  runs_ = runs_in(maps_[0].width, nullptr);
+}
+
+// copies: of all inputs, one behind the other, in place of the maps.
+std::vector<Run> Bf16Direct::runs_in(int64_t width, const BFloat16* copies) const {
+  std::vector<Run> found;
   int64_t pairs = 0;
   for (int64_t tap = 0; tap < window_.kernel * runs(); ++tap) {
-    for (const Input<BFloat16>& x : in.xs) {
-      const int64_t pixel = window_.dilation * (tap / runs() * cols() + tap % runs()),
-                    length = window_.kernel / runs() * x.channels;
-      const BFloat16* const map = pointwise() ? x.data : nullptr;
-      runs_.push_back({map, grid_.together * rows() * cols() * x.offset + pixel * x.channels, x.channels, length, pairs});
+    const int64_t pixel = window_.dilation * (tap / runs() * width + tap % runs());
+    for (const Input<BFloat16>& x : in_.xs) {
+      const BFloat16* const map = copies == nullptr ? x.data : copies + copied() / in_.in_channels * x.offset;
+      const int64_t length = window_.kernel / runs() * x.channels;
+      found.push_back({map + pixel * x.channels, x.channels, length, pairs});
       pairs += divide_up(length, 2);
     }
   }
+  return found;
 }
 
 void Bf16Direct::pack(void* to) const {
@@ -83,15 +99,13 @@ void Bf16Direct::pack(void* to) const {
   });
 }
 
-void Bf16Direct::gather(const RowGrid::Block& block, BFloat16* patch) const {
-  const int64_t h = block.h * window_.stride - window_.padding(), w = block.w * window_.stride - window_.padding();
-  for (size_t i = 0; i < maps_.size(); ++i) {
-    const Map<BFloat16>& map = maps_[i];
+void Bf16Direct::copy(const RowGrid::Block& block, int64_t column, BFloat16* to) const {
+  const int64_t h = block.h * window_.stride - window_.padding(), w = left(column);
+  for (const Map<BFloat16>& map : maps_) {
     const int64_t begin = std::clamp<int64_t>(-w, 0, cols()), end = std::clamp<int64_t>(map.width - w, begin, cols());
-    for (int64_t q = 0; q < block.images; ++q) {
-      BFloat16* to = patch + grid_.together * rows() * cols() * in_.xs[i].offset + q * rows() * cols() * map.channels;
-      for (int64_t r = h; r < h + window_.side(block.height); ++r, to += cols() * map.channels) {
-        if (r < 0 || r >= map.height) continue;  // nobody reads it
+    for (int64_t q = 0; q < grid_.together; ++q) {
+      for (int64_t r = h; r < h + rows(); ++r, to += cols() * map.channels) {
+        if (q >= block.images || r < 0 || r >= map.height) continue;  // nobody reads it
         std::fill_n(to, begin * map.channels, BFloat16(0));
         std::memcpy(to + begin * map.channels,
                     map.data + (((block.image + q) * map.height + r) * map.width + w + begin) * map.channels,
@@ -102,54 +116,88 @@ void Bf16Direct::gather(const RowGrid::Block& block, BFloat16* patch) const {
   }
 }
 
-// whole_map: where their pixels lie in the whole output, or else in the block.
-std::vector<RunSegment> Bf16Direct::segments(const RowGrid::Block& block, bool whole_map) const {
-  const int64_t side = kRunSides[side_], stride = window_.stride, dilation = window_.dilation;
-  const int64_t per_row = static_cast<int64_t>(runs_.size()) / window_.kernel;
-  std::vector<RunSegment> segments;
-  for (int64_t r = 0; r < block.height; ++r) {
-    // Rows of taps above the map and below it meet zeros alone.
-    const int64_t top = (block.h + r) * stride - window_.padding(), height = maps_[0].height;
-    const int64_t first = top < 0 ? std::min(divide_up(-top, dilation), window_.kernel) : 0,
-                  last = std::clamp(divide_up(height - top, dilation), first, window_.kernel);
-    for (int64_t q = 0; q < block.images; ++q) {
-      for (int64_t w = 0; w < block.width; w += side) {
-        const int64_t begin = std::max<int64_t>(std::min(w, block.width - side), 0);
-        const int64_t from = pointwise() ? block.w + begin : (q * rows() + r * stride) * cols() + begin * stride;
-        const int64_t to = whole_map ? ((block.image + q) * grid_.height + block.h + r) * grid_.width + block.w
-                                     : (q * block.height + r) * block.width;
-        segments.push_back({from, to + begin, first * per_row, last * per_row});
-      }
+// What a thread multiplies with: the segments of a block, and copies of those at the map's sides.
+class Bf16Direct::Cut {
+ public:
+  explicit Cut(const Bf16Direct& product) : p_(product), copies_(sides(product) * product.copied()) {
+    for (int64_t i = 0; i < sides(product); ++i) {
+      beside_.push_back(product.runs_in(product.cols(), copies_.get() + i * product.copied()));
     }
   }
-  return segments;
-}
+
+  // whole_map: where pixels lie in the whole output, or else in the block.
+  const std::vector<RunSegment>& of(const RowGrid::Block& block, bool whole_map) {
+    const Window& window = p_.window_;
+    const int64_t per_row = static_cast<int64_t>(p_.runs_.size()) / window.kernel;
+    std::vector<int64_t> columns;
+    for (int64_t w = 0; w < block.width; w += p_.side()) {
+      columns.push_back(block.w + std::max<int64_t>(std::min(w, block.width - p_.side()), 0));
+    }
+    size_t copied = 0;
+    for (const int64_t column : columns) {
+      if (!p_.inside(column)) p_.copy(block, column, copies_.get() + p_.copied() * copied++);
+    }
+    segments_.clear();
+    for (int64_t r = 0; r < block.height; ++r) {
+      // Rows of taps above the map and below it meet zeros alone.
+      const int64_t top = (block.h + r) * window.stride - window.padding(), height = p_.maps_[0].height;
+      const int64_t first = top < 0 ? std::min(divide_up(-top, window.dilation), window.kernel) : 0,
+                    last = std::clamp(divide_up(height - top, window.dilation), first, window.kernel);
+      for (int64_t q = 0; q < block.images; ++q) {
+        size_t side = 0;
+        for (const int64_t column : columns) {
+          const bool inside = p_.inside(column);
+          const int64_t image = block.image + q, row = (image * p_.grid_.height + block.h + r) * p_.grid_.width;
+          const Run* const runs = (inside ? p_.runs_ : beside_[side++]).data();
+          segments_.push_back({inside ? (image * height + top) * p_.maps_[0].width + p_.left(column)
+                                      : (q * p_.rows() + r * window.stride) * p_.cols(),
+                               whole_map ? row + column : (q * block.height + r) * block.width + column - block.w,
+                               runs + first * per_row, runs + last * per_row});
+        }
+      }
+    }
+    return segments_;
+  }
+
+ private:
+  // Segments of a row that do not lie inside of the map, at most.
+  static int64_t sides(const Bf16Direct& product) {
+    int64_t most = 0;
+    for (int64_t w = 0; w < product.grid_.width; w += product.grid_.cols) {
+      const int64_t width = std::min(product.grid_.cols, product.grid_.width - w);
+      int64_t count = 0;
+      for (int64_t c = 0; c < width; c += product.side()) {
+        count += product.inside(w + std::max<int64_t>(std::min(c, width - product.side()), 0)) ? 0 : 1;
+      }
+      most = std::max(most, count);
+    }
+    return most;
+  }
+
+  const Bf16Direct& p_;
+  Scratch<BFloat16> copies_;
+  std::vector<std::vector<Run>> beside_;
+  std::vector<RunSegment> segments_;
+};
 
 void Bf16Direct::multiply(const Bf16Tail* tail, Epilogue<float> epilogue) const {
-  const int64_t n = in_.out_channels, side = kRunSides[side_];
-  const int64_t area = grid_.together * rows() * cols(), most = grid_.together * grid_.rows * grid_.cols;
+  const int64_t n = in_.out_channels, most = grid_.together * grid_.rows * grid_.cols;
   const PackedWeight<BFloat16> packed(*this, in_);
   const Tasks tasks(grid_.count(), divide_up(n, kRunPanel));
   const int64_t cost = most * in_.taps() * in_.in_channels * divide_up(n, tasks.groups) / 32;
   parallel_queue(tasks.count, cost, [&](const Take& take) {
-    // A segment may be longer than a row.
-    const Scratch<BFloat16> patch(pointwise() ? 0 : (area + side * window_.stride) * in_.in_channels);
+    Cut cut(*this);
     const Scratch<float> z(tail == nullptr ? most * kRunPanel : 0);
-    std::vector<Run> runs = runs_;
-    if (!pointwise()) {
-      for (Run& run : runs) run.base = patch.get() + run.at;
-    }
     for (int64_t task = take(); task >= 0; task = take()) {
       const RowGrid::Block block = grid_[task / tasks.groups];
-      if (!pointwise()) gather(block, patch.get());
-      const std::vector<RunSegment> cut = segments(block, tail != nullptr);
+      const std::vector<RunSegment>& segments = cut.of(block, tail != nullptr);
       for (int64_t panel = tasks.begin(task); panel < tasks.end(task); ++panel) {
         const int64_t channel = panel * kRunPanel, count = std::min(kRunPanel, n - channel);
         Bf16Tail part = {};
         if (tail != nullptr) part = tail->from(channel);
-        avx512_bf16::multiply_runs({cut.data(), static_cast<int64_t>(cut.size()), side_, std::min(side, block.width),
-                                    window_.stride, runs.data(), packed.get() + panel * panel_values(), count, z.get(),
-                                    tail == nullptr ? nullptr : &part});
+        avx512_bf16::multiply_runs(
+            {segments.data(), static_cast<int64_t>(segments.size()), side_, std::min(side(), block.width),
+             window_.stride, packed.get() + panel * panel_values(), count, z.get(), tail == nullptr ? nullptr : &part});
         if (tail != nullptr) continue;
         const int64_t pieces = block.images * (whole() ? 1 : block.height),
                       pixels = block.images * block.height * block.width / pieces;

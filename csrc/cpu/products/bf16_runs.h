@@ -18,39 +18,44 @@ struct Bf16Tail {
   int64_t ld;
 
   Bf16Tail from(int64_t channel) const {
-    return {center + channel, scale + channel, shift + channel, relu, residual == nullptr ? nullptr : residual + channel,
-            y + channel,      ld};
+    return {center + channel,
+            scale + channel,
+            shift + channel,
+            relu,
+            residual == nullptr ? nullptr : residual + channel,
+            y + channel,
+            ld};
   }
 };
 
-// So many neighbouring pixels of one row, or where it is narrower than kRunSides[side] all of them: which pixel of the
-// patch and of the output the first one is, and which runs meet the map at all.
-struct RunSegment {
-  int64_t from, to, first_run, last_run;
-};
-
-// `length` neighbouring values of a patch that has so many channels: for its first pixel they begin at `base`, which
-// lies `at` behind the patches' memory. In the panel there are so many pairs before them; behind the last value of an
-// odd length it has a zero.
+// `length` neighbouring values of a map that has so many channels: for the map's first pixel they begin at `base`. In
+// the panel there are so many pairs before them; behind the last value of an odd length it has a zero.
 struct Run {
   const c10::BFloat16* base;
-  int64_t at, channels, length, pairs_before;
+  int64_t channels, length, pairs_before;
 };
 
-// Every pixel of z is the sum over its runs.
+// So many neighbouring pixels of one row, or where it is narrower than kRunSides[side] all of them: which pixel of the
+// map and of the output the first one is, and its runs.
+struct RunSegment {
+  int64_t from, to;
+  const Run *runs, *end;
+};
+
+// Every pixel of z is the sum over the runs of its segment.
 struct Bf16Runs {
   const RunSegment* segments;
   int64_t segment_count;
   int side;
-  int64_t pixels, stride;  // of a segment, and between them in the patch
-  const Run* runs;
+  int64_t pixels, stride;  // of a segment, and between them in the map
   const c10::BFloat16* weight;
   int64_t channels;  // of the panel
   float* z;          // kRunPanel values a pixel; null where there is a tail
   const Bf16Tail* tail;
 };
 
-// Pixels that are multiplied for a segment: what leaves vectors for the weight when two or three segments are multiplied together.
+// Pixels that are multiplied for a segment: what leaves vectors for the weight when two or three segments are
+// multiplied together.
 constexpr int64_t kRunSides[] = {7, 4};
 
 #if defined(DLA_WITH_AVX512_BF16)

@@ -70,8 +70,18 @@ inline void tile(const Bf16Runs& r, const RunSegment* segments) {
       for (int v = 0; v < VECTORS; ++v) acc[g][i][v] = _mm512_setzero_ps();
     }
   }
-  const c10::BFloat16* weight = r.weight + r.runs[segments->first_run].pairs_before * kRunPair;
-  for (const Run *run = r.runs + segments->first_run, *end = r.runs + segments->last_run; run < end; ++run) {
+  if (r.tail != nullptr) {
+    // What the tail meets is not in cache yet.
+#pragma GCC unroll 3
+    for (int g = 0; g < GROUPS; ++g) {
+      for (int64_t i = 0, at = segments[g].to * r.tail->ld; i < r.pixels; ++i, at += r.tail->ld) {
+        __builtin_prefetch(r.tail->y + at, 1);
+        if (r.tail->residual != nullptr) __builtin_prefetch(r.tail->residual + at);
+      }
+    }
+  }
+  const c10::BFloat16* weight = r.weight + segments->runs->pairs_before * kRunPair;
+  for (const Run *run = segments->runs, *end = segments->end; run < end; ++run) {
     const int64_t lda = r.stride * run->channels * static_cast<int64_t>(sizeof(c10::BFloat16)), pairs = run->length / 2;
     const char* at[GROUPS];
 #pragma GCC unroll 3
@@ -102,7 +112,7 @@ inline void tile(const Bf16Runs& r, const RunSegment* segments) {
         }
         const int64_t left = r.channels - v * 16;
         finish(*r.tail, segments[g].to + i, v, static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff),
-                        acc[g][i][v]);
+               acc[g][i][v]);
       }
     }
   }
@@ -114,8 +124,7 @@ void tiles(const Bf16Runs& r) {
   for (int64_t s = 0; s < r.segment_count;) {
     const RunSegment* const at = r.segments + s;
     int64_t count = 1;
-    while (count < GROUPS && s + count < r.segment_count && at[count].first_run == at->first_run &&
-           at[count].last_run == at->last_run) {
+    while (count < GROUPS && s + count < r.segment_count && at[count].runs == at->runs && at[count].end == at->end) {
       ++count;
     }
     s += count;
