@@ -2,6 +2,8 @@
 
 #include "bf16_runs.h"
 
+#include <limits>
+
 #if defined(DLA_WITH_AVX512_BF16)
 #if !defined(__clang__)
 // gcc 12 takes the undefined vectors of its own header for mistakes (GCC bug 105593).
@@ -45,18 +47,34 @@ inline void add_pair(const char* (&at)[GROUPS], int64_t lda, const c10::BFloat16
   }
 }
 
-inline void finish(const Bf16Tail& tail, int64_t pixel, int v, __mmask16 lanes, __m512 z) {
-  const int64_t at = pixel * tail.ld + v * 16;
-  const __m512 centered = _mm512_sub_ps(z, _mm512_maskz_loadu_ps(lanes, tail.center + v * 16));
-  __m512 y = _mm512_fmadd_ps(centered, _mm512_maskz_loadu_ps(lanes, tail.scale + v * 16),
-                             _mm512_maskz_loadu_ps(lanes, tail.shift + v * 16));
-  if (tail.residual != nullptr) {
-    const __m512i halves = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, tail.residual + at));
-    y = _mm512_add_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16)));
+template <bool RESIDUAL, int GROUPS, int SIDE, int VECTORS>
+inline void finish(const Bf16Runs& r, const RunSegment* segments, const __m512 (&acc)[GROUPS][SIDE][VECTORS]) {
+  const Bf16Tail& tail = *r.tail;
+  const __m512 least = _mm512_set1_ps(tail.relu ? 0.0f : -std::numeric_limits<float>::infinity());
+#pragma GCC unroll 2
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t left = r.channels - v * 16;
+    const __mmask16 lanes = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff);
+    const __m512 center = _mm512_maskz_loadu_ps(lanes, tail.center + v * 16),
+                 scale = _mm512_maskz_loadu_ps(lanes, tail.scale + v * 16),
+                 shift = _mm512_maskz_loadu_ps(lanes, tail.shift + v * 16);
+#pragma GCC unroll 3
+    for (int g = 0; g < GROUPS; ++g) {
+      const int64_t at = segments[g].to * tail.ld + v * 16;
+#pragma GCC unroll 7
+      for (int i = 0; i < SIDE; ++i) {
+        if (i >= r.pixels) break;
+        __m512 y = _mm512_fmadd_ps(_mm512_sub_ps(acc[g][i][v], center), scale, shift);
+        if constexpr (RESIDUAL) {
+          const __m256i halves = _mm256_maskz_loadu_epi16(lanes, tail.residual + at + i * tail.ld);
+          y = _mm512_add_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+        }
+        // The second operand where one is NaN, so NaN stays NaN.
+        y = _mm512_max_ps(least, y);
+        _mm256_mask_storeu_epi16(tail.y + at + i * tail.ld, lanes, (__m256i)_mm512_cvtneps_pbh(y));
+      }
+    }
   }
-  // The second operand where one is NaN, so NaN stays NaN.
-  if (tail.relu) y = _mm512_max_ps(_mm512_setzero_ps(), y);
-  _mm256_mask_storeu_epi16(tail.y + at, lanes, (__m256i)_mm512_cvtneps_pbh(y));
 }
 
 template <int GROUPS, int SIDE, int VECTORS>
@@ -99,21 +117,16 @@ inline void tile(const Bf16Runs& r, const RunSegment* segments) {
       weight += kRunPair;
     }
   }
+  if (r.tail != nullptr) {
+    return r.tail->residual != nullptr ? finish<true>(r, segments, acc) : finish<false>(r, segments, acc);
+  }
 #pragma GCC unroll 3
   for (int g = 0; g < GROUPS; ++g) {
 #pragma GCC unroll 7
     for (int i = 0; i < SIDE; ++i) {
-      if (i >= r.pixels) continue;
+      if (i >= r.pixels) break;
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) {
-        if (r.tail == nullptr) {
-          _mm512_storeu_ps(r.z + (segments[g].to + i) * kRunPanel + v * 16, acc[g][i][v]);
-          continue;
-        }
-        const int64_t left = r.channels - v * 16;
-        finish(*r.tail, segments[g].to + i, v, static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff),
-               acc[g][i][v]);
-      }
+      for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(r.z + (segments[g].to + i) * kRunPanel + v * 16, acc[g][i][v]);
     }
   }
 }
