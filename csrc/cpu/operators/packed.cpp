@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "inference.h"
@@ -23,6 +24,16 @@ Arithmetic arithmetic_of_way(int64_t way) {
 }
 bool layout_of_way(int64_t way) {
   return way % 2 != 0;
+}
+
+// Upsampled inputs pass by the products that gather them. A weight is packed without knowing of a dilation, which would
+// cut an odd number of channels into other pairs.
+bool served_by_runs(const Node& node) {
+  if (node.weight.scalar_type() != at::kBFloat16 || current_isa() != Isa::avx512_bf16) return false;
+  if (!node.channels_last || node.groups != 1) return false;
+  return std::all_of(node.xs.begin(), node.xs.end(),
+                     [&](const Tensor& x) { return node.dilation == 1 || x.size(1) % 2 == 0; }) &&
+         std::all_of(node.factors.begin(), node.factors.end(), [](int64_t factor) { return factor == 1; });
 }
 
 template <class A>
@@ -75,11 +86,7 @@ int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tenso
   foldable = foldable && node.channels_last && node.count() == 1 && up_weights.empty() &&
              at::globalContext().userEnabledMkldnn() && at::hasMKLDNN();
   const bool halves = foldable && type == at::kBFloat16, floats = foldable && type == at::kFloat;
-  // Vectors of bfloat16, which finish in registers; upsampled inputs pass by the way that gathers them.
-  if (type == at::kBFloat16 && current_isa() == Isa::avx512_bf16 && node.channels_last && groups == 1 &&
-      up_weights.empty()) {
-    return way_from(Arithmetic::bf16_direct, true);
-  }
+  if (served_by_runs(node)) return way_from(Arithmetic::bf16_direct, true);
   if (node.way() == Way::library) return halves || floats ? kFolded : kLibrary;
   int64_t way = kLibrary;
   dispatch(type, [&](auto zero) {
