@@ -65,7 +65,7 @@ Bf16Direct::Bf16Direct(const Inputs<BFloat16>& in) : Direct<BFloat16>(in) {
   runs_ = runs_in(maps_[0].width, nullptr);
 }
 
-// copies: of all inputs, one behind the other, in place of the maps.
+// copies: of all inputs, one behind the other, in place of the maps. There are no maps where a weight is packed.
 std::vector<Run> Bf16Direct::runs_in(int64_t width, const BFloat16* copies) const {
   std::vector<Run> found;
   int64_t pairs = 0;
@@ -74,7 +74,7 @@ std::vector<Run> Bf16Direct::runs_in(int64_t width, const BFloat16* copies) cons
     for (const Input<BFloat16>& x : in_.xs) {
       const BFloat16* const map = copies == nullptr ? x.data : copies + copied() / in_.in_channels * x.offset;
       const int64_t length = window_.kernel / runs() * x.channels;
-      found.push_back({map + pixel * x.channels, x.channels, length, pairs});
+      found.push_back({map == nullptr ? nullptr : map + pixel * x.channels, x.channels, length, pairs});
       pairs += divide_up(length, 2);
     }
   }
@@ -127,39 +127,44 @@ class Bf16Direct::Cut {
 
   // whole_map: where pixels lie in the whole output, or else in the block.
   const std::vector<RunSegment>& of(const RowGrid::Block& block, bool whole_map) {
-    const Window& window = p_.window_;
-    const int64_t per_row = static_cast<int64_t>(p_.runs_.size()) / window.kernel;
     std::vector<int64_t> columns;
     for (int64_t w = 0; w < block.width; w += p_.side()) {
       columns.push_back(block.w + std::max<int64_t>(std::min(w, block.width - p_.side()), 0));
     }
-    size_t copied = 0;
-    for (const int64_t column : columns) {
-      if (!p_.inside(column)) p_.copy(block, column, copies_.get() + p_.copied() * copied++);
-    }
     segments_.clear();
-    for (int64_t r = 0; r < block.height; ++r) {
-      // Rows of taps above the map and below it meet zeros alone.
-      const int64_t top = (block.h + r) * window.stride - window.padding(), height = p_.maps_[0].height;
-      const int64_t first = top < 0 ? std::min(divide_up(-top, window.dilation), window.kernel) : 0,
-                    last = std::clamp(divide_up(height - top, window.dilation), first, window.kernel);
-      for (int64_t q = 0; q < block.images; ++q) {
-        size_t side = 0;
-        for (const int64_t column : columns) {
-          const bool inside = p_.inside(column);
-          const int64_t image = block.image + q, row = (image * p_.grid_.height + block.h + r) * p_.grid_.width;
-          const Run* const runs = (inside ? p_.runs_ : beside_[side++]).data();
-          segments_.push_back({inside ? (image * height + top) * p_.maps_[0].width + p_.left(column)
-                                      : (q * p_.rows() + r * window.stride) * p_.cols(),
-                               whole_map ? row + column : (q * block.height + r) * block.width + column - block.w,
-                               runs + first * per_row, runs + last * per_row});
-        }
-      }
+    // Neighbours in this order that share their runs are multiplied together: at the sides those of a column.
+    size_t sides = 0;
+    for (const int64_t column : columns) {
+      if (p_.inside(column)) continue;
+      p_.copy(block, column, copies_.get() + p_.copied() * static_cast<int64_t>(sides));
+      const Run* const runs = beside_[sides++].data();
+      for (int64_t r = 0; r < block.height; ++r) add_row(block, r, {column}, runs, whole_map);
     }
+    columns.erase(std::remove_if(columns.begin(), columns.end(), [&](int64_t column) { return !p_.inside(column); }),
+                  columns.end());
+    for (int64_t r = 0; r < block.height; ++r) add_row(block, r, columns, p_.runs_.data(), whole_map);
     return segments_;
   }
 
  private:
+  void add_row(const RowGrid::Block& block, int64_t r, const std::vector<int64_t>& columns, const Run* runs,
+               bool whole_map) {
+    const Window& window = p_.window_;
+    const int64_t per_row = static_cast<int64_t>(p_.runs_.size()) / window.kernel;
+    // Rows of taps above the map and below it meet zeros alone.
+    const int64_t top = (block.h + r) * window.stride - window.padding(), height = p_.maps_[0].height;
+    const int64_t first = top < 0 ? std::min(divide_up(-top, window.dilation), window.kernel) : 0,
+                  last = std::clamp(divide_up(height - top, window.dilation), first, window.kernel);
+    for (int64_t q = 0; q < block.images; ++q) {
+      const int64_t image = block.image + q, row = (image * p_.grid_.height + block.h + r) * p_.grid_.width;
+      for (const int64_t column : columns) {
+        segments_.push_back({runs == p_.runs_.data() ? (image * height + top) * p_.maps_[0].width + p_.left(column)
+                                                     : (q * p_.rows() + r * window.stride) * p_.cols(),
+                             whole_map ? row + column : (q * block.height + r) * block.width + column - block.w,
+                             runs + first * per_row, runs + last * per_row});
+      }
+    }
+  }
   // Segments of a row that do not lie inside of the map, at most.
   static int64_t sides(const Bf16Direct& product) {
     int64_t most = 0;
