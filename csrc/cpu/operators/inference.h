@@ -21,6 +21,7 @@ void infer(const Node& node, const NativeNode<T>& product, const NormVectors<acc
   using A = acc_t<T>;
   const T* skip = data_or_null<T>(residual);
   T* out = y.mutable_data_ptr<T>();
+  if (product->infer(norm.from(0), skip, out)) return;
   const int64_t ld = node.channels_last ? node.out_channels : node.height * node.width;
   A* in_place = nullptr;
   if constexpr (std::is_same_v<T, A>) in_place = product->in_place() ? out : nullptr;

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "inference.h"
@@ -23,6 +24,16 @@ Arithmetic arithmetic_of_way(int64_t way) {
 }
 bool layout_of_way(int64_t way) {
   return way % 2 != 0;
+}
+
+// Upsampled inputs pass by the products that gather them. A weight is packed without knowing of a dilation, which would
+// cut an odd number of channels into other pairs.
+bool served_by_runs(const Node& node) {
+  if (node.weight.scalar_type() != at::kBFloat16 || current_isa() != Isa::avx512_bf16) return false;
+  if (!node.channels_last || node.groups != 1) return false;
+  return std::all_of(node.xs.begin(), node.xs.end(),
+                     [&](const Tensor& x) { return node.dilation == 1 || x.size(1) % 2 == 0; }) &&
+         std::all_of(node.factors.begin(), node.factors.end(), [](int64_t factor) { return factor == 1; });
 }
 
 template <class A>
@@ -75,8 +86,8 @@ int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tenso
   foldable = foldable && node.channels_last && node.count() == 1 && up_weights.empty() &&
              at::globalContext().userEnabledMkldnn() && at::hasMKLDNN();
   const bool halves = foldable && type == at::kBFloat16, floats = foldable && type == at::kFloat;
+  if (served_by_runs(node)) return way_from(Arithmetic::bf16_direct, true);
   if (node.way() == Way::library) return halves || floats ? kFolded : kLibrary;
-  if (halves && current_isa() == Isa::avx512_bf16) return kFolded;
   int64_t way = kLibrary;
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);

@@ -12,8 +12,7 @@ namespace dla_fast::cpu {
 
 // By what a call is served: the arithmetic of its product and the layout, for one of which a weight is packed; -1: by
 // the library's convolution. -2: by the library's with the norm folded into it, which the caller makes, where it says
-// that it can (foldable). Measured on Zen 4 (docs/benchmarks.md): that has the better code for strides and, without
-// AMX, for bfloat16.
+// that it can (foldable). Measured on Zen 4 (docs/benchmarks.md): that has the better code for strides of floats.
 int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
                           const std::vector<int64_t>& factors, int64_t stride, int64_t dilation, int64_t groups,
                           bool foldable);

@@ -64,6 +64,9 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
     case Arithmetic::bf16_convolution:
       if constexpr (std::is_same_v<T, c10::BFloat16>) return bf16_convolution(in);
       break;
+    case Arithmetic::bf16_direct:
+      if constexpr (std::is_same_v<T, c10::BFloat16>) return bf16_direct(in);
+      break;
     case Arithmetic::bf16x3_pointwise:
       if constexpr (std::is_same_v<T, float>) return bf16x3_pointwise(in);
       break;

@@ -102,6 +102,9 @@ class Product {
   virtual bool in_place() const { return false; }
   // Where `out` is not null a product may write z there, and calls epilogue with that memory.
   virtual void forward(A* out, Epilogue<A> epilogue) const = 0;
+  // y = act((z - center) * scale + shift + residual), of a product that finishes its sums in registers; else false, and
+  // nothing is done.
+  virtual bool infer(const Norm<A>& /*norm*/, const T* /*residual*/, T* /*y*/) const { return false; }
   // Whether backward forms dz itself, in cache.
   virtual bool forms_dz() const = 0;
   virtual void backward(const Gradient<T>& gradient) const = 0;
@@ -142,7 +145,8 @@ enum class Arithmetic : int {
   bf16_convolution,
   bf16x3_pointwise,
   bf16x3_winograd,
-  bf16x3_direct
+  bf16x3_direct,
+  bf16_direct
 };
 
 // The one that serves a node on this processor. kept: its weight is packed once for many calls.
@@ -162,6 +166,8 @@ ProductOf<T> direct(const Inputs<T>& in);
 // Null where the processor has no such instructions.
 ProductOf<c10::BFloat16> bf16_pointwise(const Inputs<c10::BFloat16>& in);
 ProductOf<c10::BFloat16> bf16_convolution(const Inputs<c10::BFloat16>& in);
+// Of maps that are not upsampled, channels_last, where the instruction set is avx512_bf16.
+ProductOf<c10::BFloat16> bf16_direct(const Inputs<c10::BFloat16>& in);
 ProductOf<float> bf16x3_pointwise(const Inputs<float>& in);
 ProductOf<float> bf16x3_winograd(const Inputs<float>& in);
 ProductOf<float> bf16x3_direct(const Inputs<float>& in);
