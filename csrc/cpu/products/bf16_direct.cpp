@@ -194,7 +194,7 @@ void Bf16Direct::multiply(const Bf16Tail* tail, Epilogue<float> epilogue) const 
     Cut cut(*this);
     const Scratch<float> z(tail == nullptr ? most * kRunPanel : 0);
     for (int64_t task = take(); task >= 0; task = take()) {
-      const RowGrid::Block block = grid_[task / tasks.groups];
+      const RowGrid::Block block = grid_[tasks.tile(task)];
       const std::vector<RunSegment>& segments = cut.of(block, tail != nullptr);
       for (int64_t panel = tasks.begin(task); panel < tasks.end(task); ++panel) {
         const int64_t channel = panel * kRunPanel, count = std::min(kRunPanel, n - channel);
@@ -210,7 +210,7 @@ void Bf16Direct::multiply(const Bf16Tail* tail, Epilogue<float> epilogue) const 
           const int64_t image = block.image + (whole() ? r : r / block.height),
                         h = block.h + (whole() ? 0 : r % block.height),
                         at = ((image * grid_.height + h) * grid_.width + block.w) * n + channel;
-          epilogue({{pixels, count, false}, task / tasks.groups * this->pieces() + r, channel, at},
+          epilogue({{pixels, count, false}, tasks.tile(task) * this->pieces() + r, channel, at},
                    Strided<const float>{z.get() + r * pixels * kRunPanel, kRunPanel});
         }
       }

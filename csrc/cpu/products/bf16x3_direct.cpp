@@ -124,7 +124,7 @@ void Bf16x3Direct::forward(float* /*out*/, Epilogue<float> epilogue) const {
     const Scratch<BFloat16> parts(Bf16x3Side::values_of_rows(grid_.together * sorted.count(), steps), true);
     const Bf16x3Side pixels = Bf16x3Side::of_rows(parts.get(), grid_.together * sorted.count());
     for (int64_t task = take(); task >= 0; task = take()) {
-      const RowGrid::Block block = grid_[task / tasks.groups];
+      const RowGrid::Block block = grid_[tasks.tile(task)];
       gather(block, sorted, patch.get(), parts.get());
       const int64_t panel_end = tasks.end(task);
       for (int64_t panel = tasks.begin(task); panel < panel_end; ++panel) {
@@ -147,7 +147,7 @@ void Bf16x3Direct::forward(float* /*out*/, Epilogue<float> epilogue) const {
           for (int64_t r = 0; r < block.height; ++r) {
             const float* const from = z.get() + r * sorted.cols * kPanel;
             const int64_t at = in_.at(n, block.image + q, (block.h + r) * in_.width + block.w, channel),
-                          group = task / tasks.groups * pieces() + q * grid_.rows + r;
+                          group = tasks.tile(task) * pieces() + q * grid_.rows + r;
             if (in_.channels_last) {
               epilogue({{block.width, count, false}, group, channel, at}, Strided<const float>{from, kPanel});
             } else {

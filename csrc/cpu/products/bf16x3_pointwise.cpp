@@ -110,7 +110,7 @@ void Bf16x3Pointwise::by_tiles(float* out, Epilogue<float> epilogue) const {
     const Scratch<float> z(tiles_.size * kPanel);
     const Bf16x3Side pixels = {pixel_parts.get(), stride_};
     for (int64_t task = take(); task >= 0; task = take()) {
-      const int64_t tile = task / tasks.groups;
+      const int64_t tile = tasks.tile(task);
       for (int64_t i = 0; i < inputs; ++i) split_pixels(tile, i, pixels);
       for (int64_t panel = tasks.begin(task); panel < tasks.end(task); ++panel) {
         // The next tile comes into the cache meanwhile, an input at a time.
@@ -142,7 +142,7 @@ void Bf16x3Pointwise::by_panels(float* out, Epilogue<float> epilogue) const {
     const Scratch<float> z(tiles_.size * kPanel);
     Bf16x3Side weight_side = {weight_parts.get(), stride_};
     for (int64_t task = take(); task >= 0; task = take()) {
-      const int64_t channel = task / tasks.groups * kPanel;
+      const int64_t channel = tasks.tile(task) * kPanel;
       if (kept) {
         const Bf16x3Side all = {static_cast<c10::BFloat16*>(const_cast<void*>(in_.packed)), stride_};
         weight_side = all.at(channel / kBf16Block, 0);

@@ -211,7 +211,7 @@ void Backward::whole() const {
     const Scratch<BFloat16> weight_parts(Bf16x3Side::values(kPanel, steps_));
     const Bf16x3Side weight = {weight_parts.get(), stride_};
     for (int64_t task = take(); task >= 0; task = take()) {
-      const Panel& panel = panels_[task / tasks.groups];
+      const Panel& panel = panels_[tasks.tile(task)];
       split_weight(panel, weight);
       for (int64_t i = tasks.begin(task); i < tasks.end(task); ++i) {
         dx(tiles, tiles[i], panel, dx_side(i), du_of(i), weight, nullptr);

@@ -143,7 +143,7 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
           const int64_t image = part.image + (whole() ? r : r / part.height),
                         h = part.h + (whole() ? 0 : r % part.height),
                         at = in_.at(n, image, h * in_.width + part.w, channel),
-                        group = task / tasks.groups * this->pieces() + first + r;
+                        group = tasks.tile(task) * this->pieces() + first + r;
           if (in_.channels_last) {
             epilogue({{pixels, count, false}, group, channel, at}, Strided<const A>{from, to.ld});
           } else {
@@ -154,7 +154,7 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
       }
     };
     for (int64_t task = take(); task >= 0; task = take()) {
-      const RowGrid::Block block = grid_[task / tasks.groups];
+      const RowGrid::Block block = grid_[tasks.tile(task)];
       if (!grid_.by_rows) {
         compute(task, block, 0);
         continue;

@@ -104,7 +104,7 @@ void Direct<T>::input_gradients(const Gradient<T>& g) const {
         const Scratch<A> patch(grid.together * area), z(most * kPanel);
         std::vector<Segment<A>> segments;
         for (int64_t task = take(); task >= 0; task = take()) {
-          const RowGrid::Block block = grid[task / tasks.groups];
+          const RowGrid::Block block = grid[tasks.tile(task)];
           for (int64_t q = 0; q < block.images; ++q) {
             dz.gather(block.image + q, block.h + phases.first, block.w + phases.first, rows, cols, 0, n,
                       patch.get() + q * area);

@@ -39,15 +39,14 @@ void FloatPointwise<T>::pack(void* to) const {
 template <class T>
 void FloatPointwise<T>::forward_channels_last(A* out, Epilogue<A> epilogue) const {
   const auto& k = kernels<T>();
-  const int64_t total = in_.total(), rows_max = tile_rows(total, weights()), depth = in_.in_channels,
-                n = in_.out_channels;
+  const int64_t total = in_.total(), rows_max = rows(), depth = in_.in_channels, n = in_.out_channels;
   const Tasks tasks(divide_up(total, rows_max), divide_up(n, kPanel));
   const PackedWeight<A> packed(*this, in_);
   parallel_queue(tasks.count, rows_max * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
     const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
     std::vector<Segment<A>> segments(in_.xs.size());
     for (int64_t task = take(); task >= 0; task = take()) {
-      const int64_t tile = task / tasks.groups;
+      const int64_t tile = tasks.tile(task);
       const int64_t first = tile * rows_max, rows = std::min(rows_max, total - first);
       for (size_t i = 0; i < in_.xs.size(); ++i) {
         const int64_t channels = in_.xs[i].channels;
@@ -99,7 +98,7 @@ void FloatPointwise<T>::forward_contiguous(A* out, Epilogue<A> epilogue) const {
   parallel_queue(tasks.count, kPanel * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
     const Scratch<A> z(block * kPanel), x_panel(depth * kPanel, pixels % kPanel != 0);
     for (int64_t task = take(); task >= 0; task = take()) {
-      const int64_t tile = task / tasks.groups;
+      const int64_t tile = tasks.tile(task);
       const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
       const int64_t cols = std::min(kPanel, pixels - pixel);
       for (const Input<T>& x : in_.xs) {

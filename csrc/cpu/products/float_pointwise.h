@@ -18,8 +18,7 @@ class FloatPointwise : public Product<T> {
   int64_t packed_bytes() const override;
   void pack(void* to) const override;
   int64_t groups() const override {
-    return in_.channels_last ? divide_up(in_.total(), tile_rows(in_.total(), weights()))
-                             : in_.images * divide_up(in_.pixels(), kPanel);
+    return in_.channels_last ? divide_up(in_.total(), rows()) : in_.images * divide_up(in_.pixels(), kPanel);
   }
   void forward(A* out, Epilogue<A> epilogue) const override;
   bool forms_dz() const override { return true; }
@@ -27,6 +26,8 @@ class FloatPointwise : public Product<T> {
 
  private:
   int64_t weights() const { return in_.in_channels * in_.out_channels; }
+  // Of a tile, at most.
+  int64_t rows() const { return tile_rows(in_.total(), weights(), divide_up(in_.out_channels, kPanel)); }
   void forward_channels_last(A* out, Epilogue<A> epilogue) const;
   void forward_contiguous(A* out, Epilogue<A> epilogue) const;
 

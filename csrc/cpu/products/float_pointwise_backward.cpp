@@ -191,12 +191,12 @@ struct Backward {
         form(first, std::min(block, total - first), width, panel_size, {dz.get() + first * width, width}, du_at(first));
       }
     });
-    const int64_t tile = tile_rows(total, n * depth);
+    const int64_t tile = tile_rows(total, n * depth, panels.count());
     const Tasks tasks(divide_up(total, tile), g.any_dx() ? panels.count() : 0);
     parallel_queue(tasks.count, tile * n * depth / tasks.groups / 16, [&](const Take& take) {
       const Scratch<A> dx_tile(tile * kPanel);
       for (int64_t task = take(); task >= 0; task = take()) {
-        const int64_t first = task / tasks.groups * tile, end = tasks.end(task);
+        const int64_t first = tasks.tile(task) * tile, end = tasks.end(task);
         for (int64_t panel = tasks.begin(task); panel < end; ++panel) {
           const A* next = panels.weight(panel + 1 < end ? panel + 1 : tasks.begin(task));
           Ahead ahead = Ahead::of<const A>({next, kPanel}, n, kPanel);

@@ -13,17 +13,19 @@
 
 namespace dla_fast::cpu {
 
-// Rows of a channels_last tile: a multiple of the register tile; small enough that the last tiles of a call keep every
-// thread busy.
-int64_t tile_rows(int64_t total, int64_t weights);
+// Rows of a channels_last tile: a multiple of the register tile; small enough that the last tiles of a call, with the
+// panels that tasks may be cut into besides, keep every thread busy.
+int64_t tile_rows(int64_t total, int64_t weights, int64_t panels);
 
-// Tiles times groups of panels: as many tasks as keep the threads busy when there are few pixels.
+// Tiles times groups of panels: as many tasks as keep the threads busy when there are few pixels. All tiles of a group
+// come before the next group, so that threads share the weight and not the pixels.
 struct Tasks {
-  int64_t panels, groups, count;
+  int64_t tiles, panels, groups, count;
   Tasks(int64_t tiles, int64_t panels);
+  int64_t tile(int64_t task) const { return task % tiles; }
   // The panels of a task.
-  int64_t begin(int64_t task) const { return panels * (task % groups) / groups; }
-  int64_t end(int64_t task) const { return panels * (task % groups + 1) / groups; }
+  int64_t begin(int64_t task) const { return panels * (task / tiles) / groups; }
+  int64_t end(int64_t task) const { return panels * (task / tiles + 1) / groups; }
 };
 
 // Slices of the pixels that sum a weight's gradient each. A slice must be worth a thread, since it costs a private sum,
