@@ -138,6 +138,7 @@ def checked(
         or not (index is None or type(index) is int)
         or type(training) is not bool
         or type(eps) is not float
+        or not (type(act) is str or (type(act) is tuple and [type(part) for part in act] == [str, float]))
         or torch.compiler.is_compiling()
         or torch._C._is_any_autocast_enabled()
         or torch._C._is_tracing()

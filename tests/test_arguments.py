@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ BAD = {
     "residual": ({"residual": torch.randn(2, 4, 3, 2)}, ValueError, "residual: expected shape"),
     "dilation": ({"dilation": 1.0, "stride": 2}, TypeError, "dilation: expected an integer"),
     "act": ({"act": "tanh"}, ValueError, "act: unknown activation"),
+    "slope": ({"act": ("leaky_relu", Fraction(1, 2))}, TypeError, "act: expected"),
     "unhashable": ({"act": ["relu"]}, TypeError, "act: expected a name"),
 }
 
@@ -51,7 +53,13 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_wrong_is_found_behind_what_was_right(name):
     changes, error, message = BAD[name]
-    for good in ({}, {"residual": 0}, {"residual": torch.randn(2, 4, 3, 3)}, {"stride": 2}):
+    for good in (
+        {},
+        {"residual": 0},
+        {"residual": torch.randn(2, 4, 3, 3)},
+        {"stride": 2},
+        {"act": ("leaky_relu", 0.5)},
+    ):
         functional.conv_norm_act(**node(**good))
     for _ in range(2):
         with pytest.raises(error, match=message):

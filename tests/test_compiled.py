@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from serving import served_by
@@ -99,6 +101,22 @@ def test_compiled_graphs_keep_the_operator(served, mode):
     )
     operator = "conv_norm_act_inference" if mode == "inference" else "conv_norm_act"
     assert any(name.startswith(f"dla_fast_{served}.{operator}") for name in called), called
+
+
+def test_compiled_autograd_traces_the_backward(served):
+    """An eager forward whose backward is compiled as one graph."""
+    grads = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        xs, params, buffers = _node()
+        leaves = [t.requires_grad_() for t in xs + params]
+        loss = functional.aggregate(xs, *params, *[b.clone() for b in buffers], training=True).pow(2).sum()
+        whole = torch.compile(backend="aot_eager", fullgraph=True)
+        with torch._dynamo.compiled_autograd._enable(whole) if compiled else contextlib.nullcontext():
+            loss.backward()
+        grads.append([t.grad for t in leaves])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_compile_inductor(served):

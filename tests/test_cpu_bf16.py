@@ -273,3 +273,15 @@ def test_other_products_hold_too(name):
 def test_other_products_with_tiles_hold_too():
     """The source of the products with AMX, over emulated tiles."""
     passes_with("amx_emulated", __file__, every=7)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_input_of_no_channels_gives_the_norms_shift(kernel, training):
+    x, weight = torch.randn(2, 0, 9, 9).bfloat16(), torch.randn(8, 0, kernel, kernel).bfloat16()
+    shift = torch.randn(8)
+    with use_backend("cpu"):
+        y = functional.conv_norm_act(
+            [x], weight, torch.ones(8), shift, torch.zeros(8), torch.ones(8), training=training, act="identity"
+        )
+    torch.testing.assert_close(y, shift.bfloat16().view(1, 8, 1, 1).expand(2, 8, 9, 9))

@@ -35,6 +35,7 @@ bool gradient_to_trust(const Node& node) {
 
 Tensor library_convolution(const Node& node) {
   const Plainly plainly;
+  if (node.in_channels == 0) return node.map(node.out_channels).zero_();  // theirs has no channels either
   const std::vector<int64_t> stride(2, node.stride), dilation(2, node.dilation),
       padding(2, node.dilation * (node.kernel / 2));
   const Tensor z = at::convolution(arranged(concatenated(node), node.channels_last), node.weight, std::nullopt, stride,

@@ -27,13 +27,12 @@ bool layout_of_way(int64_t way) {
 }
 
 // Upsampled inputs pass by the products that gather them. A weight is packed without knowing of a dilation, which would
-// cut an odd number of channels into other pairs.
+// cut an odd number of channels into other pairs, and put the taps of a row before its inputs.
 bool served_by_runs(const Node& node) {
   if (node.weight.scalar_type() != at::kBFloat16 || current_isa() != Isa::avx512_bf16) return false;
   if (!node.channels_last || node.groups != 1) return false;
-  return std::all_of(node.xs.begin(), node.xs.end(),
-                     [&](const Tensor& x) { return node.dilation == 1 || x.size(1) % 2 == 0; }) &&
-         std::all_of(node.factors.begin(), node.factors.end(), [](int64_t factor) { return factor == 1; });
+  if (node.dilation > 1 && (node.count() > 1 || node.in_channels % 2 != 0)) return false;
+  return std::all_of(node.factors.begin(), node.factors.end(), [](int64_t factor) { return factor == 1; });
 }
 
 template <class A>

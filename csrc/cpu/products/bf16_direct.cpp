@@ -88,6 +88,7 @@ void Bf16Direct::pack(void* to) const {
       BFloat16* const panel = static_cast<BFloat16*>(to) + n / kRunPanel * panel_values() + n % kRunPanel * 2;
       for (int64_t r = 0; r < static_cast<int64_t>(runs_.size()); ++r) {
         const Input<BFloat16>& x = in_.xs[r % in_.count()];
+        if (runs_[r].length % 2 != 0) panel[(runs_[r].pairs_before + runs_[r].length / 2) * kRunPair + 1] = BFloat16(0);
         for (int64_t i = 0; i < runs_[r].length; ++i) {
           const int64_t tap = r / in_.count() * (window_.kernel / runs()) + i / x.channels,
                         channel = x.offset + i % x.channels;
