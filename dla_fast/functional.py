@@ -11,6 +11,7 @@ from dla_fast import backend, checks, ops, reference
 from dla_fast.arguments import autocast, checked
 from dla_fast.checks import Upsampling
 from dla_fast.ops import cuda
+from dla_fast.ops.autograd import requires_grad
 from dla_fast.reference.activation import ActSpec, parse_act
 from dla_fast.reference.batch_norm_act import normalise
 from dla_fast.reference.conv_norm_act import added_to_aggregate, node
@@ -34,14 +35,6 @@ def _serving(op: str, device: str, dtype: torch.dtype) -> str:
     return "reference" if needs_reference() else backend.resolve(op, device, dtype)
 
 
-def _any_needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and _any_needs_grad(tensors)
-
-
 def run_node(
     op: str,
     given: Sequence[Tensor],
@@ -62,9 +55,7 @@ def run_node(
     )
     gamma, beta, running_mean, running_var, training, momentum, eps = norm
     x, device = xs[0], xs[0].device.type
-    differentiable = training or (
-        torch.is_grad_enabled() and _any_needs_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
-    )
+    differentiable = training or requires_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
     serving = None
     if device == cuda.DEVICE and not differentiable and not needs_reference():
         # Those kernels are for the inference of aggregation nodes alone.
@@ -270,7 +261,7 @@ def batch_norm_act(
     serving = _serving("batch_norm_act", x.device.type, x.dtype)
     if serving == "reference":
         return normalise(x, norm, residual, act)
-    if training or _needs_grad(x, residual, bn_weight, bn_bias):
+    if training or requires_grad((x, residual, bn_weight, bn_bias)):
         return ops.operator(serving, "batch_norm_act")(
             x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope
         )[0]

@@ -5,20 +5,7 @@
 #include <limits>
 
 #if defined(DLA_WITH_AVX512_BF16)
-#if !defined(__clang__)
-// gcc 12 takes the undefined vectors of its own header for mistakes (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
+#include "../shared/target_avx512_bf16_inl.h"
 
 namespace dla_fast::cpu::avx512_bf16 {
 namespace {
@@ -163,9 +150,5 @@ void multiply_runs(const Bf16Runs& r) {
 
 }  // namespace dla_fast::cpu::avx512_bf16
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "../shared/target_end_inl.h"
 #endif

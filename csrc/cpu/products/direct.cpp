@@ -135,8 +135,8 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
         const Strided<A> to = direct ? Strided<A>{out + in_.at(n, part.image, part.h * in_.width + part.w, 0), n}
                                      : Strided<A>{z.get(), ld};
         float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead,
-                                 lines > 1 ? part.width : 0, part.height, !grid_.by_rows});
+                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead, !grid_.by_rows,
+                                 lines > 1 ? part.width : 0, part.height});
         const int64_t pieces = part.images * (whole() ? 1 : part.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
           const A* const from = to.data + r * pixels * to.ld;

@@ -128,7 +128,7 @@ void Direct<T>::input_gradients(const Gradient<T>& g) const {
               }
               float_kernels<A>().gemm({block.images * high * wide, panels[p].count, segments.data(),
                                        static_cast<int64_t>(segments.size()), false, nullptr, kPanel, z.get(), kPanel,
-                                       false, nullptr, wide, high, true});
+                                       false, nullptr, true, wide, high});
               for (int64_t r = 0; r < block.images * high; ++r) {
                 put<T>(in_, x, {z.get() + r * wide * kPanel, kPanel}, wide, panels[p].count, block.image + r / high,
                        (block.h + r % high) * stride + y0, block.w * stride + x0, stride, panels[p].channel - x.offset,

@@ -63,8 +63,8 @@ struct Gemm {
   int64_t ldc;
   bool add;
   Ahead* ahead = nullptr;
-  int64_t group = 0, outer = 0;  // rows of a group, and groups of a group of them, where they come in groups
   bool far = false;              // b lies far away and ahead is what follows it: both are fetched as they are wanted
+  int64_t group = 0, outer = 0;  // rows of a group, and groups of a group of them, where they come in groups
 };
 
 // Winograd's minimal filtering F(2x2, 3x3): a tile of 2x2 outputs of a 3x3 convolution takes 16 products a channel pair

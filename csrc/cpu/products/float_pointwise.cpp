@@ -65,19 +65,8 @@ void FloatPointwise<T>::forward_channels_last(A* out, Epilogue<A> epilogue) cons
         const Strided<A> to = out == nullptr ? Strided<A>{z.get(), kPanel} : Strided<A>{out + at, n};
         const int64_t next = panel + 1 < panel_end ? panel + 1 : panel_begin;
         Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, kPanel);
-        Gemm<A> gemm = {rows,
-                        cols,
-                        segments.data(),
-                        static_cast<int64_t>(segments.size()),
-                        false,
-                        packed.get() + panel * depth * kPanel,
-                        kPanel,
-                        to.data,
-                        to.ld,
-                        false,
-                        &ahead};
-        gemm.far = true;
-        float_kernels<A>().gemm(gemm);
+        float_kernels<A>().gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
+                                 packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false, &ahead, true});
         epilogue({{rows, cols, false}, tile, channel, at}, Strided<const A>{to.data, to.ld});
       }
     }

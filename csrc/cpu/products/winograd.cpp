@@ -28,14 +28,8 @@ struct Products {
       for (int64_t p = first; p < last; ++p) {
         const A* next = p + 1 < last ? weight(p + 1, position) : weight(first, (position + 1) % 16);
         Ahead ahead = Ahead::of<const A>({next, kPanel}, depth, kPanel);
-        Gemm<A> gemm = {tiles,    panels[p].count,
-                        &segment, 1,
-                        false,    weight(p, position),
-                        kPanel,   m + ((p - first) * 16 + position) * tiles * kPanel,
-                        kPanel,   false,
-                        &ahead};
-        gemm.far = true;
-        float_kernels<A>().gemm(gemm);
+        float_kernels<A>().gemm({tiles, panels[p].count, &segment, 1, false, weight(p, position), kPanel,
+                                 m + ((p - first) * 16 + position) * tiles * kPanel, kPanel, false, &ahead, true});
       }
     }
   }
