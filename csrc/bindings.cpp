@@ -10,6 +10,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <string>
+#include <vector>
+
 #include "cpu/operators/conv_norm_act.h"
 #include "cpu/operators/fingerprint.h"
 #include "cpu/operators/packed.h"
@@ -18,6 +21,7 @@
 #include "cpu/operators/upsample.h"
 #include "cpu/shared/isa.h"
 #include "direct.h"
+#include "recall.h"
 
 namespace dla_fast {
 
@@ -49,6 +53,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_norm_act_way", &dla_fast::cpu::conv_norm_act_way, released, "See csrc/cpu/operators/packed.h.");
   m.def("conv_norm_act_pack", &dla_fast::cpu::conv_norm_act_pack, released, "See csrc/cpu/operators/packed.h.");
   m.def("conv_norm_act_packed", &dla_fast::cpu::conv_norm_act_packed, released, "See csrc/cpu/operators/packed.h.");
+  using Call = dla_fast::cpu::PackedCall;
+  pybind11::class_<Call>(m, "PackedCall", "See csrc/cpu/operators/packed.h.")
+      .def(pybind11::init([](const at::Tensor& weight, const at::Tensor& packed, int64_t way, const at::Tensor& scale,
+                             const at::Tensor& shift, const std::vector<int64_t>& factors, int64_t stride,
+                             int64_t dilation, int64_t groups, int64_t residual_input, int64_t added_input,
+                             const std::string& act, double slope) {
+        return Call{weight, packed, way,    scale,          shift,       factors, stride,
+                    dilation, groups, residual_input, added_input, act,     slope};
+      }));
+  m.def("unchanged", &dla_fast::unchanged, "See csrc/recall.h.");
+  m.def("kind_of_call", &dla_fast::kind_of, "See csrc/recall.h.");
+  m.def("recall", &dla_fast::recall, "See csrc/recall.h.");
   dla_fast::define_direct<&dla_fast::cpu::conv_norm_act_inference>(m, "conv_norm_act_inference");
   dla_fast::define_direct<&dla_fast::cpu::conv_norm_act_stage>(m, "conv_norm_act_stage");
   dla_fast::define_direct<&dla_fast::cpu::conv_norm_act_backward>(m, "conv_norm_act_backward");

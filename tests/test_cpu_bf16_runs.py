@@ -44,7 +44,7 @@ def unit(geometry, size, act="relu", spoilt=None, residual=True):
     added = added.contiguous(memory_format=torch.channels_last) if residual else None
     way = packed.way_of(xs, [], weight, [1] * len(xs), stride, dilation, 1, False)
     kept = packed.pack(weight, list(channels), way)
-    arguments = [xs, [], weight, kept, way, scale, shift, added, [1] * len(xs), stride, dilation, 1, -1, act, 0.0]
+    call = packed.Call(weight, kept, way, scale, shift, [1] * len(xs), stride, dilation, 1, -1, -1, act, 0.0)
 
     def eager(dtype):
         z = F.conv2d(cat.to(dtype), weight.to(dtype), None, stride, dilation * (kernel // 2), dilation)
@@ -52,7 +52,7 @@ def unit(geometry, size, act="relu", spoilt=None, residual=True):
         y = y if added is None else y + added.to(dtype)
         return {"relu": torch.relu, "silu": F.silu, "identity": lambda y: y}[act](y)
 
-    return packed.run(*arguments), eager(torch.bfloat16), eager(torch.float64)
+    return packed.run(call, xs, [], added), eager(torch.bfloat16), eager(torch.float64)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -250,9 +250,8 @@ def test_packed_weights(layout, geometry):
             expected = convolved(xs, weight, stride, dilation)
         way = packed.way_of(xs, [], weight, [1, 1], stride, dilation, 1, False)
         kept = packed.pack(weight, [64, 70], way)
-        found = packed.run(
-            xs, [], weight, kept, way, one, 0 * one, None, [1, 1], stride, dilation, 1, -1, "identity", 0.0
-        )
+        call = packed.Call(weight, kept, way, one, 0 * one, [1, 1], stride, dilation, 1, -1, -1, "identity", 0.0)
+        found = packed.run(call, xs, [], None)
         assert torch.equal(found, expected), size
 
 

@@ -6,13 +6,14 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dla_fast import arguments, backend, functional
 from dla_fast.checks import Upsampling
+from dla_fast.nn import facts
 from dla_fast.ops import packed
 from dla_fast.ops.layout import accumulation_dtype
 from dla_fast.reference.activation import ActSpec
@@ -25,6 +26,15 @@ KEY = "_dla_fast_frozen"
 NORMS, CALLS = 4, 256
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def recalls() -> bool:
+    """Whether a call may be answered by :meth:`Frozen.recall`: the extension sees what else could be about."""
+    return (
+        not torch.compiler.is_compiling()
+        and backend.selected() in ("auto", "cpu")
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 class FrozenModel:
@@ -47,18 +57,6 @@ class FrozenModel:
         )
 
 
-class _Call(NamedTuple):
-    """How a kind of call (its shapes, layouts, options) that was checked once is served."""
-
-    packed: Tensor
-    way: int
-    factors: list[int]
-    residual_input: int
-    added_input: int | None
-    act: str
-    slope: float
-
-
 class _Folded:
     """A norm folded behind a weight, as they were when ``mark`` was taken of them.
 
@@ -70,7 +68,7 @@ class _Folded:
         self.mark, self.eps = mark, norm.eps
         self.kept = [t.detach() for t in (weight, conv_bias, *norm[:4]) if isinstance(t, Tensor)]
         self.weights: dict[tuple[int, ...], Tensor] = {}
-        self.calls: dict[tuple[Any, ...], _Call] = {}
+        self.calls: dict[tuple[Any, ...], Any] = {}
         gamma, beta, mean, var = norm[:4]
         assert mean is not None
         assert var is not None
@@ -86,6 +84,31 @@ class _Folded:
         return sum(t.numel() * t.element_size() for t in (self.scale, self.shift, *self.weights.values()))
 
 
+class _Unit:
+    """A convolution and a norm as they were when a call was checked, and what served such calls, by their kind."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+        self.conv, self.tensors = conv, tuple(_tensors(conv, bn))
+        self.facts = tuple(facts.of_unit(conv, bn))
+        self.calls: dict[int, Any] = {}
+
+    def holds(self, tensors: list[Any]) -> bool:
+        return all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+
+
+def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> list[Any]:
+    """What a unit reads: weight, bias, the norm's four.
+
+    Raises:
+        KeyError: one of them is no parameter and no buffer: DataParallel's replicas, weights that hooks compute.
+    """
+    parameters, affine, running = conv._parameters, bn._parameters, bn._buffers
+    return [
+        parameters["weight"], parameters["bias"], affine["weight"], affine["bias"],
+        running["running_mean"], running["running_var"],
+    ]  # fmt: skip
+
+
 class Frozen:
     """The frozen state of a convolution and the norm behind it, filled by the first call.
 
@@ -96,6 +119,9 @@ class Frozen:
     def __init__(self, model: FrozenModel) -> None:
         self.model = model
         self._folded: dict[int, _Folded] = {}
+        self._units: dict[tuple[int, ActSpec], _Unit] = {}
+        # What swapped modules that run this unit have found of themselves, by their id; see dla_fast/swap/found.py.
+        self.found: dict[int, Any] = {}
         self._making = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,6 +135,17 @@ class Frozen:
     def forget(self) -> None:
         """Free what is kept, until a call fills it again."""
         self._folded = {}
+        self._units = {}
+        self.found = {}
+
+    def recall(
+        self, xs: Sequence[Tensor], conv: nn.Conv2d, bn: nn.BatchNorm2d, act: ActSpec, residual: int | Tensor | None
+    ) -> Tensor | None:
+        """:meth:`run` for a call like one that it has served before; None where there was none."""
+        unit = self._units.get((id(bn), act))
+        if unit is None or unit.conv is not conv or type(xs) not in (list, tuple) or not recalls():
+            return None
+        return packed.recall(unit.facts, unit.tensors, unit.calls, xs, residual)
 
     def run(
         self,
@@ -132,12 +169,11 @@ class Frozen:
         # Modes that watch operators count and trace those of the usual way.
         if functional.needs_reference() or torch._C._len_torch_dispatch_stack():
             return None
-        parameters, affine, running = conv._parameters, bn._parameters, bn._buffers
         try:
-            weight, bias = parameters["weight"], parameters["bias"]
-            tensors = [weight, bias, affine["weight"], affine["bias"], running["running_mean"], running["running_var"]]
+            tensors = _tensors(conv, bn)
         except KeyError:
-            return None  # DataParallel's replicas, and weights that hooks compute
+            return None
+        weight = tensors[0]
         if weight is None or tensors[4] is None or tensors[5] is None:
             return None
 
@@ -179,16 +215,37 @@ class Frozen:
         call = folded.calls.get(kind)
         if call is None:
             call = folded.calls[kind] = self._serve(folded, xs, conv, tensors, residual, upsample, act)
-        if call.added_input is not None:
-            added = xs[call.added_input]
-        if call.way == packed.FOLDED:
-            return packed.run_folded(
-                xs[0], call.packed, weight.shape[2], folded.shift, added, stride, dilation, groups, call.act
-            )
-        return packed.run(
-            xs, up_weights, weight, call.packed, call.way, folded.scale, folded.shift, added, call.factors, stride,
-            dilation, groups, call.residual_input, call.act, call.slope,
-        )  # fmt: skip
+        y = packed.run(call, xs, up_weights, added)
+        if upsample is None:
+            self._remember(folded, xs, conv, bn, tensors, act, residual, call)
+        return y
+
+    def _remember(
+        self,
+        folded: _Folded,
+        xs: Sequence[Tensor],
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        tensors: list[Any],
+        act: ActSpec,
+        residual: int | Tensor | None,
+        call: Any,
+    ) -> None:
+        """Keep a call for :meth:`recall`."""
+        kind = packed.kind_of_call(folded.mark, tuple(tensors), xs, residual)
+        if kind == 0:
+            return
+        with self._making:
+            name = id(bn), act
+            unit = self._units.get(name)
+            if unit is None or unit.conv is not conv or not packed.unchanged(unit.facts):
+                unit = _Unit(conv, bn)
+                self._units = {**(self._units if len(self._units) < NORMS else {}), name: unit}
+            if not unit.holds(tensors):
+                return  # exchanged while the call ran
+            if len(unit.calls) >= CALLS:
+                unit.calls.clear()
+            unit.calls[kind] = call
 
     def _fold(self, tensors: list[Any], bn: nn.BatchNorm2d) -> _Folded | None:
         """The norm folded as it is now; None where no fingerprint can be taken of it, or of the weight."""
@@ -202,6 +259,8 @@ class Frozen:
                 return known  # another thread's
             weight, conv_bias, gamma, beta, mean, var = tensors
             folded = _Folded(mark, weight, conv_bias, Norm(gamma, beta, mean, var, False, eps=bn.eps))
+            # What served calls of the norm before holds memory, and will serve no other.
+            self._units = {}
             others = self._folded if len(self._folded) < NORMS else {}
             self._folded = {**others, id(bn): folded}
             return folded
@@ -215,7 +274,7 @@ class Frozen:
         residual: int | Tensor | None,
         upsample: Upsampling | None,
         act: ActSpec,
-    ) -> _Call:
+    ) -> Any:
         """Check a call as every unfrozen one is checked, and pack the weight for the product that serves it."""
         weight, conv_bias, gamma, beta, mean, var = tensors
         geometry = conv.stride[0], conv.dilation[0], conv.groups
@@ -236,5 +295,8 @@ class Frozen:
                 kept = folded.weights[product] = made
             if len(folded.calls) >= CALLS:
                 folded.calls.clear()
-        added_input = residual if call.added is not None and isinstance(residual, int) else None
-        return _Call(kept, way, call.factors, call.residual_input, added_input, call.act, call.slope)
+        added_input = residual if call.added is not None and isinstance(residual, int) else -1
+        return packed.Call(
+            weight.detach(), kept, way, folded.scale, folded.shift, call.factors, *geometry, call.residual_input,
+            added_input, call.act, call.slope,
+        )  # fmt: skip

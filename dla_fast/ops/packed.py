@@ -32,9 +32,17 @@ fingerprint: Callable[[Sequence[Tensor | None]], int] = _function("fingerprint")
 way_of: Callable[..., int] = _function("conv_norm_act_way")
 # pack(weight, in_channels, way): the weight as that product reads it; opaque.
 pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_pack")
-# run(xs, up_weights, weight, packed, way, scale, shift, residual, factors, stride, dilation, groups, residual_input,
-# act, slope): act(scale * conv(cat(xs)) + shift + residual).
+# Call(weight, packed, way, scale, shift, factors, stride, dilation, groups, residual_input, added_input, act, slope):
+# how a kind of call that was checked once is served.
+Call: Callable[..., Any] = _function("PackedCall")
+# run(call, xs, up_weights, residual): act(scale * conv(cat(xs)) + shift + residual).
 run: Callable[..., Tensor] = _function("conv_norm_act_packed")
+# unchanged(facts): whether facts of dla_fast/nn/facts.py still hold.
+unchanged: Callable[[tuple[Any, ...]], bool] = _function("unchanged")
+# kind_of_call(mark, tensors, xs, residual): a number of a call that reads tensors of that fingerprint, or 0.
+kind_of_call: Callable[..., int] = _function("kind_of_call")
+# recall(facts, tensors, calls, xs, residual): the output of a call whose kind `calls` knows, or None.
+recall: Callable[..., Tensor | None] = _function("recall")
 # release_maps(): free the memory that packed calls keep for their maps; there is none without the extension.
 release_maps: Callable[[], None] = _function("release_maps") if STATUS.loaded else lambda: None
 
@@ -56,28 +64,3 @@ def fold(x: Tensor, weight: Tensor, scale: Tensor, stride: int, dilation: int, g
         scaled, [padding] * 2, [stride] * 2, [dilation] * 2, groups, list(x.shape)
     )
     return blocked
-
-
-def run_folded(
-    x: Tensor,
-    blocked: Tensor,
-    kernel: int,
-    shift: Tensor,
-    added: Tensor | None,
-    stride: int,
-    dilation: int,
-    groups: int,
-    act: str,
-) -> Tensor:
-    """``act(conv(x) + shift + added)`` with a weight of :func:`fold`."""
-    mkldnn, geometry = torch.ops.mkldnn, ([dilation * (kernel // 2)] * 2, [stride] * 2, [dilation] * 2, groups)
-    # The activation comes by itself: the library's own makes zeros of NaN.
-    if added is None:
-        y: Tensor = mkldnn._convolution_pointwise.default(x, blocked, shift, *geometry, "none", [], "")
-    else:
-        # Sums take a bias of the inputs' dtype alone.
-        added = added.contiguous(memory_format=torch.channels_last)
-        y = mkldnn._convolution_pointwise.binary(
-            x, added, blocked, shift.to(x.dtype), *geometry, "add", 1.0, None, [], ""
-        )
-    return y.relu_() if act == "relu" else y

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.facts import of_dict, of_module
 from dla_fast.reference.activation import ActSpec, activate
 from dla_fast.swap.calls import PLAIN, are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.found import found_before, keep_found
 from dla_fast.swap.nodes import FusedNode
 
 
@@ -55,12 +57,44 @@ class FusedBlock(FusedNode):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         spec = self._dla_fast_spec
         call = bound(spec, args, kwargs)
-        if call is None or not can_fuse(self, spec, *call):
+        if call is None:
             return super().forward(*args, **kwargs)
-        return run_block(self, spec, *call)
+        y = _recall(self, spec, *call)
+        if y is not None:
+            return y
+        if not can_fuse(self, spec, *call):
+            return super().forward(*args, **kwargs)
+        y = run_block(self, spec, *call)
+        _keep(self, spec)
+        return y
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
         return [(self._modules.get(conv), self._modules.get(bn)) for conv, bn, _ in self._dla_fast_spec.units]
+
+
+def _recall(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> Tensor | None:
+    """The output of a block as a call before found it, frozen; None where anything differs."""
+    found = found_before(module, spec.units[0][0])
+    if found is None:
+        return None
+    y: Any = x
+    for unit in found.units[:-1]:
+        y = unit.recall([y])
+        if y is None:
+            return None
+    if shortcut is None:
+        downsample = module._modules.get(cast(str, spec.downsample))
+        shortcut = x if downsample is None else downsample(x)
+    return found.units[-1].recall([y], shortcut)
+
+
+def _keep(module: nn.Module, spec: BlockSpec) -> None:
+    own = module.__dict__
+    facts = of_dict(own, *(name for name, _ in spec.attributes))
+    for name in spec.others:
+        other = module._modules.get(name)
+        facts += [*of_dict(module._modules, name), *(() if other is None else of_module(other))]
+    keep_found(module, [tuple(filter(None, names)) for names in spec.units], spec.backend, facts, "relu")
 
 
 def bound(spec: BlockSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

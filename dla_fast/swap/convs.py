@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dla_fast.reference.activation import ActSpec
 from dla_fast.swap import verify
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.found import found_before, keep_found
 from dla_fast.swap.nodes import FusedNode, class_reason
 
 
@@ -51,22 +52,41 @@ class FusedConvs(FusedNode):
     """
 
     def forward(self, input: Any) -> Any:
+        y = _recall(self, input)
+        if y is not None:
+            return y
         if not undisturbed():
             return super().forward(input)
-        children, x, i = list(self._modules.values()), input, 0
+        names, children, x, i = list(self._modules), list(self._modules.values()), input, 0
+        units: list[tuple[str, ...]] = []
         while i < len(children):
-            found = run_at(children, i)
-            if found is not None and unit_dtype((x,), found[0], found[1]) is not None:
-                conv, bn, act, count = found
+            run = run_at(children, i)
+            if run is not None and unit_dtype((x,), run[0], run[1]) is not None:
+                conv, bn, act, count = run
                 x = run_unit_on(self._dla_fast_spec.backend, [x], conv, bn, act=act)
+                units.append(tuple(names[i : i + count]))
                 i += count
             else:
                 x = cast(Any, children[i])(x)
                 i += 1
+        if sum(map(len, units)) == len(names):
+            keep_found(self, units, self._dla_fast_spec.backend)
         return x
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
         return [(conv, bn) for conv, bn, _ in _runs(self)]
+
+
+def _recall(module: nn.Module, x: Any) -> Tensor | None:
+    """The output of a Sequential that was nothing but runs in a call before, frozen; None where anything differs."""
+    found = found_before(module, next(iter(module._modules), ""))
+    if found is None:
+        return None
+    for unit in found.units:
+        x = unit.recall([x])
+        if x is None:
+            return None
+    return cast(Tensor, x)
 
 
 class ConvsAdapter:

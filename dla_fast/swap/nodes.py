@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dla_fast.nn.batch_norm import parameter
+from dla_fast.nn.facts import of_dict
 from dla_fast.nn.frozen import KEY
 from dla_fast.nn.unit import run_plain_unit
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.found import found_before, keep_found
 
 MAX_INPUTS = 8
 
@@ -173,9 +175,17 @@ class FusedAggregate(FusedNode):
             xs = args[0]
         elif spec.takes_list:
             xs = ()
-        if kwargs or not 0 < len(xs) <= MAX_INPUTS or not can_fuse(self, spec, xs):
+        if kwargs or not 0 < len(xs) <= MAX_INPUTS:
             return super().forward(*args, **kwargs)
-        return run_fused(self, spec, xs)
+        found = found_before(self, "conv")
+        y = None if found is None else found.units[0].recall(xs, 0 if spec.residual else None)
+        if y is not None:
+            return y
+        if not can_fuse(self, spec, xs):
+            return super().forward(*args, **kwargs)
+        y = run_fused(self, spec, xs)
+        keep_found(self, [("conv", spec.bn, spec.act)], spec.backend, of_dict(self.__dict__, spec.flag))
+        return y
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
         return [(self._modules.get("conv"), self._modules.get(self._dla_fast_spec.bn))]

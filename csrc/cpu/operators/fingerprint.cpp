@@ -92,4 +92,22 @@ int64_t fingerprint(const std::vector<OptionalTensor>& tensors) {
   return hash == 0 ? 1 : static_cast<int64_t>(hash);
 }
 
+int64_t kind_of_call(int64_t mark, at::ScalarType dtype, const std::vector<Tensor>& xs, const OptionalTensor& residual,
+                     int64_t residual_input) {
+  uint64_t hash = mixed(mixed(static_cast<uint64_t>(mark), xs.size()), static_cast<uint64_t>(residual_input));
+  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                                         c10::DispatchKey::Functionalize, c10::DispatchKey::Python});
+  const auto add = [&](const Tensor& t) {
+    if (t.key_set().has_any(wrapped) || !t.is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype || t.is_neg()) return false;
+    hash = mixed(hash, t.dim());
+    for (int64_t d = 0; d < t.dim(); ++d) hash = mixed(mixed(hash, t.size(d)), t.stride(d));
+    return true;
+  };
+  for (const Tensor& x : xs) {
+    if (!add(x)) return 0;
+  }
+  if (residual.has_value() && !add(*residual)) return 0;
+  return hash == 0 ? 1 : static_cast<int64_t>(hash);
+}
+
 }  // namespace dla_fast::cpu

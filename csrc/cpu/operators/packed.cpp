@@ -1,10 +1,12 @@
 #include "packed.h"
 
 #include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "inference.h"
@@ -53,6 +55,29 @@ NormVectors<A> folded(const Tensor& scale, const Tensor& shift, std::string_view
   norm.act = act_of(act);
   norm.slope = static_cast<A>(slope);
   return norm;
+}
+
+// The library's convolution with a weight that the scale is folded into. Its own activation makes zeros of NaN.
+Tensor infer_folded(const PackedCall& call, const Tensor& x, const OptionalTensor& residual) {
+  using Scalars = c10::List<std::optional<at::Scalar>>;
+  using Convolution = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef,
+                             at::IntArrayRef, int64_t, c10::string_view, Scalars, std::optional<c10::string_view>);
+  using Sum = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef,
+                     at::IntArrayRef, at::IntArrayRef, int64_t, c10::string_view, std::optional<at::Scalar>,
+                     std::optional<c10::string_view>, Scalars, std::optional<c10::string_view>);
+  constexpr const char* name = "mkldnn::_convolution_pointwise";
+  static const auto convolution = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Convolution>();
+  static const auto sum = c10::Dispatcher::singleton().findSchemaOrThrow(name, "binary").typed<Sum>();
+  const int64_t side = call.dilation * (call.weight.size(2) / 2);
+  const std::array<int64_t, 2> padding = {side, side}, stride = {call.stride, call.stride},
+                               dilation = {call.dilation, call.dilation};
+  const bool adds = residual.has_value();
+  // A sum takes a bias of the inputs' dtype alone.
+  Tensor y = adds ? sum.call(x, arranged(*residual, true), call.packed, call.shift.to(x.scalar_type()), padding, stride,
+                             dilation, call.groups, "add", 1.0, std::nullopt, Scalars(), "")
+                  : convolution.call(x, call.packed, call.shift, padding, stride, dilation, call.groups, "none",
+                                     Scalars(), "");
+  return act_of(call.act) == Act::relu ? y.relu_() : y;
 }
 
 template <class T>
@@ -106,23 +131,23 @@ Tensor conv_norm_act_pack(const Tensor& weight, const std::vector<int64_t>& in_c
   return packed;
 }
 
-Tensor conv_norm_act_packed(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
-                            const Tensor& packed, int64_t way, const Tensor& scale, const Tensor& shift,
-                            const OptionalTensor& residual_given, const std::vector<int64_t>& factors, int64_t stride,
-                            int64_t dilation, int64_t groups, int64_t residual_input, const std::string& act,
-                            double slope) {
+Tensor conv_norm_act_packed(const PackedCall& call, const std::vector<Tensor>& xs,
+                            const std::vector<Tensor>& up_weights, const OptionalTensor& residual_given) {
   RECORD_FUNCTION("dla_fast_cpu::conv_norm_act_packed", std::vector<c10::IValue>());
-  const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
-  const OptionalTensor residual = node.residual(residual_given, residual_input);
-  Tensor y = reused_map(weight, {node.images, node.out_channels, node.height, node.width}, node.channels_last);
+  const OptionalTensor& added = call.added_input < 0 ? residual_given : OptionalTensor(xs.at(call.added_input));
+  if (call.way == kFolded) return infer_folded(call, xs.at(0), added);
+  const Node node(xs, up_weights, call.weight, call.factors, call.stride, call.dilation, call.groups);
+  const OptionalTensor residual = node.residual(added, call.residual_input);
+  Tensor y = reused_map(call.weight, {node.images, node.out_channels, node.height, node.width}, node.channels_last);
   if (node.empty()) return y;
-  dispatch(weight.scalar_type(), [&](auto zero) {
+  dispatch(call.weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const NormVectors<acc_t<T>> norm = folded<acc_t<T>>(scale, shift, act, slope);
-    if (way == kLibrary) return infer_by_library<T>(node, norm, residual, y);
-    TORCH_CHECK_VALUE(layout_of_way(way) == node.channels_last, "way: the weight was packed for the other layout");
-    const void* const weights = packed.numel() == 0 ? nullptr : packed.const_data_ptr();
-    infer<T>(node, NativeNode<T>(node, weights, arithmetic_of_way(way)), norm, residual, y);
+    const NormVectors<acc_t<T>> norm = folded<acc_t<T>>(call.scale, call.shift, call.act, call.slope);
+    if (call.way == kLibrary) return infer_by_library<T>(node, norm, residual, y);
+    TORCH_CHECK_VALUE(layout_of_way(call.way) == node.channels_last,
+                      "way: the weight was packed for the other layout");
+    const void* const weights = call.packed.numel() == 0 ? nullptr : call.packed.const_data_ptr();
+    infer<T>(node, NativeNode<T>(node, weights, arithmetic_of_way(call.way)), norm, residual, y);
   });
   return y;
 }

@@ -20,11 +20,20 @@ int64_t conv_norm_act_way(const std::vector<Tensor>& xs, const std::vector<Tenso
 // The weight as that way reads it, opaque; empty where it takes the weight as it is. in_channels: of each input.
 Tensor conv_norm_act_pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t way);
 
-// y = act(scale * sum_i W_i * up_i(x_i) + shift + residual). scale, shift: (N) in the dtype that sums are kept in.
-Tensor conv_norm_act_packed(const std::vector<Tensor>& xs, const std::vector<Tensor>& up_weights, const Tensor& weight,
-                            const Tensor& packed, int64_t way, const Tensor& scale, const Tensor& shift,
-                            const OptionalTensor& residual, const std::vector<int64_t>& factors, int64_t stride,
-                            int64_t dilation, int64_t groups, int64_t residual_input, const std::string& act,
-                            double slope);
+// How a kind of call (its shapes, layouts, options) that was checked once is served.
+struct PackedCall {
+  Tensor weight, packed;
+  int64_t way;
+  Tensor scale, shift;  // (N) in the dtype that sums are kept in
+  std::vector<int64_t> factors;
+  int64_t stride, dilation, groups;
+  int64_t residual_input, added_input;  // which input is added as it is gathered, or as a residual that is given; or -1
+  std::string act;
+  double slope;
+};
+
+// y = act(scale * sum_i W_i * up_i(x_i) + shift + residual).
+Tensor conv_norm_act_packed(const PackedCall& call, const std::vector<Tensor>& xs,
+                            const std::vector<Tensor>& up_weights, const OptionalTensor& residual);
 
 }  // namespace dla_fast::cpu
