@@ -48,7 +48,7 @@ def counting():
 
             return call
 
-        # For our products, or for the library's with the norm folded in; a call of a new kind, or of one that was before.
+        # Packed for our products, or for the library's with the norm folded in; run as a new kind of call, or as known.
         for name, function in (("pack", "pack"), ("pack", "fold"), ("run", "run"), ("run", "recall")):
             monkeypatch.setattr(packed, function, counted_function(name, getattr(packed, function)))
         with use_backend("cpu"):

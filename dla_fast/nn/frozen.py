@@ -139,7 +139,7 @@ class Frozen:
         self.found = {}
 
     def recall(
-        self, xs: Sequence[Tensor], conv: nn.Conv2d, bn: nn.BatchNorm2d, act: ActSpec, residual: int | Tensor | None
+        self, xs: Sequence[Tensor], conv: nn.Module, bn: nn.Module, act: ActSpec, residual: int | Tensor | None
     ) -> Tensor | None:
         """:meth:`run` for a call like one that it has served before; None where there was none."""
         unit = self._units.get((id(bn), act))

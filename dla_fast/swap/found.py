@@ -1,6 +1,6 @@
 """What a swapped module found of itself in a call, so that the next one of a frozen model need not look again.
 
-It is kept by the first unit that the module runs, and not in the module's own ``__dict__``, which swapping leaves alone.
+It is kept by the first unit that the module runs: the module's own ``__dict__`` is left alone by swapping.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ def found_before(module: nn.Module, conv: str) -> Found | None:
 
 
 def keep_found(
-    module: nn.Module, names: Sequence[tuple[str, ...]], backend: str, own: Sequence[Any] = (), act: ActSpec = "identity"
+    module: nn.Module,
+    names: Sequence[tuple[str, ...]],
+    backend: str,
+    own: Sequence[Any] = (),
+    act: ActSpec = "identity",
 ) -> None:
     """Keep what a call has found, where all units are frozen and no other backend is asked for.
 
