@@ -12,20 +12,32 @@ inline uint64_t mixed(uint64_t hash, uint64_t value) {
   return hash ^ (hash >> 32);
 }
 
-// Four chains side by side: one would wait for a product at every value.
+// Eight chains side by side: one would wait for a product at every value.
 class Values {
  public:
+  // Values of bytes that lie one behind the other.
   void add(const char* data, int64_t bytes) {
-    for (; bytes >= 32; bytes -= 32, data += 32) {
-      for (uint64_t& lane : lanes_) {
-        lane = mixed(lane, word(data + 8 * (&lane - lanes_), 8));
-      }
+    const int64_t words = bytes / 8;
+    add_every<uint64_t>(data, words, 8);
+    if (bytes % 8 != 0) {
+      uint64_t rest = 0;
+      std::memcpy(&rest, data + 8 * words, bytes % 8);
+      lanes_[0] = mixed(lanes_[0], rest);
     }
-    for (; bytes > 0; bytes -= 8, data += 8) lanes_[0] = mixed(lanes_[0], word(data, std::min<int64_t>(bytes, 8)));
   }
 
+  // Values of `bytes` each, `step` bytes apart.
   void add_every(const char* data, int64_t count, int64_t step, int64_t bytes) {
-    for (int64_t i = 0; i < count; ++i) lanes_[i % 4] = mixed(lanes_[i % 4], word(data + i * step, bytes));
+    switch (bytes) {
+      case 2:
+        return add_every<uint16_t>(data, count, step);
+      case 4:
+        return add_every<uint32_t>(data, count, step);
+      case 8:
+        return add_every<uint64_t>(data, count, step);
+      default:
+        for (int64_t i = 0; i < count; ++i) add(data + i * step, bytes);
+    }
   }
 
   uint64_t into(uint64_t hash) const {
@@ -34,13 +46,26 @@ class Values {
   }
 
  private:
-  static uint64_t word(const char* data, int64_t bytes) {
-    uint64_t value = 0;
-    std::memcpy(&value, data, bytes);
-    return value;
+  static constexpr int64_t kLanes = 8;
+
+  template <class Word>
+  void add_every(const char* data, int64_t count, int64_t step) {
+    const auto word = [&](int64_t i) {
+      Word value;
+      std::memcpy(&value, data + i * step, sizeof(Word));
+      return static_cast<uint64_t>(value);
+    };
+    uint64_t lanes[kLanes];
+    std::memcpy(lanes, lanes_, sizeof(lanes));
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = mixed(lanes[lane], word(i + lane));
+    }
+    for (; i < count; ++i) lanes[0] = mixed(lanes[0], word(i));
+    std::memcpy(lanes_, lanes, sizeof(lanes));
   }
 
-  uint64_t lanes_[4] = {1, 2, 3, 4};
+  uint64_t lanes_[kLanes] = {1, 2, 3, 4, 5, 6, 7, 8};
 };
 
 // How far apart the values of a larger tensor lie that are read. Without a factor of two or three, so that the taps of
