@@ -83,7 +83,9 @@ bool unchanged(const py::tuple& facts) {
       if (!own) throw py::error_already_set();
       if (own.ptr() != expected) return false;
     } else if (PyLong_Check(key)) {
-      if (PyDict_Size(where) != PyLong_AsSsize_t(key)) return false;
+      const Py_ssize_t size = PyDict_Size(where);
+      if (size < 0) throw py::error_already_set();
+      if (size != PyLong_AsSsize_t(key)) return false;
     } else {
       PyObject* const found = PyDict_GetItemWithError(where, key);
       if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();

@@ -279,6 +279,16 @@ def launch_cases() -> list[Case]:
     ]
 
 
+def small_cases() -> list[Case]:
+    """A node and convolution units on maps of 8x8, where what is around a kernel takes as long as the kernel."""
+    return [
+        Case("small.node", (64, 64), 64, 8, 8),
+        Case("small.conv1x1", (64,), 64, 8, 8, op="conv_norm_act"),
+        Case("small.conv3x3", (64,), 64, 8, 8, op="conv_norm_act", kernel=3),
+        Case("small.residual", (64,), 64, 8, 8, op="conv_norm_act", kernel=3, residual=True),
+    ]
+
+
 AXES = {
     "batch": (1, 2, 4, 8, 16),
     "resolution": (7, 14, 28, 56, 112),

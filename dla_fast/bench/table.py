@@ -15,6 +15,7 @@ TITLES = {
     "convs": "convolution units",
     "models": "whole networks",
     "launch": "cost of a call, on maps of 2x2",
+    "small": "calls of 8x8 maps, one image",
     "scaling": "scaling",
 }
 LARGE = 28  # rows of a map from which on memory, rather than the product, decides

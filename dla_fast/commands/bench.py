@@ -26,6 +26,7 @@ SUITES = {
     "models": "whole networks",
     "memory": "memory of a training step of whole networks",
     "launch": "what a call costs on the smallest maps",
+    "small": "a node and convolution units on maps of 8x8",
     "scaling": "time against batch, resolution, inputs, channels, threads",
 }
 DEFAULT_SUITES = ("nodes", "ida")
@@ -192,7 +193,7 @@ def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings,
     names = args.models or models.list_models()
     for suite in suites:
         work: list[Job] = []
-        if suite in ("ops", "nodes", "ida", "convs", "launch", "scaling"):
+        if suite in ("ops", "nodes", "ida", "convs", "launch", "small", "scaling"):
             several = batches
             if suite == "ops":
                 chosen = cases.op_cases()
@@ -205,6 +206,8 @@ def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings,
                 chosen = units.unit_cases(args.models or UNIT_MODELS, args.size)
             elif suite == "launch":
                 chosen, several = cases.launch_cases(), [2]
+            elif suite == "small":
+                chosen, several = cases.small_cases(), [1]
             else:
                 chosen, several = cases.scaling_cases(threads=_thread_counts(settings.device)), [max(batches)]
             work = [
