@@ -192,7 +192,7 @@ def test_copies_do_not_share_what_was_found(calls):
     wider = copy.copy(swapped.run.a)
     wider.stride = (2, 2)
     other = nn.Sequential(wider, swapped.run.b, swapped.run.c).eval()
-    dla_fast.swap_(other)
+    dla_fast.swap_(other, verify=False)
     with torch.no_grad():
         swapped.run.a.weight.mul_(3)
     for _ in range(2):
