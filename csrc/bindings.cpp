@@ -59,8 +59,8 @@ PYBIND11_MODULE(_C, m) {
                              const at::Tensor& shift, const std::vector<int64_t>& factors, int64_t stride,
                              int64_t dilation, int64_t groups, int64_t residual_input, int64_t added_input,
                              const std::string& act, double slope) {
-        return Call{weight, packed, way,    scale,          shift,       factors, stride,
-                    dilation, groups, residual_input, added_input, act,     slope};
+        return Call{weight, packed,         way,         scale, shift, factors, stride, dilation,
+                    groups, residual_input, added_input, act,   slope};
       }));
   m.def("unchanged", &dla_fast::unchanged, "See csrc/recall.h.");
   m.def("kind_of_call", &dla_fast::kind_of, "See csrc/recall.h.");

@@ -123,7 +123,9 @@ int64_t kind_of_call(int64_t mark, at::ScalarType dtype, const std::vector<Tenso
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
                                          c10::DispatchKey::Functionalize, c10::DispatchKey::Python});
   const auto add = [&](const Tensor& t) {
-    if (t.key_set().has_any(wrapped) || !t.is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype || t.is_neg()) return false;
+    if (t.key_set().has_any(wrapped) || !t.is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype ||
+        t.is_neg())
+      return false;
     hash = mixed(hash, t.dim());
     for (int64_t d = 0; d < t.dim(); ++d) hash = mixed(mixed(hash, t.size(d)), t.stride(d));
     return true;

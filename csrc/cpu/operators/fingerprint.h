@@ -18,9 +18,9 @@ namespace dla_fast::cpu {
 // 0 where one is not a dense tensor in the CPU's memory that this library knows (another device, a subclass).
 int64_t fingerprint(const std::vector<OptionalTensor>& tensors);
 
-// A number of a call of inference that reads tensors of that fingerprint: of the dtype, shapes and strides of its inputs
-// and its residual (a tensor, or the number of an input, or -1). 0 where one of them is no dense tensor in the CPU's
-// memory, or has another dtype.
+// A number of a call of inference that reads tensors of that fingerprint: of the dtype, shapes and strides of its
+// inputs and its residual (a tensor, or the number of an input, or -1). 0 where one of them is no dense tensor in the
+// CPU's memory, or has another dtype.
 int64_t kind_of_call(int64_t mark, at::ScalarType dtype, const std::vector<Tensor>& xs, const OptionalTensor& residual,
                      int64_t residual_input);
 

@@ -144,8 +144,7 @@ Tensor conv_norm_act_packed(const PackedCall& call, const std::vector<Tensor>& x
     using T = decltype(zero);
     const NormVectors<acc_t<T>> norm = folded<acc_t<T>>(call.scale, call.shift, call.act, call.slope);
     if (call.way == kLibrary) return infer_by_library<T>(node, norm, residual, y);
-    TORCH_CHECK_VALUE(layout_of_way(call.way) == node.channels_last,
-                      "way: the weight was packed for the other layout");
+    TORCH_CHECK_VALUE(layout_of_way(call.way) == node.channels_last, "way: the weight was packed for the other layout");
     const void* const weights = call.packed.numel() == 0 ? nullptr : call.packed.const_data_ptr();
     infer<T>(node, NativeNode<T>(node, weights, arithmetic_of_way(call.way)), norm, residual, y);
   });

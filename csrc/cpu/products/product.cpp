@@ -47,6 +47,7 @@ Arithmetic arithmetic_of(const Inputs<T>& in, bool kept) {
     }
   }
   if (in.kernel == 1) {
+    if (!kept && few_pixels_pay(in)) return Arithmetic::few_pixels;
     // A panel of pixels is of one contiguous image. Where an image does not fill one, all of them as one matrix, pixels
     // turned into rows, are the faster way.
     const bool small = !in.channels_last && in.pixels() < kPanel;
@@ -76,6 +77,8 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
     case Arithmetic::bf16x3_direct:
       if constexpr (std::is_same_v<T, float>) return bf16x3_direct(in);
       break;
+    case Arithmetic::few_pixels:
+      return few_pixels(in);
     case Arithmetic::winograd:
       return winograd(in);
     case Arithmetic::direct:

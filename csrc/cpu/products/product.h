@@ -139,6 +139,7 @@ class PackedWeight {
 // The ways to multiply there are. Those of a name serve one layout of the tensors, or both.
 enum class Arithmetic : int {
   float_pointwise,
+  few_pixels,
   winograd,
   direct,
   bf16_pointwise,
@@ -159,6 +160,9 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic);
 
 template <class T>
 ProductOf<T> float_pointwise(const Inputs<T>& in);
+// Of float and double; null for the others.
+template <class T>
+ProductOf<T> few_pixels(const Inputs<T>& in);
 template <class T>
 ProductOf<T> winograd(const Inputs<T>& in);
 template <class T>
@@ -171,6 +175,10 @@ ProductOf<c10::BFloat16> bf16_direct(const Inputs<c10::BFloat16>& in);
 ProductOf<float> bf16x3_pointwise(const Inputs<float>& in);
 ProductOf<float> bf16x3_winograd(const Inputs<float>& in);
 ProductOf<float> bf16x3_direct(const Inputs<float>& in);
+
+// Whether few_pixels is the faster way to a 1x1 product whose weight serves one call.
+template <class T>
+bool few_pixels_pay(const Inputs<T>& in);
 
 // Whether products in bfloat16 parts are the faster way, where the processor has them.
 bool bf16x3_pays(const Inputs<float>& in);
