@@ -47,8 +47,26 @@ inline void transpose8(const float* src, int64_t ld_src, float* dst, int64_t ld_
 }
 #endif
 
+#if DLA_VECTOR_BYTES == 64
+#include "../shared/avx512_transpose_inl.h"
+
+// Blocks of sixteen rows of sixteen floats: half the shuffles of eight, and whole cache lines.
+inline void transpose_blocks16(Strided<const float> src, Strided<float> dst, int64_t rows, int64_t cols) {
+  for (int64_t r0 = 0; r0 < rows; r0 += 16) {
+    for (int64_t c0 = 0; c0 < cols; c0 += 16) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src.data + (r0 + i) * src.ld + c0);
+      transpose16(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(dst.data + (c0 + i) * dst.ld + r0, r[i]);
+    }
+  }
+}
+#endif
+
 template <class T, class A>
-void load_transposed(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
+void transpose_blocks(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
   constexpr int64_t block = 8;
   A wide[block * block];
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
@@ -78,6 +96,23 @@ void load_transposed(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t
       }
     }
   }
+}
+
+template <class T, class A>
+void load_transposed(Strided<const T> src, Strided<A> dst, int64_t rows, int64_t cols) {
+  int64_t whole_rows = 0, whole_cols = 0;
+#if DLA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    whole_rows = rows / 16 * 16;
+    whole_cols = cols / 16 * 16;
+    transpose_blocks16(src, dst, whole_rows, whole_cols);
+  }
+#endif
+  // What is left: to the right, and below.
+  transpose_blocks<T, A>({src.data + whole_cols, src.ld}, {dst.data + whole_cols * dst.ld, dst.ld}, whole_rows,
+                         cols - whole_cols);
+  transpose_blocks<T, A>({src.data + whole_rows * src.ld, src.ld}, {dst.data + whole_rows, dst.ld}, rows - whole_rows,
+                         cols);
 }
 
 template <class T, class A>

@@ -71,7 +71,7 @@ void gemm(const Bf16Gemm& g) {
   }
 }
 
-#include "avx512_transpose_inl.h"
+#include "../shared/avx512_transpose_inl.h"
 
 void pack_transposed(Strided<const BFloat16> src, int64_t columns, int64_t depth, BFloat16* to) {
   for (int64_t k = 0; k < depth; k += kBf16Step, to += kBf16PanelStep) {

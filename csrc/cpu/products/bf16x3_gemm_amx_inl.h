@@ -1,7 +1,7 @@
 // Products of float matrices with AMX, and the splitting of their sides with AVX-512.
 // Included by amx_gemm_isa_inl.h, inside a namespace.
 
-#include "avx512_transpose_inl.h"
+#include "../shared/avx512_transpose_inl.h"
 
 inline int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;

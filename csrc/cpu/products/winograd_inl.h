@@ -114,20 +114,31 @@ void winograd_output(const WinogradTiles<A>& t, A* z) {
   }
 }
 
+// n: so many of a vector's lanes.
+template <class A>
+inline __attribute__((always_inline)) void weight_lanes(const A* taps, int64_t plane, A* u, int64_t u_plane,
+                                                        int64_t n) {
+  using V = typename VectorOf<A>::type;
+  V w[3][3], v[4][4];
+#pragma GCC unroll 16
+  for (int k = 0; k < 9; ++k) w[k / 3][k % 3] = load_lanes(taps + k * plane, n);
+  const auto step = [](const V(&from)[3], V(&to)[4]) { weight_step<A>(from, to); };
+  DLA_BOTH_AXES(step, 3, 4, w, v)
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) store_lanes(u + k * u_plane, v[k / 4][k % 4], n);
+}
+
 template <class A>
 void winograd_weight(const A* taps, int64_t plane, bool flipped, int64_t channels, A* u, int64_t u_plane) {
-  using V = typename VectorOf<A>::type;
   constexpr int64_t lanes = VectorOf<A>::lanes;
-  for (int64_t c = 0; c < channels; c += lanes) {
-    const int64_t n = channels - c;
-    V w[3][3], v[4][4];
-#pragma GCC unroll 16
-    for (int k = 0; k < 9; ++k) w[k / 3][k % 3] = load_lanes(taps + (flipped ? 8 - k : k) * plane + c, n);
-    const auto step = [](const V(&from)[3], V(&to)[4]) { weight_step<A>(from, to); };
-    DLA_BOTH_AXES(step, 3, 4, w, v)
-#pragma GCC unroll 16
-    for (int k = 0; k < 16; ++k) store_lanes(u + k * u_plane + c, v[k / 4][k % 4], n);
+  if (flipped) {
+    taps += 8 * plane;
+    plane = -plane;
   }
+  int64_t c = 0;
+  // All lanes is a constant: nothing is asked about each value then.
+  for (; c + lanes <= channels; c += lanes) weight_lanes<A>(taps + c, plane, u + c, u_plane, lanes);
+  if (c < channels) weight_lanes<A>(taps + c, plane, u + c, u_plane, channels - c);
 }
 
 template <class A>
