@@ -86,6 +86,64 @@ inline __attribute__((always_inline)) void flush(const typename VectorOf<A>::typ
   }
 }
 
+// y = act((acc (+ c) - center) * scale + shift + residual) of so many values of a row.
+template <class A, int MR, int NV, bool RESIDUAL>
+inline __attribute__((always_inline)) void finish_rows(const typename VectorOf<A>::type (&acc)[MR][NV],
+                                                       const Finish<A>& f, int64_t i0, int64_t j0, int64_t n) {
+  using V = VectorOf<A>;
+  using Vector = typename V::type;
+  const Vector least = Vector{} + (f.relu ? A(0) : -static_cast<A>(__builtin_inf()));
+  A* const y = f.y + i0 * f.ld + j0;
+  const A* const residual = RESIDUAL ? f.residual + i0 * f.ld + j0 : nullptr;
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; ++j) {
+    const int64_t at = j * V::lanes, lanes = n - at;
+    const Vector center = load_lanes(f.center + j0 + at, lanes), scale = load_lanes(f.scale + j0 + at, lanes),
+                 shift = load_lanes(f.shift + j0 + at, lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      Vector u = (acc[i][j] - center) * scale + shift;
+      if constexpr (RESIDUAL) u += load_lanes(residual + i * f.ld + at, lanes);
+      store_lanes(y + i * f.ld + at, least > u ? least : u, lanes);  // NaN is not less, and stays
+    }
+  }
+}
+
+template <class A, int MR, int NV>
+inline __attribute__((always_inline)) void finish(typename VectorOf<A>::type (&acc)[MR][NV], const Gemm<A>& g,
+                                                  const A* c, int64_t i0, int64_t j0, bool add) {
+  using V = VectorOf<A>;
+  const Finish<A>& f = *g.finish;
+  const int64_t n = g.n - j0;
+  if (n >= NV * V::lanes) {
+    if (add) {
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) acc[i][j] += load_lanes(c + i * g.ldc + j * V::lanes, V::lanes);
+      }
+    }
+    // A constant: lanes are counted by no code then.
+    constexpr int64_t whole = NV * V::lanes;
+    return f.residual != nullptr ? finish_rows<A, MR, NV, true>(acc, f, i0, j0, whole)
+                                 : finish_rows<A, MR, NV, false>(acc, f, i0, j0, whole);
+  }
+  alignas(64) A row[NV * V::lanes];
+  const A least = f.relu ? A(0) : -static_cast<A>(__builtin_inf());
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store_lanes(row + j * V::lanes, acc[i][j], V::lanes);
+    const int64_t at = (i0 + i) * f.ld + j0;
+    for (int64_t j = 0; j < n; ++j) {
+      const A z = add ? c[i * g.ldc + j] + row[j] : row[j];
+      A u = (z - f.center[j0 + j]) * f.scale[j0 + j] + f.shift[j0 + j];
+      if (f.residual != nullptr) u += f.residual[at + j];
+      f.y[at + j] = least > u ? least : u;
+    }
+  }
+}
+
 // Where in the segments a block of the depth begins, and how deep it is.
 template <class A>
 struct Depth {
@@ -135,13 +193,28 @@ inline __attribute__((always_inline)) void rows_at(const Gemm<A>& g, const Segme
   }
 }
 
+// How the products of a block of the depth go on: into c, to be added to it, or as what is finished.
+struct Sums {
+  bool add, last;
+};
+
 template <class A, int MR, int NV, bool TRANSPOSED>
-inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool add, Ahead* ahead) {
+inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, Sums sums, Ahead* ahead) {
   typename VectorOf<A>::type acc[MR][NV] = {};
   A* c = g.c + i0 * g.ldc + j0;
-  // c may lie far away: fetched now, it is there when the products are done.
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
+  const bool finishes = !TRANSPOSED && sums.last && g.finish != nullptr;
+  // What is written may lie far away: fetched now, it is there when the products are done.
+  const auto fetch_rows = [&](const A* to, int64_t ld) {
+    for (int i = 0; i < MR; ++i) {
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(to + i * ld + j * VectorOf<A>::lanes, 1);
+    }
+  };
+  if (!finishes) {
+    fetch_rows(c, g.ldc);
+  } else {
+    const int64_t y = i0 * g.finish->ld + j0;
+    fetch_rows(g.finish->y + y, g.finish->ld);
+    if (g.finish->residual != nullptr) fetch_rows(g.finish->residual + y, g.finish->ld);
   }
   parts(g, at, [&](const Segment<A>& segment, int64_t p, const A* b, int64_t count) {
     int64_t row[MR] = {};
@@ -149,11 +222,14 @@ inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, bool ad
     const A* a = segment.a + (TRANSPOSED ? p * segment.lda + i0 : p);
     accumulate<A, MR, NV, TRANSPOSED>(acc, a, row, MR * segment.lda, segment.lda, b + j0, g.ldb, count, ahead);
   });
-  flush<A, MR, NV>(acc, anew(c), anew(g.ldc), g.n - j0, add);
+  if constexpr (!TRANSPOSED) {
+    if (finishes) return finish<A, MR, NV>(acc, g, anew(c), i0, j0, sums.add);
+  }
+  flush<A, MR, NV>(acc, anew(c), anew(g.ldc), g.n - j0, sums.add);
 }
 
 template <class A, int NV, bool TRANSPOSED>
-inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add, Ahead* ahead) {
+inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, Sums sums, Ahead* ahead) {
   // Few vectors leave registers for more rows, and without those would wait for their own sums. Maps are often
   // multiples of 14 wide.
   constexpr int kMany = NV > kVectors / 2 ? kRows : (TRANSPOSED ? 2 * kRows : 14);
@@ -162,28 +238,28 @@ inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, bool add, Ahe
     // So many are within a line.
     const int64_t left = g.group > 0 ? g.group - i % g.group : g.m - i;
     if (kMany > kRows && left >= kMany) {
-      micro<A, kMany, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      micro<A, kMany, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
       i += kMany;
     } else {
-      micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      micro<A, kRows, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
       i += kRows;
     }
   }
   switch (g.m - i) {
     case 5:
-      micro<A, 5, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      micro<A, 5, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
       break;
     case 4:
-      micro<A, 4, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      micro<A, 4, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
       break;
     case 3:
-      micro<A, 3, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      micro<A, 3, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
       break;
     case 2:
-      micro<A, 2, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      micro<A, 2, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
       break;
     case 1:
-      micro<A, 1, NV, TRANSPOSED>(g, at, i, j0, add, ahead);
+      micro<A, 1, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
       break;
     default:
       break;
@@ -195,7 +271,7 @@ inline void column(const Gemm<A>& g, int64_t j0) {
   int64_t total = 0;
   for (int64_t s = 0; s < g.segment_count; ++s) total += g.segments[s].k;
   if (total == 0) {
-    if (!g.add) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, false, nullptr);
+    if (!g.add || g.finish != nullptr) rows<A, NV, TRANSPOSED>(g, {0, 0, g.b, 0}, j0, {g.add, true}, nullptr);
     return;
   }
   // Narrow rows leave room for more of them. A weight's gradient sums pixels, which PyTorch adds up in shorter chains.
@@ -211,7 +287,7 @@ inline void column(const Gemm<A>& g, int64_t j0) {
     parts(g, next, [](const Segment<A>&, int64_t, const A*, int64_t) {});
     const int64_t left = total - done - at.count;
     if (!g.far) {
-      rows<A, NV, TRANSPOSED>(g, at, j0, add, g.ahead);
+      rows<A, NV, TRANSPOSED>(g, at, j0, {add, left == 0}, g.ahead);
     } else {
       // What is wanted soonest: of a long column the rows of b below these, and only at its end what the caller says.
       Ahead ahead = g.ahead == nullptr ? Ahead{} : *g.ahead;
@@ -222,7 +298,7 @@ inline void column(const Gemm<A>& g, int64_t j0) {
       }
       ahead.rows = ahead.rows < even ? ahead.rows : even;
       ahead.pace = ahead.rows * ahead.lines / (g.m * at.count * static_cast<int64_t>(sizeof(A)) / 64 + 1) + 1;
-      rows<A, NV, TRANSPOSED>(g, at, j0, add, &ahead);
+      rows<A, NV, TRANSPOSED>(g, at, j0, {add, left == 0}, &ahead);
     }
     at = next;
   }
