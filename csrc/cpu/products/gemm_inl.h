@@ -19,12 +19,32 @@ inline __attribute__((always_inline)) X anew(X x) {
   return x;
 }
 
+// Rows of what is finished next, and of the residual that is added to them, NV vectors each: fetched a few at a time,
+// so that the cache has room left for the misses of the products meanwhile.
+template <class A>
+struct NextRows {
+  const A *y = nullptr, *residual = nullptr;
+  int64_t ld = 0, rows = 0, pace = 0;
+
+  template <int NV>
+  inline __attribute__((always_inline)) void fetch() {
+    for (int64_t left = pace; left > 0 && rows > 0; --left, --rows, y += ld) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(y + j * VectorOf<A>::lanes, 1);
+      if (residual == nullptr) continue;
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(residual + j * VectorOf<A>::lanes);
+      residual += ld;
+    }
+  }
+};
+
 // The rows of a lie `row` values behind it, those that are next about `next` behind these. More than kRows of them are
 // lda apart.
 template <class A, int MR, int NV, bool TRANSPOSED>
 inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type (&acc)[MR][NV], const A* a,
                                                       const int64_t (&row)[MR], int64_t next, int64_t lda, const A* b,
-                                                      int64_t ldb, int64_t count, Ahead* ahead) {
+                                                      int64_t ldb, int64_t count, Ahead* ahead, NextRows<A>& written) {
   using V = VectorOf<A>;
   constexpr int64_t line = 64 / sizeof(A);
   // Many rows are reached from a pointer for every few of them: one for each is more than there are registers for.
@@ -42,6 +62,7 @@ inline __attribute__((always_inline)) void accumulate(typename VectorOf<A>::type
       }
     }
     if (ahead != nullptr) fetch(*ahead, MR * ahead->pace);
+    if (!TRANSPOSED) written.template fetch<NV>();
     const int64_t end = count - p0 < line ? count : p0 + line;
     for (int64_t p = p0; p < end; ++p) {
       typename V::type bv[NV];
@@ -203,24 +224,22 @@ inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, Sums su
   typename VectorOf<A>::type acc[MR][NV] = {};
   A* c = g.c + i0 * g.ldc + j0;
   const bool finishes = !TRANSPOSED && sums.last && g.finish != nullptr;
-  // What is written may lie far away: fetched now, it is there when the products are done.
-  const auto fetch_rows = [&](const A* to, int64_t ld) {
-    for (int i = 0; i < MR; ++i) {
-      for (int j = 0; j < NV; ++j) __builtin_prefetch(to + i * ld + j * VectorOf<A>::lanes, 1);
-    }
-  };
-  if (!finishes) {
-    fetch_rows(c, g.ldc);
+  NextRows<A> next;
+  if (finishes) {
+    const Finish<A>& f = *g.finish;
+    const int64_t first = (i0 + MR) * f.ld + j0, lines = at.count * static_cast<int64_t>(sizeof(A)) / 64;
+    next = {f.y + first, f.residual == nullptr ? nullptr : f.residual + first, f.ld, MR, MR / (lines + 1) + 1};
   } else {
-    const int64_t y = i0 * g.finish->ld + j0;
-    fetch_rows(g.finish->y + y, g.finish->ld);
-    if (g.finish->residual != nullptr) fetch_rows(g.finish->residual + y, g.finish->ld);
+    // c may lie far away: fetched now, it is there when the products are done.
+    for (int i = 0; i < MR; ++i) {
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(c + i * g.ldc + j * VectorOf<A>::lanes, 1);
+    }
   }
   parts(g, at, [&](const Segment<A>& segment, int64_t p, const A* b, int64_t count) {
     int64_t row[MR] = {};
     if constexpr (!TRANSPOSED) rows_at(g, segment, i0, row);
     const A* a = segment.a + (TRANSPOSED ? p * segment.lda + i0 : p);
-    accumulate<A, MR, NV, TRANSPOSED>(acc, a, row, MR * segment.lda, segment.lda, b + j0, g.ldb, count, ahead);
+    accumulate<A, MR, NV, TRANSPOSED>(acc, a, row, MR * segment.lda, segment.lda, b + j0, g.ldb, count, ahead, next);
   });
   if constexpr (!TRANSPOSED) {
     if (finishes) return finish<A, MR, NV>(acc, g, anew(c), i0, j0, sums.add);
