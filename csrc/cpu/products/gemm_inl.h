@@ -253,6 +253,16 @@ inline void rows(const Gemm<A>& g, const Depth<A>& at, int64_t j0, Sums sums, Ah
   // multiples of 14 wide.
   constexpr int kMany = NV > kVectors / 2 ? kRows : (TRANSPOSED ? 2 * kRows : 14);
   int64_t i = 0;
+#if DLA_VECTOR_BYTES == 64
+  // One row more is all that registers hold, and reads b less often. So many times that no rows are left over, which by
+  // themselves would wait for b. Not where they come in groups: more than kRows of them have to be within one.
+  if constexpr (!TRANSPOSED && NV == kVectors) {
+    constexpr int more = kRows + 1;
+    const int64_t rest = g.m - more * (g.m % kRows);
+    int64_t count = rest < 0 || g.group > 0 ? 0 : g.m % kRows + rest / (kRows * more) * kRows;
+    for (; count > 0; --count, i += more) micro<A, more, NV, TRANSPOSED>(g, at, i, j0, sums, ahead);
+  }
+#endif
   while (i + kRows <= g.m) {
     // So many are within a line.
     const int64_t left = g.group > 0 ? g.group - i % g.group : g.m - i;
