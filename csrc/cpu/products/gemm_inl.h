@@ -228,7 +228,8 @@ inline void micro(const Gemm<A>& g, Depth<A> at, int64_t i0, int64_t j0, Sums su
   if (finishes) {
     const Finish<A>& f = *g.finish;
     const int64_t first = (i0 + MR) * f.ld + j0, lines = at.count * static_cast<int64_t>(sizeof(A)) / 64;
-    next = {f.y + first, f.residual == nullptr ? nullptr : f.residual + first, f.ld, MR, MR / (lines + 1) + 1};
+    next = {f.y + first, f.residual == nullptr ? nullptr : f.residual + first, f.ld, MR,
+            lines >= MR ? 1 : (2 * lines >= MR ? 2 : (4 * lines >= MR ? 4 : MR))};
   } else {
     // c may lie far away: fetched now, it is there when the products are done.
     for (int i = 0; i < MR; ++i) {
