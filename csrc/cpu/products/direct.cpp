@@ -93,7 +93,7 @@ Ahead Direct<T>::below(const RowGrid::Block& part) const {
 }
 
 template <class T>
-void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
+void Direct<T>::multiply(A* out, const Finish<A>* finish, Epilogue<A> epilogue) const {
   const int64_t kernel = window_.kernel, dilation = window_.dilation, stride = window_.stride, ld = width();
   const int64_t depth = in_.taps() * in_.in_channels, n = in_.out_channels;
   const int64_t rows = window_.side(grid_.rows), cols = window_.side(grid_.cols), area = rows * cols,
@@ -134,9 +134,27 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
             grid_.by_rows ? below(part) : Ahead::of<const A>({packed.get() + next * depth * ld, ld}, depth, count);
         const Strided<A> to = direct ? Strided<A>{out + in_.at(n, part.image, part.h * in_.width + part.w, 0), n}
                                      : Strided<A>{z.get(), ld};
-        float_kernels<A>().gemm({m, count, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * ld, ld, to.data, to.ld, false, &ahead, !grid_.by_rows,
-                                 lines > 1 ? part.width : 0, part.height});
+        Gemm<A> gemm = {m,
+                        count,
+                        segments.data(),
+                        static_cast<int64_t>(segments.size()),
+                        false,
+                        packed.get() + panel * depth * ld,
+                        ld,
+                        to.data,
+                        to.ld,
+                        false,
+                        &ahead,
+                        !grid_.by_rows,
+                        lines > 1 ? part.width : 0,
+                        part.height};
+        if (finish != nullptr) {
+          const Finish<A> here = finish->from(channel, in_.at(n, part.image, part.h * in_.width + part.w, channel));
+          gemm.finish = &here;
+          float_kernels<A>().gemm(gemm);
+          continue;
+        }
+        float_kernels<A>().gemm(gemm);
         const int64_t pieces = part.images * (whole() ? 1 : part.height), pixels = m / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
           const A* const from = to.data + r * pixels * to.ld;
@@ -168,15 +186,28 @@ void Direct<T>::forward(A* out, Epilogue<A> epilogue) const {
 }
 
 template <class T>
+bool Direct<T>::infer(const Norm<A>& norm, const T* residual, T* y) const {
+  if constexpr (std::is_same_v<T, A>) {
+    if (!finishes_pieces() || !finishes(norm)) return false;
+    const Finish<A> finish = {norm.center, norm.scale, norm.shift,      norm.act == Act::relu,
+                              residual,    y,          in_.out_channels};
+    multiply(nullptr, &finish, [](const Piece&, Strided<const A>) {});
+    return true;
+  }
+  return false;
+}
+
+template <class T>
 ProductOf<T> direct(const Inputs<T>& in) {
   return std::make_unique<Direct<T>>(in);
 }
 
-#define DLA_INSTANTIATE(T)                                               \
-  template Direct<T>::Direct(const Inputs<T>&, bool);                    \
-  template int64_t Direct<T>::packed_bytes() const;                      \
-  template void Direct<T>::pack(void*) const;                            \
-  template void Direct<T>::forward(acc_t<T>*, Epilogue<acc_t<T>>) const; \
+#define DLA_INSTANTIATE(T)                                                                         \
+  template Direct<T>::Direct(const Inputs<T>&, bool);                                              \
+  template int64_t Direct<T>::packed_bytes() const;                                                \
+  template void Direct<T>::pack(void*) const;                                                      \
+  template void Direct<T>::multiply(acc_t<T>*, const Finish<acc_t<T>>*, Epilogue<acc_t<T>>) const; \
+  template bool Direct<T>::infer(const Norm<acc_t<T>>&, const T*, T*) const;                       \
   template ProductOf<T> direct(const Inputs<T>&);
 
 DLA_INSTANTIATE(float)

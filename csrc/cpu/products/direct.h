@@ -52,21 +52,24 @@ class Direct : public Product<T> {
   // Images of blocks, or where one is narrower than the map or goes by rows, their rows.
   int64_t groups() const override { return grid_.count() * pieces(); }
   // What is computed at a time is then one piece of memory, which the sums of products fetch long before they write it.
-  bool in_place() const override {
-    return std::is_same_v<T, A> && in_.channels_last && (whole() || grid_.by_rows) && in_.out_channels <= kPanel;
-  }
-  void forward(A* out, Epilogue<A> epilogue) const override;
+  bool in_place() const override { return finishes_pieces() && in_.out_channels <= kPanel; }
+  void forward(A* out, Epilogue<A> epilogue) const override { multiply(out, nullptr, epilogue); }
+  bool infer(const Norm<A>& norm, const T* residual, T* y) const override;
   bool forms_dz() const override { return false; }
   void backward(const Gradient<T>& gradient) const override;
 
  protected:
   // Whether the rows of a block are one piece: they lie one behind the other in the output.
   bool whole() const { return grid_.col_blocks == 1 && !grid_.by_rows; }
+  // Whether what is computed at a time is such a piece, of values that are stored as they are summed.
+  bool finishes_pieces() const { return std::is_same_v<T, A> && in_.channels_last && (whole() || grid_.by_rows); }
   int64_t pieces() const { return grid_.together * (whole() ? 1 : grid_.rows); }
   // Values between pixels of a block of the output, in cache, and between rows of a packed panel: with no more than are
   // needed the rows of few output channels stay in the first-level cache, of which every fourth line holds few of them.
   int64_t width() const { return std::min(kPanel, round_up(in_.out_channels, 16)); }
   Ahead below(const RowGrid::Block& part) const;
+  // With what the sums become, or an epilogue that is given them.
+  void multiply(A* out, const Finish<A>* finish, Epilogue<A> epilogue) const;
   void weight_gradient(const Gradient<T>& gradient) const;
   void input_gradients(const Gradient<T>& gradient) const;
 

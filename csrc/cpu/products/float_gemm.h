@@ -48,6 +48,34 @@ inline void fetch(Ahead& ahead, int64_t lines) {
   }
 }
 
+// What sums of products become where they are finished in registers: y = act((c - center) * scale + shift + residual),
+// where act is ReLU or nothing. y and residual are laid out alike.
+template <class A>
+struct Finish {
+  const A *center, *scale, *shift;
+  bool relu;
+  const A* residual;  // or null
+  A* y;
+  int64_t ld;
+
+  // Of the columns from `channel` on, and of y from so many values on.
+  Finish from(int64_t channel, int64_t at) const {
+    return {center + channel,
+            scale + channel,
+            shift + channel,
+            relu,
+            residual == nullptr ? nullptr : residual + at,
+            y + at,
+            ld};
+  }
+};
+
+// Whether that serves a norm.
+template <class A>
+bool finishes(const Norm<A>& norm) {
+  return norm.act == Act::relu || norm.act == Act::identity;
+}
+
 // c[M x N] (+)= sum over segments of a_s[M x k_s] * b_s[k_s x N]; the b_s lie one below the other in b, or where each
 // segment says.
 // b must be readable up to the next multiple of 64 bytes in each row; only N columns of c are touched.
@@ -65,6 +93,7 @@ struct Gemm {
   Ahead* ahead = nullptr;
   bool far = false;              // b lies far away and ahead is what follows it: both are fetched as they are wanted
   int64_t group = 0, outer = 0;  // rows of a group, and groups of a group of them, where they come in groups
+  const Finish<A>* finish = nullptr;  // what becomes of c, which then holds partial sums alone; not where transposed
 };
 
 // Winograd's minimal filtering F(2x2, 3x3): a tile of 2x2 outputs of a 3x3 convolution takes 16 products a channel pair

@@ -1,8 +1,8 @@
 // Forward of the 1x1 product in vector instructions. K = sum of the inputs' channels, N = output channels.
 //
 // Per pixel: reads K and writes N values where the epilogue does; 2KN flops. A task takes one tile of pixels: every
-// input is accumulated in registers into a tile of z that stays in cache, where the tail is applied (inference) or the
-// moments are taken (training).
+// input is accumulated in registers. Inference of floats with ReLU applies the tail there, too; else the sums go into a
+// tile of z that stays in cache, where the tail is applied (inference) or the moments are taken (training).
 
 #include "float_pointwise.h"
 
@@ -37,13 +37,13 @@ void FloatPointwise<T>::pack(void* to) const {
 }
 
 template <class T>
-void FloatPointwise<T>::forward_channels_last(A* out, Epilogue<A> epilogue) const {
+void FloatPointwise<T>::forward_channels_last(A* out, const Finish<A>* finish, Epilogue<A> epilogue) const {
   const auto& k = kernels<T>();
   const int64_t total = in_.total(), rows_max = rows(), depth = in_.in_channels, n = in_.out_channels;
   const Tasks tasks(divide_up(total, rows_max), divide_up(n, kPanel));
   const PackedWeight<A> packed(*this, in_);
   parallel_queue(tasks.count, rows_max * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
-    const Scratch<A> z(rows_max * kPanel), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
+    const Scratch<A> z(out == nullptr ? rows_max * kPanel : 0), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
     std::vector<Segment<A>> segments(in_.xs.size());
     for (int64_t task = take(); task >= 0; task = take()) {
       const int64_t tile = tasks.tile(task);
@@ -65,8 +65,25 @@ void FloatPointwise<T>::forward_channels_last(A* out, Epilogue<A> epilogue) cons
         const Strided<A> to = out == nullptr ? Strided<A>{z.get(), kPanel} : Strided<A>{out + at, n};
         const int64_t next = panel + 1 < panel_end ? panel + 1 : panel_begin;
         Ahead ahead = Ahead::of<const A>({packed.get() + next * depth * kPanel, kPanel}, depth, kPanel);
-        float_kernels<A>().gemm({rows, cols, segments.data(), static_cast<int64_t>(segments.size()), false,
-                                 packed.get() + panel * depth * kPanel, kPanel, to.data, to.ld, false, &ahead, true});
+        Gemm<A> gemm = {rows,
+                        cols,
+                        segments.data(),
+                        static_cast<int64_t>(segments.size()),
+                        false,
+                        packed.get() + panel * depth * kPanel,
+                        kPanel,
+                        to.data,
+                        to.ld,
+                        false,
+                        &ahead,
+                        true};
+        if (finish != nullptr) {
+          const Finish<A> here = finish->from(channel, at);
+          gemm.finish = &here;
+          float_kernels<A>().gemm(gemm);
+          continue;
+        }
+        float_kernels<A>().gemm(gemm);
         epilogue({{rows, cols, false}, tile, channel, at}, Strided<const A>{to.data, to.ld});
       }
     }
@@ -108,7 +125,19 @@ void FloatPointwise<T>::forward_contiguous(A* out, Epilogue<A> epilogue) const {
 
 template <class T>
 void FloatPointwise<T>::forward(A* out, Epilogue<A> epilogue) const {
-  in_.channels_last ? forward_channels_last(out, epilogue) : forward_contiguous(out, epilogue);
+  in_.channels_last ? forward_channels_last(out, nullptr, epilogue) : forward_contiguous(out, epilogue);
+}
+
+template <class T>
+bool FloatPointwise<T>::infer(const Norm<A>& norm, const T* residual, T* y) const {
+  if constexpr (std::is_same_v<T, A>) {
+    if (!in_.channels_last || !finishes(norm)) return false;
+    const Finish<A> finish = {norm.center, norm.scale, norm.shift,      norm.act == Act::relu,
+                              residual,    y,          in_.out_channels};
+    forward_channels_last(nullptr, &finish, [](const Piece&, Strided<const A>) {});
+    return true;
+  }
+  return false;
 }
 
 template <class T>
@@ -116,8 +145,9 @@ ProductOf<T> float_pointwise(const Inputs<T>& in) {
   return std::make_unique<FloatPointwise<T>>(in);
 }
 
-#define DLA_INSTANTIATE(T)                                                       \
-  template void FloatPointwise<T>::forward(acc_t<T>*, Epilogue<acc_t<T>>) const; \
+#define DLA_INSTANTIATE(T)                                                           \
+  template void FloatPointwise<T>::forward(acc_t<T>*, Epilogue<acc_t<T>>) const;     \
+  template bool FloatPointwise<T>::infer(const Norm<acc_t<T>>&, const T*, T*) const; \
   template ProductOf<T> float_pointwise(const Inputs<T>&);
 
 DLA_INSTANTIATE(float)

@@ -21,6 +21,7 @@ class FloatPointwise : public Product<T> {
     return in_.channels_last ? divide_up(in_.total(), rows()) : in_.images * divide_up(in_.pixels(), kPanel);
   }
   void forward(A* out, Epilogue<A> epilogue) const override;
+  bool infer(const Norm<A>& norm, const T* residual, T* y) const override;
   bool forms_dz() const override { return true; }
   void backward(const Gradient<T>& gradient) const override;
 
@@ -28,7 +29,8 @@ class FloatPointwise : public Product<T> {
   int64_t weights() const { return in_.in_channels * in_.out_channels; }
   // Of a tile, at most.
   int64_t rows() const { return tile_rows(in_.total(), weights(), divide_up(in_.out_channels, kPanel)); }
-  void forward_channels_last(A* out, Epilogue<A> epilogue) const;
+  // With what the sums become, or an epilogue that is given them.
+  void forward_channels_last(A* out, const Finish<A>* finish, Epilogue<A> epilogue) const;
   void forward_contiguous(A* out, Epilogue<A> epilogue) const;
 
   const Inputs<T>& in_;
