@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import types
 import warnings
 
 import pytest
@@ -95,24 +94,12 @@ def _small_device():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _patched_once():
-    """Triton's interpreter patches its language anew at every call inside a kernel, which takes longer than the call."""
-    if not serving.INTERPRETED:
-        yield
-        return
-    from triton import language
-    from triton.runtime import interpreter
-
-    right = interpreter._patch_lang
-
-    def patch(fn):
-        parts = [part for part in fn.__globals__.values() if part is language or part is language.core]
-        if any(language.core.is_builtin(part.load) for part in parts):
-            return right(fn)
-        return types.SimpleNamespace(restore=lambda: None)  # what the launch patched is still so
-
+def _quick_interpreter():
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(interpreter, "_patch_lang", patch)
+        if serving.INTERPRETED:
+            import quick_interpreter
+
+            quick_interpreter.install(patches)
         yield
 
 
