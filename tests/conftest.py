@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import warnings
@@ -62,12 +63,12 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [*slow[::2], *others[: max(rest, 0)], *slow[1::2], *others[max(rest, 0) :]]
     if not serving.INTERPRETED and EVERY == 1:
         return
-    seen: dict[str, int] = {}
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
     dropped = []
     for item in items:
         name = item.originalname
-        seen[name] = seen.get(name, -1) + 1
-        if seen[name] % (THINNED.get(name, 1) if serving.INTERPRETED else EVERY):
+        seen[item.path.name, name] += 1
+        if (seen[item.path.name, name] - 1) % (THINNED.get(name, 1) if serving.INTERPRETED else EVERY):
             dropped.append(item)
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
@@ -91,6 +92,16 @@ def _small_device():
         from dla_fast.kernels import config
 
         config.PROGRAMS, config.PROCESSORS = 16, 2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    with pytest.MonkeyPatch.context() as patches:
+        if serving.INTERPRETED:
+            import quick_interpreter
+
+            quick_interpreter.install(patches)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

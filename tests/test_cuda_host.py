@@ -161,8 +161,10 @@ def test_upsample(op, dtype, layout, factor):
     check(
         op,
         *(
-            Spec(dtype, layout, out_channels=c, batch=n, height=h, width=w, factor=factor, seed=seed)
-            for seed, (c, n, h, w) in enumerate(sizes)
+            Spec(
+                dtype, layout, out_channels=c, batch=n if factor < 8 else 1, height=h, width=w, factor=factor, seed=seed
+            )
+            for seed, (c, n, h, w) in enumerate(sizes if op == "upsample" else sizes[::2])
         ),
     )
 
@@ -191,7 +193,8 @@ def test_upsample_in_more_blocks_than_threads_that_add_them(many_processors, lay
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_upsample_of_many_channels_and_odd_sizes(dtype, layout, factor):
-    for channels, height, width in ((72, 2, 8), (24, 2, 11)):
+    rows = 2 if factor < 8 else 1
+    for channels, height, width in ((72, rows, 8), (24, rows, 11)):
         check(
             "upsample_add",
             Spec(dtype, layout, out_channels=channels, batch=1, height=height, width=width, factor=factor),

@@ -13,7 +13,7 @@ from dla_fast import backend
 
 @pytest.mark.parametrize("op", backend.OPS)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12 if INTERPRETED else 40, deadline=None)
+@settings(max_examples=6 if INTERPRETED else 40, deadline=None)
 @given(data=st.data())
 def test_any_strides(name, op, data):
     assert name in backends(op)

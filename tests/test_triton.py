@@ -28,33 +28,28 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@needs_triton
-@pytest.mark.parametrize(
-    "name",
-    [
-        "interpreted",
-        "interpreted_gpu",
-        "interpreted_ida",
-        "interpreted_node",
-        "interpreted_strides",
-        "interpreted_tf32",
-        "interpreted_traffic",
-        "interpreted_tune",
-        "test_aggregate",
-        "test_batch_norm_act",
-        "test_compiled",
-        "test_conv_norm_act",
-        "test_ops",
-        "test_strides",
-    ],
+# A process each, about as long as one another: importing torch and Triton takes as long as many a test.
+INTERPRETED = (
+    ("interpreted_gpu", "test_compiled", "test_ops", "test_strides"),
+    ("interpreted_ida", "interpreted_strides", "interpreted_tune", "interpreted_traffic"),
+    ("interpreted_tf32", "interpreted_node", "test_batch_norm_act"),
+    ("interpreted", "test_aggregate", "test_conv_norm_act"),
 )
-def test_in_the_interpreter(name):
+
+
+@needs_triton
+@pytest.mark.parametrize("names", INTERPRETED, ids=" ".join)
+def test_in_the_interpreter(names):
     here = os.path.dirname(os.path.abspath(__file__))
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", os.path.join(here, f"{name}.py")]
-    done = run(*arguments, "-k", ALL_BUT_THREADS, TRITON_INTERPRET="1", DLA_FAST_TEST_BACKENDS="triton")
+    files = [os.path.join(here, f"{name}.py") for name in names]
+    done = run(
+        "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", *files, "-k", ALL_BUT_THREADS, TRITON_INTERPRET="1",
+        DLA_FAST_TEST_BACKENDS="triton",
+    )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
-    assert " passed" in done.stdout
-    slow = name == "interpreted_ida" and "DLA_FAST_SLOW_TESTS" not in os.environ
+    passed = {line.split(".py::")[0].split("/")[-1] for line in done.stdout.splitlines() if " PASSED " in line}
+    assert passed == set(names)
+    slow = "interpreted_ida" in names and "DLA_FAST_SLOW_TESTS" not in os.environ
     assert ("skipped" in done.stdout) == slow
 
 

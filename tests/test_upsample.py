@@ -44,7 +44,7 @@ def test_cpu_kernels_are_built():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", FACTORS)
 def test_parity(served, poisoned, op, dtype, layout, factor):
-    sizes = ((1, 1, 1), (2, 1, 3), (1, 17, 1), (2, 3, 5), (1, 7, 31))
+    sizes = ((1, 1, 1), (2, 1, 3), (1, 17, 1), (2, 3, 5), (1, 7 if factor < 8 else 2, 31))
     check(
         op,
         (

@@ -1,0 +1,55 @@
+"""Triton's interpreter without the work that it repeats, which is most of its time: the same kernels, the same values.
+
+Nothing here touches what is loaded, computed or stored: only how often the language is patched, and how often the same
+description of a type or of a tensor's shape is made.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import pytest
+from triton import language
+from triton.runtime import interpreter
+
+
+def install(patches: pytest.MonkeyPatch) -> None:
+    """Until ``patches`` is undone."""
+    core = language.core
+    patch_lang, np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    new_tensor, new_block = core.tensor.__init__, core.block_type.__init__
+    dtypes: dict[str, Any] = {}
+    blocks: dict[Any, dict[str, Any]] = {}
+    tensors: dict[Any, dict[str, Any]] = {}
+
+    def patch(fn: FunctionType) -> Any:
+        """Once a launch, and not at every call of a function inside it."""
+        parts = [part for part in fn.__globals__.values() if part is language or part is core]
+        if any(core.is_builtin(part.load) for part in parts):
+            return patch_lang(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    def dtype(ty: Any) -> Any:
+        if ty.name not in dtypes:
+            dtypes[ty.name] = np_dtype(ty)
+        return dtypes[ty.name]
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *[side.value if isinstance(side, core.constexpr) else side for side in shape])
+        if key not in blocks:
+            new_block(self, element_ty, shape)
+            blocks[key] = dict(self.__dict__)
+        self.__dict__.update(blocks[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            new_tensor(self, handle, type)
+            tensors[type.name] = dict(self.__dict__)
+        self.__dict__.update(tensors[type.name])
+        self.handle, self.type = handle, type
+
+    patches.setattr(interpreter, "_patch_lang", patch)
+    patches.setattr(interpreter, "_get_np_dtype", dtype)
+    patches.setattr(core.block_type, "__init__", block)
+    patches.setattr(core.tensor, "__init__", tensor)
