@@ -34,6 +34,7 @@ struct Given {
     }
     if (py::isinstance<py::int_>(added)) {
       residual_input = added.cast<int64_t>();
+      if (residual_input < 0) return false;
     } else if (!added.is_none()) {
       if (!THPVariable_CheckExact(added.ptr())) return false;
       residual = THPVariable_Unpack(added.ptr());
@@ -53,6 +54,7 @@ std::vector<cpu::OptionalTensor> unpacked(const py::tuple& tensors) {
   std::vector<cpu::OptionalTensor> out;
   out.reserve(tensors.size());
   for (const py::handle t : tensors) {
+    if (!t.is_none() && !THPVariable_Check(t.ptr())) throw py::type_error("tensors: expected tensors or None");
     out.emplace_back(t.is_none() ? cpu::OptionalTensor() : THPVariable_Unpack(t.ptr()));
   }
   return out;
@@ -72,25 +74,34 @@ int64_t kind_of(int64_t mark, const std::vector<cpu::OptionalTensor>& tensors, c
 
 }  // namespace
 
-bool unchanged(const py::tuple& facts) {
+bool unchanged(const py::tuple& modules, const py::tuple& facts) {
+  std::vector<py::object> own(modules.size());
   for (size_t i = 0; i + 2 < facts.size(); i += 3) {
-    PyObject* const where = PyTuple_GET_ITEM(facts.ptr(), i);
+    PyObject* where = PyTuple_GET_ITEM(facts.ptr(), i);
     PyObject* const key = PyTuple_GET_ITEM(facts.ptr(), i + 1);
     PyObject* const expected = PyTuple_GET_ITEM(facts.ptr(), i + 2);
-    if (PyType_Check(key)) {
-      if (Py_TYPE(where) != reinterpret_cast<PyTypeObject*>(key)) return false;
-      const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(where, nullptr));
-      if (!own) throw py::error_already_set();
-      if (own.ptr() != expected) return false;
-    } else if (PyLong_Check(key)) {
-      const Py_ssize_t size = PyDict_Size(where);
-      if (size < 0) throw py::error_already_set();
-      if (size != PyLong_AsSsize_t(key)) return false;
-    } else {
-      PyObject* const found = PyDict_GetItemWithError(where, key);
-      if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-      if ((found == nullptr ? Py_Ellipsis : found) != expected) return false;
+    if (PyLong_Check(where)) {
+      const size_t number = PyLong_AsSize_t(where);
+      if (number >= own.size()) throw py::index_error("facts: there is no such module");
+      PyObject* const module = PyTuple_GET_ITEM(modules.ptr(), number);
+      if (PyType_Check(key)) {
+        if (Py_TYPE(module) != reinterpret_cast<PyTypeObject*>(key)) return false;
+        continue;
+      }
+      if (!own[number]) {
+        own[number] = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+        if (!own[number]) throw py::error_already_set();
+      }
+      where = own[number].ptr();
     }
+    if (!PyDict_Check(where)) throw py::type_error("facts: expected a dict, or the number of a module");
+    if (PyLong_Check(key)) {
+      if (PyDict_Size(where) != PyLong_AsLong(key)) return false;
+      continue;
+    }
+    PyObject* const found = PyDict_GetItemWithError(where, key);
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if ((found == nullptr ? Py_Ellipsis : found) != expected) return false;
   }
   return true;
 }
@@ -100,10 +111,10 @@ int64_t kind_of(int64_t mark, const py::tuple& tensors, const py::sequence& xs, 
   return given.read(xs, residual) ? kind_of(mark, unpacked(tensors), given) : 0;
 }
 
-py::object recall(const py::tuple& facts, const py::tuple& tensors, const py::dict& calls, const py::sequence& xs,
-                  const py::object& residual) {
+py::object recall(const py::tuple& modules, const py::tuple& facts, const py::tuple& tensors, const py::dict& calls,
+                  const py::sequence& xs, const py::object& residual) {
   Given given;
-  if (!unchanged(facts) || !given.read(xs, residual)) return py::none();
+  if (!unchanged(modules, facts) || !given.read(xs, residual)) return py::none();
   const auto own = unpacked(tensors);
   const int64_t kind = kind_of(cpu::fingerprint(own), own, given);
   const py::int_ number(kind);

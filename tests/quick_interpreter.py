@@ -14,7 +14,6 @@ import triton
 from triton import language
 from triton.runtime import interpreter
 
-
 # Those whose interpreter is known here; another one's runs as it is.
 VERSIONS = ("3.6.",)
 

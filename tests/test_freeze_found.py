@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
+from argparse import Namespace
 from collections import OrderedDict
 
 import pytest
@@ -214,22 +218,163 @@ def test_what_is_kept_of_old_weights_is_freed():
     assert list(frozen.found) == [id(swapped.run)]
 
 
+class Shortcut(nn.Module):
+    """A block with a shortcut that counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.downsample = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + self.downsample(x))
+
+
+@pytest.mark.parametrize("change", ["weight", "hook", "norm in training", "gradients"])
+def test_what_makes_the_shortcut_is_called_once(change):
+    def changed(m):
+        m.downsample[1].train()
+        if change == "hook":
+            m.conv2.register_forward_hook(lambda m, a, y: y * 2)
+        elif change == "norm in training":
+            m.bn2.train()
+        elif change == "gradients":
+            for p in (*m.conv1.parameters(), *m.bn1.parameters()):
+                p.requires_grad_(False)
+
+    stock = randomise(Shortcut()).eval()
+    swapped = copy.deepcopy(stock)
+    dla_fast.swap_(swapped)
+    dla_fast.freeze_(swapped)
+    x = torch.randn(2, 4, 5, 6)
+    for _ in range(2):
+        infer(swapped, x)
+    for m in (stock, swapped):
+        changed(m)
+    for _ in range(3):
+        for m in (stock, swapped):
+            with torch.no_grad():
+                m.conv2.weight.mul_(1.1)
+            with torch.set_grad_enabled(change == "gradients"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                m.y = m(x)
+        assert relative(swapped.y, stock.y) < 1e-5
+    assert swapped.downsample[1].num_batches_tracked == stock.downsample[1].num_batches_tracked == 3
+    assert relative(swapped.downsample[1].running_mean, stock.downsample[1].running_mean) < 1e-5
+
+
+class Meddling(nn.AvgPool2d):
+    """Changes the block that it belongs to, once, while that runs."""
+
+    def forward(self, x):
+        if self.meddle is not None:
+            self.meddle(self.block[0])
+            self.meddle = None
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["attribute", "hook of an activation", "forward of a convolution", "slope"])
+def test_changes_while_a_call_runs(change):
+    models = []
+    for swapping in (False, True):
+        torch.manual_seed(0)
+        model = randomise(Block()).eval()
+        model.downsample = Meddling(2, 2)
+        model.downsample.meddle, model.downsample.block = None, [model]
+        if swapping:
+            assert dla_fast.swap_(model).swapped
+            dla_fast.freeze_(model)
+        model.downsample.meddle = lambda block: CHANGES[change](Namespace(block=block))
+        models.append(model)
+    stock, swapped = models
+    x = torch.randn(2, 8, 6, 8)
+    for m in models:
+        infer(m, x)
+    for _ in range(3):
+        assert relative(infer(swapped, x), infer(stock, x)) < 1e-5
+
+
+def test_a_flag_of_the_class():
+    class Flagged(nn.Module):
+        residual = False
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+
+        def forward(self, *x):
+            y = self.bn(self.conv(torch.cat(x, 1)))
+            return self.relu(y + x[0] if self.residual else y)
+
+    stock = randomise(Flagged()).eval()
+    swapped = copy.deepcopy(stock)
+    dla_fast.swap_(swapped)
+    dla_fast.freeze_(swapped)
+    xs = [torch.randn(2, 8, 5, 6) for _ in range(2)]
+    for flag in (False, False, True, True):
+        Flagged.residual = flag
+        assert relative(infer(swapped, *xs), infer(stock, *xs)) < 1e-5
+
+
+def test_options_that_are_lists():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    dla_fast.swap_(model)
+    dla_fast.freeze_(model)
+    model[0].stride = [1, 1]
+    x = torch.randn(1, 4, 6, 6)
+    for _ in range(2):
+        assert infer(model, x).shape == (1, 4, 6, 6)
+    model[0].stride[:] = [2, 2]
+    assert infer(model, x).shape == (1, 4, 3, 3)
+
+
+def test_units_before_one_that_cannot_be_kept_run_once(calls):
+    layers = [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, (1, 3), padding=(0, 1))]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(4)).eval()
+    dla_fast.swap_(model, verify=False)
+    dla_fast.freeze_(model)
+    for _ in range(3):
+        infer(model, torch.randn(1, 4, 6, 6))
+    assert calls["run"] == 3
+
+
+def test_no_cycle_keeps_a_model_alive():
+    _, swapped = pair()
+    for _ in range(2):
+        infer(swapped, torch.randn(2, 3, 6, 8))
+    gone = [weakref.ref(swapped.run.a.weight), weakref.ref(swapped.block.conv2), weakref.ref(swapped.root)]
+    gc.collect()
+    gc.disable()
+    try:
+        del swapped
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
 def test_facts():
     module = nn.Conv2d(2, 2, 1)
-    facts = (*of_module(module, "stride"), *of_dict(module._parameters, "weight", "nothing"))
-    assert packed.unchanged(())
-    assert packed.unchanged(facts)
+    facts = (*of_module(0, module, "stride"), *of_dict(module._parameters, "weight", "nothing"))
+    assert packed.unchanged((), ())
+    assert packed.unchanged((module,), facts)
+    assert not packed.unchanged((nn.Conv2d(2, 2, 1, 2),), facts)
+    assert not packed.unchanged((nn.Identity(),), facts)
     module.forward = None
-    assert not packed.unchanged(facts)
+    assert not packed.unchanged((module,), facts)
     del module.forward
-    assert packed.unchanged(facts)
+    assert packed.unchanged((module,), facts)
     handle = module.register_forward_pre_hook(lambda *_: None)
-    assert not packed.unchanged(facts)
+    assert not packed.unchanged((module,), facts)
     handle.remove()
     module.nothing = nn.Parameter(torch.ones(1))
-    assert not packed.unchanged(facts)
+    assert not packed.unchanged((module,), facts)
     del module.nothing
     module.stride = (2, 2)
-    assert not packed.unchanged(facts)
-    with pytest.raises(SystemError):
-        packed.unchanged((1, 2, 3))
+    assert not packed.unchanged((module,), facts)
+    with pytest.raises(IndexError):
+        packed.unchanged((), facts)
+    with pytest.raises(TypeError):
+        packed.unchanged((), ("no dict", 2, ...))

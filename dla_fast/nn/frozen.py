@@ -85,15 +85,15 @@ class _Folded:
 
 
 class _Unit:
-    """A convolution and a norm as they were when a call was checked, and what served such calls, by their kind."""
+    """A convolution and a norm as they were before a call was checked, and what served such calls, by their kind."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-        self.conv, self.tensors = conv, tuple(_tensors(conv, bn))
         self.facts = tuple(facts.of_unit(conv, bn))
+        # Lists can change without being others.
+        self.steady = all(type(option) is tuple for option in (conv.kernel_size, conv.stride, conv.dilation))
+        self.steady = self.steady and type(conv.padding) in (tuple, str)
+        self.tensors = tuple(_tensors(conv, bn))
         self.calls: dict[int, Any] = {}
-
-    def holds(self, tensors: list[Any]) -> bool:
-        return all(a is b for a, b in zip(self.tensors, tensors, strict=True))
 
 
 def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> list[Any]:
@@ -143,9 +143,14 @@ class Frozen:
     ) -> Tensor | None:
         """:meth:`run` for a call like one that it has served before; None where there was none."""
         unit = self._units.get((id(bn), act))
-        if unit is None or unit.conv is not conv or type(xs) not in (list, tuple) or not recalls():
+        if unit is None or type(xs) not in (list, tuple) or not recalls():
             return None
-        return packed.recall(unit.facts, unit.tensors, unit.calls, xs, residual)
+        return packed.recall((conv, bn), unit.facts, unit.tensors, unit.calls, xs, residual)
+
+    def knows(self, conv: nn.Module, bn: nn.Module, act: ActSpec) -> bool:
+        """Whether calls of a unit can be recalled."""
+        unit = self._units.get((id(bn), act))
+        return unit is not None and packed.unchanged((conv, bn), unit.facts)
 
     def run(
         self,
@@ -162,18 +167,20 @@ class Frozen:
             ValueError: as :func:`dla_fast.functional.conv_norm_act`.
             TypeError: as :func:`dla_fast.functional.conv_norm_act`.
         """
-        if bn.training:
-            # Training changes what is kept.
-            self.forget()
-            return None
         # Modes that watch operators count and trace those of the usual way.
         if functional.needs_reference() or torch._C._len_torch_dispatch_stack():
             return None
         try:
-            tensors = _tensors(conv, bn)
+            unit = _Unit(conv, bn)
         except KeyError:
             return None
+        tensors = unit.tensors
         weight = tensors[0]
+        # What is asked from here on is among the facts, which were taken before.
+        if bn.training:
+            # Training changes what is kept.
+            self.forget()
+            return None
         if weight is None or tensors[4] is None or tensors[5] is None:
             return None
 
@@ -194,7 +201,7 @@ class Frozen:
             if not x.is_cpu:
                 self.forget()
                 return None
-            if type(x) not in _PLAIN or x.dtype is not dtype or x.is_neg():
+            if type(x) not in _PLAIN or x.dtype is not dtype or x.is_neg() or x._is_zerotensor():
                 return None
             key += x.shape, x.stride()
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*maps, *tensors)):
@@ -216,38 +223,24 @@ class Frozen:
         if call is None:
             call = folded.calls[kind] = self._serve(folded, xs, conv, tensors, residual, upsample, act)
         y = packed.run(call, xs, up_weights, added)
-        if upsample is None:
-            self._remember(folded, xs, conv, bn, tensors, act, residual, call)
+        if upsample is None and unit.steady:
+            self._remember(unit, packed.kind_of_call(mark, tensors, xs, residual), (id(bn), act), call)
         return y
 
-    def _remember(
-        self,
-        folded: _Folded,
-        xs: Sequence[Tensor],
-        conv: nn.Conv2d,
-        bn: nn.BatchNorm2d,
-        tensors: list[Any],
-        act: ActSpec,
-        residual: int | Tensor | None,
-        call: Any,
-    ) -> None:
+    def _remember(self, unit: _Unit, kind: int, name: tuple[int, ActSpec], call: Any) -> None:
         """Keep a call for :meth:`recall`."""
-        kind = packed.kind_of_call(folded.mark, tuple(tensors), xs, residual)
         if kind == 0:
             return
         with self._making:
-            name = id(bn), act
-            unit = self._units.get(name)
-            if unit is None or unit.conv is not conv or not packed.unchanged(unit.facts):
-                unit = _Unit(conv, bn)
+            known = self._units.get(name)
+            if known is None or not all(a is b for a, b in zip(known.facts, unit.facts, strict=True)):
                 self._units = {**(self._units if len(self._units) < NORMS else {}), name: unit}
-            if not unit.holds(tensors):
-                return  # exchanged while the call ran
-            if len(unit.calls) >= CALLS:
-                unit.calls.clear()
-            unit.calls[kind] = call
+                known = unit
+            if len(known.calls) >= CALLS:
+                known.calls.clear()
+            known.calls[kind] = call
 
-    def _fold(self, tensors: list[Any], bn: nn.BatchNorm2d) -> _Folded | None:
+    def _fold(self, tensors: tuple[Any, ...], bn: nn.BatchNorm2d) -> _Folded | None:
         """The norm folded as it is now; None where no fingerprint can be taken of it, or of the weight."""
         with self._making, torch.inference_mode(False), torch.no_grad():
             # Before what it is of is read: what changes meanwhile is then found by the next call.
@@ -270,7 +263,7 @@ class Frozen:
         folded: _Folded,
         xs: Sequence[Tensor],
         conv: nn.Conv2d,
-        tensors: list[Any],
+        tensors: tuple[Any, ...],
         residual: int | Tensor | None,
         upsample: Upsampling | None,
         act: ActSpec,

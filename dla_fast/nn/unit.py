@@ -62,7 +62,7 @@ def run_unit(
     Returns:
         (N, C_out, H', W').
     """
-    frozen: Frozen | None = conv.__dict__.get(KEY)
+    frozen: Frozen | None = None if torch.compiler.is_compiling() else conv.__dict__.get(KEY)
     if frozen is not None and upsample is None:
         y = frozen.recall(xs, conv, bn, act, residual)
         if y is not None:

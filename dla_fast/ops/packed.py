@@ -37,11 +37,11 @@ pack: Callable[[Tensor, Sequence[int], int], Tensor] = _function("conv_norm_act_
 Call: Callable[..., Any] = _function("PackedCall")
 # run(call, xs, up_weights, residual): act(scale * conv(cat(xs)) + shift + residual).
 run: Callable[..., Tensor] = _function("conv_norm_act_packed")
-# unchanged(facts): whether facts of dla_fast/nn/facts.py still hold.
-unchanged: Callable[[tuple[Any, ...]], bool] = _function("unchanged")
+# unchanged(modules, facts): whether facts of dla_fast/nn/facts.py hold of modules.
+unchanged: Callable[[tuple[Any, ...], tuple[Any, ...]], bool] = _function("unchanged")
 # kind_of_call(mark, tensors, xs, residual): a number of a call that reads tensors of that fingerprint, or 0.
 kind_of_call: Callable[..., int] = _function("kind_of_call")
-# recall(facts, tensors, calls, xs, residual): the output of a call whose kind `calls` knows, or None.
+# recall(modules, facts, tensors, calls, xs, residual): the output of a call whose kind `calls` knows, or None.
 recall: Callable[..., Tensor | None] = _function("recall")
 # release_maps(): free the memory that packed calls keep for their maps; there is none without the extension.
 release_maps: Callable[[], None] = _function("release_maps") if STATUS.loaded else lambda: None

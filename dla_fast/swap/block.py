@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast.nn.batch_norm import is_observed
-from dla_fast.nn.facts import of_dict, of_module
 from dla_fast.reference.activation import ActSpec, activate
 from dla_fast.swap.calls import PLAIN, are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
-from dla_fast.swap.found import found_before, keep_found
+from dla_fast.swap.found import Found, find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode
 
 
@@ -62,10 +61,11 @@ class FusedBlock(FusedNode):
         y = _recall(self, spec, *call)
         if y is not None:
             return y
+        found = _look(self, spec)
         if not can_fuse(self, spec, *call):
             return super().forward(*args, **kwargs)
         y = run_block(self, spec, *call)
-        _keep(self, spec)
+        keep(self, found)
         return y
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
@@ -74,27 +74,35 @@ class FusedBlock(FusedNode):
 
 def _recall(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> Tensor | None:
     """The output of a block as a call before found it, frozen; None where anything differs."""
-    found = found_before(module, spec.units[0][0])
+    found = find(module, spec.units[0][0])
     if found is None:
         return None
     y: Any = x
     for unit in found.units[:-1]:
-        y = unit.recall([y])
+        y = recall(module, unit, [y])
         if y is None:
             return None
-    if shortcut is None:
-        downsample = module._modules.get(cast(str, spec.downsample))
-        shortcut = x if downsample is None else downsample(x)
-    return found.units[-1].recall([y], shortcut)
+    children: Any = module._modules
+    downsample = children.get(spec.downsample) if shortcut is None else None
+    added = x if shortcut is None else shortcut
+    if downsample is None:
+        return recall(module, found.units[-1], [y], added)
+    # Called once, whatever comes of it: it may count, or draw random numbers.
+    added = downsample(x)
+    z = recall(module, found.units[-1], [y], added) if isinstance(added, Tensor) else None
+    if z is not None:
+        return z
+    if can_fuse(module, spec, x, added):
+        return run_last(module, spec, y, added)
+    conv, bn, last = spec.units[-1]
+    z = children[bn](children[conv](y)) + added
+    return cast(Tensor, children[last](z) if last else activate(z, "relu"))
 
 
-def _keep(module: nn.Module, spec: BlockSpec) -> None:
-    own = module.__dict__
-    facts = of_dict(own, *(name for name, _ in spec.attributes))
-    for name in spec.others:
-        other = module._modules.get(name)
-        facts += [*of_dict(module._modules, name), *(() if other is None else of_module(other))]
-    keep_found(module, [tuple(filter(None, names)) for names in spec.units], spec.backend, facts, "relu")
+def _look(module: nn.Module, spec: BlockSpec) -> Found | None:
+    units = [tuple(filter(None, names)) for names in spec.units]
+    attributes = [name for name, _ in spec.attributes]
+    return look(module, units, spec.backend, act="relu", attributes=attributes, idle=spec.others)
 
 
 def bound(spec: BlockSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -172,6 +180,12 @@ def run_block(module: nn.Module, spec: BlockSpec, x: Tensor, shortcut: Tensor | 
     if shortcut is None:
         downsample = children.get(spec.downsample)
         shortcut = x if downsample is None else downsample(x)
+    return run_last(module, spec, y, shortcut)
+
+
+def run_last(module: nn.Module, spec: BlockSpec, y: Tensor, shortcut: Tensor) -> Tensor:
+    """The last unit of a block, and the shortcut."""
+    children: Any = module._modules
     conv, bn, last = spec.units[-1]
     ending = _act(children, last)
     if shortcut.shape == output_shape([children[conv]], y.shape):

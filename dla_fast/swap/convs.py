@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dla_fast.nn.frozen import KEY
 from dla_fast.reference.activation import ActSpec
 from dla_fast.swap import verify
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
-from dla_fast.swap.found import found_before, keep_found
+from dla_fast.swap.found import find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode, class_reason
 
 
@@ -57,20 +58,18 @@ class FusedConvs(FusedNode):
             return y
         if not undisturbed():
             return super().forward(input)
-        names, children, x, i = list(self._modules), list(self._modules.values()), input, 0
-        units: list[tuple[str, ...]] = []
+        found = look(self, _names(self), self._dla_fast_spec.backend)
+        children, x, i = list(self._modules.values()), input, 0
         while i < len(children):
             run = run_at(children, i)
             if run is not None and unit_dtype((x,), run[0], run[1]) is not None:
                 conv, bn, act, count = run
                 x = run_unit_on(self._dla_fast_spec.backend, [x], conv, bn, act=act)
-                units.append(tuple(names[i : i + count]))
                 i += count
             else:
                 x = cast(Any, children[i])(x)
                 i += 1
-        if sum(map(len, units)) == len(names):
-            keep_found(self, units, self._dla_fast_spec.backend)
+        keep(self, found)
         return x
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
@@ -79,14 +78,30 @@ class FusedConvs(FusedNode):
 
 def _recall(module: nn.Module, x: Any) -> Tensor | None:
     """The output of a Sequential that was nothing but runs in a call before, frozen; None where anything differs."""
-    found = found_before(module, next(iter(module._modules), ""))
+    found = find(module, next(iter(module._modules), ""))
     if found is None:
         return None
     for unit in found.units:
-        x = unit.recall([x])
+        x = recall(module, unit, [x])
         if x is None:
             return None
     return cast(Tensor, x)
+
+
+def _names(module: nn.Module) -> list[Sequence[str]]:
+    """Names of the children of each run, where there are no others; and none where nothing is frozen."""
+    names, children = list(module._modules), list(module._modules.values())
+    if not children or children[0] is None or KEY not in children[0].__dict__:
+        return []
+    units: list[Sequence[str]] = []
+    i = 0
+    while i < len(children):
+        run = run_at(children, i)
+        if run is None:
+            return []
+        units.append(names[i : i + run[3]])
+        i += run[3]
+    return units
 
 
 class ConvsAdapter:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from dla_fast.nn.facts import Facts, of_dict, of_module
+from dla_fast.nn.facts import Facts, of_attributes, of_module
 from dla_fast.nn.frozen import KEY, Frozen, recalls
 from dla_fast.ops import packed
 from dla_fast.reference.activation import ActSpec
@@ -20,28 +20,80 @@ from dla_fast.swap.calls import fused_act
 _OWNERS = 4
 
 
-class Unit(NamedTuple):
-    """A frozen unit among a module's children."""
-
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d
-    act: ActSpec
-    frozen: Frozen
-
-    def recall(self, xs: Sequence[Tensor], residual: int | Tensor | None = None) -> Tensor | None:
-        return self.frozen.recall(xs, self.conv, self.bn, self.act, residual)
-
-
 class Found(NamedTuple):
-    """Facts of a module, names of its children in order, and its units."""
+    """What a module is.
 
-    facts: Facts
+    Attributes:
+        order: names of its children.
+        children: names of those that facts are about, numbered from 1 on; 0 is the module.
+        facts: about them.
+        units: names of convolution and norm, and activation, of each unit.
+    """
+
+    order: tuple[str, ...]
     children: tuple[str, ...]
-    units: tuple[Unit, ...]
+    facts: Facts
+    units: tuple[tuple[str, str, ActSpec], ...]
 
 
-def found_before(module: nn.Module, conv: str) -> Found | None:
-    """What a module has found, where it still holds and nobody is about who has to see its children.
+def look(
+    module: nn.Module,
+    units: Sequence[Sequence[str]],
+    backend: str,
+    *,
+    act: ActSpec = "identity",
+    attributes: Sequence[str] = (),
+    idle: Sequence[str] = (),
+) -> Found | None:
+    """What a module is, before a call of it is checked; None where that need not be kept.
+
+    Args:
+        module: a swapped module.
+        units: names of convolution, norm and, where that is a child, activation of each unit.
+        backend: that the module is forced to, or "auto".
+        act: the activation where there is no child for it.
+        attributes: of the module, on which its forward depends.
+        idle: names of children that do nothing, or are None.
+    """
+    if backend not in ("auto", "cpu") or not units or not recalls():
+        return None
+    children: Any = module._modules
+    if children.get(units[0][0]) is None or KEY not in children[units[0][0]].__dict__:
+        return None
+    names: list[str] = []
+    found: list[tuple[str, str, ActSpec]] = []
+    facts = [0, type(module), ..., *of_attributes(0, module, *attributes)]
+    for conv, bn, *acts in units:
+        for name in (conv, bn, *acts):
+            if children.get(name) is None:
+                return None
+            names.append(name)
+            facts += of_module(len(names), children[name], "_parameters", "training", "negative_slope")
+        found.append((conv, bn, cast(ActSpec, fused_act(children[acts[0]])) if acts else act))
+    for name in idle:
+        names.append(name)
+        child = children.get(name)
+        facts += [len(names), type(None), ...] if child is None else of_module(len(names), child)
+    return Found(tuple(children), tuple(names), tuple(facts), tuple(found))
+
+
+def keep(module: nn.Module, found: Found | None) -> None:
+    """Keep what :func:`look` has found, where each unit of the call can be recalled."""
+    if found is None:
+        return
+    children: Any = module._modules
+    for conv_name, bn_name, act in found.units:
+        conv, bn = children.get(conv_name), children.get(bn_name)
+        frozen: Frozen | None = None if conv is None else conv.__dict__.get(KEY)
+        if frozen is None or bn is None or not frozen.knows(conv, bn, act):
+            return
+    first = children[found.units[0][0]].__dict__[KEY]
+    others = first.found if len(first.found) < _OWNERS else {}
+    first.found = {**others, id(module): found}
+
+
+def find(module: nn.Module, conv: str) -> Found | None:
+    """What was kept of a module, where it still holds and nobody is about who has to see its children.
 
     Args:
         module: a swapped module.
@@ -49,48 +101,21 @@ def found_before(module: nn.Module, conv: str) -> Found | None:
     """
     if not recalls() or nn.modules.module._has_any_global_hook():
         return None
-    child = module._modules.get(conv)
+    children: Any = module._modules
+    child = children.get(conv)
     frozen = None if child is None else child.__dict__.get(KEY)
     found: Found | None = None if frozen is None else frozen.found.get(id(module))
-    if found is None or tuple(module._modules) != found.children or not packed.unchanged(found.facts):
+    if found is None or tuple(children) != found.order:
         return None
-    return found
+    return found if packed.unchanged((module, *map(children.get, found.children)), found.facts) else None
 
 
-def keep_found(
-    module: nn.Module,
-    names: Sequence[tuple[str, ...]],
-    backend: str,
-    own: Sequence[Any] = (),
-    act: ActSpec = "identity",
-) -> None:
-    """Keep what a call has found, where all units are frozen and no other backend is asked for.
-
-    Args:
-        module: a swapped module, whose call was checked and run.
-        names: of convolution, norm and, where that is a child, activation of each unit.
-        backend: that the module is forced to, or "auto".
-        own: facts about what else the module is.
-        act: the activation where there is no child for it.
-    """
-    if not recalls() or backend not in ("auto", "cpu"):
-        return
+def recall(
+    module: nn.Module, unit: tuple[str, str, ActSpec], xs: Sequence[Tensor], residual: int | Tensor | None = None
+) -> Tensor | None:
+    """The output of a unit that was found; None where no call like this one was served before."""
     children: Any = module._modules
-    facts, units = list(own), []
-    for conv_name, bn_name, *act_names in names:
-        conv, bn = children[conv_name], children[bn_name]
-        frozen = conv.__dict__.get(KEY)
-        if frozen is None:
-            return
-        facts += [*of_dict(children, conv_name, bn_name), *of_dict(conv.__dict__, KEY)]
-        ending = act
-        for name in act_names:
-            ending = cast(ActSpec, fused_act(children[name]))
-            facts += [*of_dict(children, name), *of_module(children[name], "negative_slope")]
-        units.append(Unit(conv, bn, ending, frozen))
-    if not units:
-        return
-    kept = units[0].frozen
-    others = kept.found if len(kept.found) < _OWNERS else {}
-    found = Found((*of_module(module, "_modules"), *facts), tuple(children), tuple(units))
-    kept.found = {**others, id(module): found}
+    conv_name, bn_name, act = unit
+    conv = children[conv_name]
+    frozen: Frozen | None = conv.__dict__.get(KEY)
+    return None if frozen is None else frozen.recall(xs, conv, children[bn_name], act, residual)

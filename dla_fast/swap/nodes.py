@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dla_fast.nn.batch_norm import parameter
-from dla_fast.nn.facts import of_dict
 from dla_fast.nn.frozen import KEY
 from dla_fast.nn.unit import run_plain_unit
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
-from dla_fast.swap.found import found_before, keep_found
+from dla_fast.swap.found import find, keep, look, recall
 
 MAX_INPUTS = 8
 
@@ -177,14 +176,17 @@ class FusedAggregate(FusedNode):
             xs = ()
         if kwargs or not 0 < len(xs) <= MAX_INPUTS:
             return super().forward(*args, **kwargs)
-        found = found_before(self, "conv")
-        y = None if found is None else found.units[0].recall(xs, 0 if spec.residual else None)
-        if y is not None:
-            return y
+        found = find(self, "conv")
+        # The flag may be an attribute of the class, which is not among the facts.
+        if found is not None and getattr(self, spec.flag, None) is spec.residual:
+            y = recall(self, found.units[0], xs, 0 if spec.residual else None)
+            if y is not None:
+                return y
+        found = look(self, [("conv", spec.bn, spec.act)], spec.backend)
         if not can_fuse(self, spec, xs):
             return super().forward(*args, **kwargs)
         y = run_fused(self, spec, xs)
-        keep_found(self, [("conv", spec.bn, spec.act)], spec.backend, of_dict(self.__dict__, spec.flag))
+        keep(self, found)
         return y
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:

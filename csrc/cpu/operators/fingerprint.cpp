@@ -121,7 +121,8 @@ int64_t kind_of_call(int64_t mark, at::ScalarType dtype, const std::vector<Tenso
                      int64_t residual_input) {
   uint64_t hash = mixed(mixed(static_cast<uint64_t>(mark), xs.size()), static_cast<uint64_t>(residual_input));
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-                                         c10::DispatchKey::Functionalize, c10::DispatchKey::Python});
+                                         c10::DispatchKey::Functionalize, c10::DispatchKey::Python,
+                                         c10::DispatchKey::ZeroTensor});
   const auto add = [&](const Tensor& t) {
     if (t.key_set().has_any(wrapped) || !t.is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype ||
         t.is_neg())
