@@ -55,13 +55,13 @@ def unit(geometry, size, dtype, act="relu", spoilt=None, residual=True):
     added = channels_last(*z(dtype).shape) if residual else None
     way = packed.way_of(xs, [], weight, [1] * len(xs), stride, dilation, 1, False)
     kept = packed.pack(weight, list(channels), way)
-    arguments = [xs, [], weight, kept, way, scale, shift, added, [1] * len(xs), stride, dilation, 1, -1, act, 0.0]
+    call = packed.Call(weight, kept, way, scale, shift, [1] * len(xs), stride, dilation, 1, -1, -1, act, 0.0)
 
     def eager(dtype):
         y = z(dtype) * scale.view(-1, 1, 1).to(dtype) + shift.view(-1, 1, 1).to(dtype)
         return ACTIVATIONS[act](y if added is None else y + added.to(dtype))
 
-    return packed.run(*arguments), eager(dtype), eager(torch.float64)
+    return packed.run(call, xs, [], added), eager(dtype), eager(torch.float64)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
