@@ -32,6 +32,10 @@ struct Given {
       if (!THPVariable_CheckExact(x.ptr())) return false;
       xs.push_back(THPVariable_Unpack(x.ptr()));
     }
+    return !xs.empty() && add(added);
+  }
+
+  bool add(const py::object& added) {
     if (py::isinstance<py::int_>(added)) {
       residual_input = added.cast<int64_t>();
       if (residual_input < 0) return false;
@@ -39,7 +43,7 @@ struct Given {
       if (!THPVariable_CheckExact(added.ptr())) return false;
       residual = THPVariable_Unpack(added.ptr());
     }
-    return !xs.empty();
+    return true;
   }
 
   bool wants_gradient() const {
@@ -49,6 +53,51 @@ struct Given {
     return residual.has_value() && residual->requires_grad();
   }
 };
+
+// Some of a tuple of modules: from its first one on, or those of two numbers.
+struct Modules {
+  PyObject* all;
+  size_t first = 0, second = 1;
+
+  PyObject* operator[](size_t i) const {
+    const size_t number = i == 0 ? first : i == 1 ? second : i;
+    if (number >= static_cast<size_t>(PyTuple_GET_SIZE(all))) throw py::index_error("facts: there is no such module");
+    return PyTuple_GET_ITEM(all, number);
+  }
+};
+
+bool hold(const py::tuple& facts, const Modules& modules) {
+  py::object own;  // the __dict__ of the last module that was asked about
+  size_t owner = 0;
+  for (size_t i = 0; i + 2 < facts.size(); i += 3) {
+    PyObject* where = PyTuple_GET_ITEM(facts.ptr(), i);
+    PyObject* const key = PyTuple_GET_ITEM(facts.ptr(), i + 1);
+    PyObject* const expected = PyTuple_GET_ITEM(facts.ptr(), i + 2);
+    if (PyLong_Check(where)) {
+      const size_t number = PyLong_AsSize_t(where);
+      PyObject* const module = modules[number];
+      if (PyType_Check(key)) {
+        if (Py_TYPE(module) != reinterpret_cast<PyTypeObject*>(key)) return false;
+        continue;
+      }
+      if (!own || number != owner) {
+        own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+        if (!own) throw py::error_already_set();
+        owner = number;
+      }
+      where = own.ptr();
+    }
+    if (!PyDict_Check(where)) throw py::type_error("facts: expected a dict, or the number of a module");
+    if (PyLong_Check(key)) {
+      if (PyDict_Size(where) != PyLong_AsLong(key)) return false;
+      continue;
+    }
+    PyObject* const found = PyDict_GetItemWithError(where, key);
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if ((found == nullptr ? Py_Ellipsis : found) != expected) return false;
+  }
+  return true;
+}
 
 std::vector<cpu::OptionalTensor> unpacked(const py::tuple& tensors) {
   std::vector<cpu::OptionalTensor> out;
@@ -75,35 +124,7 @@ int64_t kind_of(int64_t mark, const std::vector<cpu::OptionalTensor>& tensors, c
 }  // namespace
 
 bool unchanged(const py::tuple& modules, const py::tuple& facts) {
-  std::vector<py::object> own(modules.size());
-  for (size_t i = 0; i + 2 < facts.size(); i += 3) {
-    PyObject* where = PyTuple_GET_ITEM(facts.ptr(), i);
-    PyObject* const key = PyTuple_GET_ITEM(facts.ptr(), i + 1);
-    PyObject* const expected = PyTuple_GET_ITEM(facts.ptr(), i + 2);
-    if (PyLong_Check(where)) {
-      const size_t number = PyLong_AsSize_t(where);
-      if (number >= own.size()) throw py::index_error("facts: there is no such module");
-      PyObject* const module = PyTuple_GET_ITEM(modules.ptr(), number);
-      if (PyType_Check(key)) {
-        if (Py_TYPE(module) != reinterpret_cast<PyTypeObject*>(key)) return false;
-        continue;
-      }
-      if (!own[number]) {
-        own[number] = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
-        if (!own[number]) throw py::error_already_set();
-      }
-      where = own[number].ptr();
-    }
-    if (!PyDict_Check(where)) throw py::type_error("facts: expected a dict, or the number of a module");
-    if (PyLong_Check(key)) {
-      if (PyDict_Size(where) != PyLong_AsLong(key)) return false;
-      continue;
-    }
-    PyObject* const found = PyDict_GetItemWithError(where, key);
-    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if ((found == nullptr ? Py_Ellipsis : found) != expected) return false;
-  }
-  return true;
+  return hold(facts, {modules.ptr()});
 }
 
 int64_t kind_of(int64_t mark, const py::tuple& tensors, const py::sequence& xs, const py::object& residual) {
@@ -111,23 +132,27 @@ int64_t kind_of(int64_t mark, const py::tuple& tensors, const py::sequence& xs, 
   return given.read(xs, residual) ? kind_of(mark, unpacked(tensors), given) : 0;
 }
 
-py::object recall(const py::tuple& modules, const py::tuple& facts, const py::tuple& tensors, const py::dict& calls,
-                  const py::sequence& xs, const py::object& residual) {
+py::object recall(const py::tuple& modules, const py::tuple& facts, const py::tuple& units, const py::sequence& xs,
+                  const py::object& residual) {
   Given given;
-  if (!unchanged(modules, facts) || !given.read(xs, residual)) return py::none();
-  const auto own = unpacked(tensors);
-  const int64_t kind = kind_of(cpu::fingerprint(own), own, given);
-  const py::int_ number(kind);
-  PyObject* const found = kind == 0 ? nullptr : PyDict_GetItemWithError(calls.ptr(), number.ptr());
-  if (found == nullptr) return py::none();
-  const auto kept = py::reinterpret_borrow<py::object>(found);
-  const auto& call = kept.cast<const cpu::PackedCall&>();
-  at::Tensor y;
-  {
+  if (!hold(facts, {modules.ptr()}) || !given.read(xs, py::none())) return py::none();
+  for (size_t i = 0; i < units.size(); ++i) {
+    const auto unit = units[i].cast<py::tuple>();
+    const Modules pair = {modules.ptr(), unit[0].cast<size_t>(), unit[1].cast<size_t>()};
+    if (!hold(unit[2].cast<py::tuple>(), pair)) return py::none();
+    if (i + 1 == units.size() && !given.add(residual)) return py::none();
+    const auto tensors = unpacked(unit[3].cast<py::tuple>());
+    const py::int_ kind(kind_of(cpu::fingerprint(tensors), tensors, given));
+    PyObject* const found = PyDict_GetItemWithError(unit[4].cast<py::dict>().ptr(), kind.ptr());
+    if (found == nullptr) return py::none();
+    // Who has the lock next may forget it.
+    const auto kept = py::reinterpret_borrow<py::object>(found);
+    const auto& call = kept.cast<const cpu::PackedCall&>();
     const py::gil_scoped_release released;
-    y = cpu::conv_norm_act_packed(call, given.xs, {}, given.residual);
+    at::Tensor y = cpu::conv_norm_act_packed(call, given.xs, {}, given.residual);
+    given.xs.assign(1, std::move(y));
   }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(given.xs[0])));
 }
 
 }  // namespace dla_fast

@@ -22,9 +22,11 @@ bool unchanged(const pybind11::tuple& modules, const pybind11::tuple& facts);
 int64_t kind_of(int64_t mark, const pybind11::tuple& tensors, const pybind11::sequence& xs,
                 const pybind11::object& residual);
 
-// facts: of a unit's modules. tensors: its weight, bias and the norm's four, None for what there is not.
-// The output of a call whose kind is among `calls` (number to PackedCall); None where it is not, or facts have changed.
-pybind11::object recall(const pybind11::tuple& modules, const pybind11::tuple& facts, const pybind11::tuple& tensors,
-                        const pybind11::dict& calls, const pybind11::sequence& xs, const pybind11::object& residual);
+// The output of units that follow each other: (number of the convolution, of the norm, facts of the two, tensors, calls
+// by kind) each, tensors being the weight, the bias and the norm's four, None for what there is not. The first one
+// reads xs, and the last one adds the residual. None where facts of the modules or of a unit do not hold, or a call is
+// of no kind that is known.
+pybind11::object recall(const pybind11::tuple& modules, const pybind11::tuple& facts, const pybind11::tuple& units,
+                        const pybind11::sequence& xs, const pybind11::object& residual);
 
 }  // namespace dla_fast

@@ -95,6 +95,10 @@ class _Unit:
         self.tensors = tuple(_tensors(conv, bn))
         self.calls: dict[int, Any] = {}
 
+    def at(self, conv: int, bn: int) -> tuple[Any, ...]:
+        """As ``recall`` takes it, of modules of those numbers."""
+        return conv, bn, self.facts, self.tensors, self.calls
+
 
 def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> list[Any]:
     """What a unit reads: weight, bias, the norm's four.
@@ -135,8 +139,14 @@ class Frozen:
     def forget(self) -> None:
         """Free what is kept, until a call fills it again."""
         self._folded = {}
-        self._units = {}
+        self._forget_calls()
         self.found = {}
+
+    def _forget_calls(self) -> None:
+        # Modules may have kept the units.
+        for unit in self._units.values():
+            unit.calls.clear()
+        self._units = {}
 
     def recall(
         self, xs: Sequence[Tensor], conv: nn.Module, bn: nn.Module, act: ActSpec, residual: int | Tensor | None
@@ -145,12 +155,12 @@ class Frozen:
         unit = self._units.get((id(bn), act))
         if unit is None or type(xs) not in (list, tuple) or not recalls():
             return None
-        return packed.recall((conv, bn), unit.facts, unit.tensors, unit.calls, xs, residual)
+        return packed.recall((conv, bn), (), (unit.at(0, 1),), xs, residual)
 
-    def knows(self, conv: nn.Module, bn: nn.Module, act: ActSpec) -> bool:
-        """Whether calls of a unit can be recalled."""
+    def known(self, conv: nn.Module, bn: nn.Module, act: ActSpec) -> _Unit | None:
+        """What can be recalled of a unit."""
         unit = self._units.get((id(bn), act))
-        return unit is not None and packed.unchanged((conv, bn), unit.facts)
+        return unit if unit is not None and packed.unchanged((conv, bn), unit.facts) else None
 
     def run(
         self,
@@ -253,7 +263,7 @@ class Frozen:
             weight, conv_bias, gamma, beta, mean, var = tensors
             folded = _Folded(mark, weight, conv_bias, Norm(gamma, beta, mean, var, False, eps=bn.eps))
             # What served calls of the norm before holds memory, and will serve no other.
-            self._units = {}
+            self._forget_calls()
             others = self._folded if len(self._folded) < NORMS else {}
             self._folded = {**others, id(bn): folded}
             return folded

@@ -41,7 +41,8 @@ run: Callable[..., Tensor] = _function("conv_norm_act_packed")
 unchanged: Callable[[tuple[Any, ...], tuple[Any, ...]], bool] = _function("unchanged")
 # kind_of_call(mark, tensors, xs, residual): a number of a call that reads tensors of that fingerprint, or 0.
 kind_of_call: Callable[..., int] = _function("kind_of_call")
-# recall(modules, facts, tensors, calls, xs, residual): the output of a call whose kind `calls` knows, or None.
+# recall(modules, facts, units, xs, residual): the output of units, one after another, of calls whose kind is known, or
+# None.
 recall: Callable[..., Tensor | None] = _function("recall")
 # release_maps(): free the memory that packed calls keep for their maps; there is none without the extension.
 release_maps: Callable[[], None] = _function("release_maps") if STATUS.loaded else lambda: None

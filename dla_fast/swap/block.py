@@ -77,19 +77,16 @@ def _recall(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> Tensor
     found = find(module, spec.units[0][0])
     if found is None:
         return None
-    y: Any = x
-    for unit in found.units[:-1]:
-        y = recall(module, unit, [y])
-        if y is None:
-            return None
     children: Any = module._modules
     downsample = children.get(spec.downsample) if shortcut is None else None
-    added = x if shortcut is None else shortcut
     if downsample is None:
-        return recall(module, found.units[-1], [y], added)
+        return recall(module, found, [x], x if shortcut is None else shortcut)
+    y = recall(module, found, [x], units=slice(-1))
+    if y is None:
+        return None
     # Called once, whatever comes of it: it may count, or draw random numbers.
     added = downsample(x)
-    z = recall(module, found.units[-1], [y], added) if isinstance(added, Tensor) else None
+    z = recall(module, found, [y], added, slice(-1, None)) if isinstance(added, Tensor) else None
     if z is not None:
         return z
     if can_fuse(module, spec, x, added):

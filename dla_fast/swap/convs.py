@@ -79,13 +79,7 @@ class FusedConvs(FusedNode):
 def _recall(module: nn.Module, x: Any) -> Tensor | None:
     """The output of a Sequential that was nothing but runs in a call before, frozen; None where anything differs."""
     found = find(module, next(iter(module._modules), ""))
-    if found is None:
-        return None
-    for unit in found.units:
-        x = recall(module, unit, [x])
-        if x is None:
-            return None
-    return cast(Tensor, x)
+    return None if found is None else recall(module, found, [x])
 
 
 def _names(module: nn.Module) -> list[Sequence[str]]:

@@ -26,14 +26,18 @@ class Found(NamedTuple):
     Attributes:
         order: names of its children.
         children: names of those that facts are about, numbered from 1 on; 0 is the module.
-        facts: about them.
-        units: names of convolution and norm, and activation, of each unit.
+        facts: about them; not what a unit's own facts are about.
+        units: of each unit the numbers of convolution and norm, and the activation; once it is kept what ``recall``
+            takes.
     """
 
     order: tuple[str, ...]
     children: tuple[str, ...]
     facts: Facts
-    units: tuple[tuple[str, str, ActSpec], ...]
+    units: tuple[tuple[Any, ...], ...]
+
+    def modules(self, module: nn.Module) -> tuple[Any, ...]:
+        return (module, *map(module._modules.get, self.children))
 
 
 def look(
@@ -61,15 +65,19 @@ def look(
     if children.get(units[0][0]) is None or KEY not in children[units[0][0]].__dict__:
         return None
     names: list[str] = []
-    found: list[tuple[str, str, ActSpec]] = []
+    found: list[tuple[int, int, ActSpec]] = []
     facts = [0, type(module), ..., *of_attributes(0, module, *attributes)]
     for conv, bn, *acts in units:
         for name in (conv, bn, *acts):
             if children.get(name) is None:
                 return None
             names.append(name)
-            facts += of_module(len(names), children[name], "_parameters", "training", "negative_slope")
-        found.append((conv, bn, cast(ActSpec, fused_act(children[acts[0]])) if acts else act))
+            # A module's own dict of parameters stands for the module.
+            facts += of_attributes(len(names), children[name], "_parameters")
+        if acts:
+            facts += of_module(len(names), children[acts[0]], "negative_slope")
+        number = len(names) - 1 - len(acts)
+        found.append((number, number + 1, cast(ActSpec, fused_act(children[acts[0]])) if acts else act))
     for name in idle:
         names.append(name)
         child = children.get(name)
@@ -81,19 +89,24 @@ def keep(module: nn.Module, found: Found | None) -> None:
     """Keep what :func:`look` has found, where each unit of the call can be recalled."""
     if found is None:
         return
-    children: Any = module._modules
-    for conv_name, bn_name, act in found.units:
-        conv, bn = children.get(conv_name), children.get(bn_name)
-        frozen: Frozen | None = None if conv is None else conv.__dict__.get(KEY)
-        if frozen is None or bn is None or not frozen.knows(conv, bn, act):
+    modules, units = found.modules(module), []
+    for conv, bn, act in found.units:
+        frozen = _frozen(modules[conv])
+        unit = None if frozen is None or modules[bn] is None else frozen.known(modules[conv], modules[bn], act)
+        if unit is None:
             return
-    first = children[found.units[0][0]].__dict__[KEY]
+        units.append(unit.at(conv, bn))
+    first = cast(Frozen, _frozen(modules[1]))
     others = first.found if len(first.found) < _OWNERS else {}
-    first.found = {**others, id(module): found}
+    first.found = {**others, id(module): found._replace(units=tuple(units))}
+
+
+def _frozen(conv: nn.Module | None) -> Frozen | None:
+    return None if conv is None else conv.__dict__.get(KEY)
 
 
 def find(module: nn.Module, conv: str) -> Found | None:
-    """What was kept of a module, where it still holds and nobody is about who has to see its children.
+    """What was kept of a module, where nobody is about who has to see its children. :func:`recall` asks the rest.
 
     Args:
         module: a swapped module.
@@ -101,21 +114,31 @@ def find(module: nn.Module, conv: str) -> Found | None:
     """
     if not recalls() or nn.modules.module._has_any_global_hook():
         return None
-    children: Any = module._modules
-    child = children.get(conv)
-    frozen = None if child is None else child.__dict__.get(KEY)
+    frozen = _frozen(module._modules.get(conv))
     found: Found | None = None if frozen is None else frozen.found.get(id(module))
-    if found is None or tuple(children) != found.order:
-        return None
-    return found if packed.unchanged((module, *map(children.get, found.children)), found.facts) else None
+    return found if found is not None and tuple(module._modules) == found.order else None
 
 
 def recall(
-    module: nn.Module, unit: tuple[str, str, ActSpec], xs: Sequence[Tensor], residual: int | Tensor | None = None
+    module: nn.Module,
+    found: Found,
+    xs: Sequence[Tensor],
+    residual: int | Tensor | None = None,
+    units: slice = slice(None),  # noqa: B008
 ) -> Tensor | None:
-    """The output of a unit that was found; None where no call like this one was served before."""
-    children: Any = module._modules
-    conv_name, bn_name, act = unit
-    conv = children[conv_name]
-    frozen: Frozen | None = conv.__dict__.get(KEY)
-    return None if frozen is None else frozen.recall(xs, conv, children[bn_name], act, residual)
+    """The output of units that were found; None, and nothing is kept any more, where no such call was served before.
+
+    Args:
+        module: a swapped module.
+        found: what :func:`find` has given for it.
+        xs: what the first of the units reads.
+        residual: what the last one adds, as in :func:`dla_fast.functional.conv_norm_act`.
+        units: which of them.
+    """
+    modules = found.modules(module)
+    y = packed.recall(modules, found.facts, found.units[units], xs, residual) if type(xs) in (list, tuple) else None
+    if y is None:
+        frozen = _frozen(modules[1])
+        if frozen is not None:
+            frozen.found.pop(id(module), None)
+    return y

@@ -179,7 +179,7 @@ class FusedAggregate(FusedNode):
         found = find(self, "conv")
         # The flag may be an attribute of the class, which is not among the facts.
         if found is not None and getattr(self, spec.flag, None) is spec.residual:
-            y = recall(self, found.units[0], xs, 0 if spec.residual else None)
+            y = recall(self, found, xs, 0 if spec.residual else None)
             if y is not None:
                 return y
         found = look(self, [("conv", spec.bn, spec.act)], spec.backend)
