@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <cstring>
 
 #include "inference.h"
+#include "packed_memory.h"
 #include "reused_maps.h"
 
 namespace dla_fast::cpu {
@@ -93,8 +93,7 @@ void pack(const Tensor& weight, const std::vector<int64_t>& in_channels, int64_t
   }
   TORCH_CHECK_VALUE(offset == in.in_channels, "in_channels: expected ", in.in_channels, " together, got ", offset);
   const ProductOf<T> product = product_of(in, arithmetic_of_way(way));
-  packed = at::empty({product->packed_bytes()}, weight.options().dtype(at::kByte));
-  want_huge_pages(packed.mutable_data_ptr(), packed.nbytes());
+  packed = packed_memory(product->packed_bytes());
   std::memset(packed.mutable_data_ptr(), 0, packed.nbytes());
   product->pack(packed.mutable_data_ptr());
 }
