@@ -15,7 +15,7 @@ int64_t tile_rows(int64_t total, int64_t weights, int64_t panels) {
 }
 
 Tasks::Tasks(int64_t tiles, int64_t panels) : tiles(tiles), panels(panels) {
-  groups = tiles == 0 ? 1 : std::clamp<int64_t>(divide_up(4 * thread_count(), tiles), 1, std::max<int64_t>(panels, 1));
+  groups = tiles == 0 ? 1 : std::clamp<int64_t>(divide_up(8 * thread_count(), tiles), 1, std::max<int64_t>(panels, 1));
   count = tiles * groups;
 }
 
