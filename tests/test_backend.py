@@ -104,8 +104,10 @@ def test_every_instruction_set_holds_the_contract():
     assert _C.cpu_isa() in ISAS
     # The one in use is what the rest of the tests runs.
     for isa in ISAS[: ISAS.index(_C.cpu_isa())]:
-        tests = ["tests/test_aggregate.py", "tests/test_batch_norm_act.py", "tests/test_cpu_convolution.py"]
+        names = ("aggregate", "batch_norm_act", "cpu_convolution", "cpu_few_pixels", "cpu_finish")
+        tests = [f"tests/test_{name}.py" for name in names]
         chosen = "many_blocks or norm_variants or any_shape or inference or one_to_eight or many_tiles or nan or far"
+        chosen += " or ragged or test_error"
         arguments = ["-q", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
         code = f"import pytest, sys; from dla_fast import _C; print(_C.cpu_isa()); sys.exit(pytest.main({arguments}))"
         done = run(code, DLA_FAST_CPU_ISA=isa)
