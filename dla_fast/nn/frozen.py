@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dla_fast import arguments, backend, functional
 from dla_fast.checks import Upsampling
 from dla_fast.nn import facts
+from dla_fast.nn.batch_norm import is_plain
+from dla_fast.nn.conv import is_plain_conv
 from dla_fast.ops import packed
 from dla_fast.ops.layout import accumulation_dtype
 from dla_fast.reference.activation import ActSpec
@@ -89,10 +91,10 @@ class _Unit:
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         self.facts = tuple(facts.of_unit(conv, bn))
-        # Lists can change without being others.
-        self.steady = all(type(option) is tuple for option in (conv.kernel_size, conv.stride, conv.dilation))
-        self.steady = self.steady and type(conv.padding) in (tuple, str)
-        self.tensors = tuple(_tensors(conv, bn))
+        # Whether it is what the caller has seen, who looked before; and of lists nobody sees whether they change.
+        options = conv.kernel_size, conv.stride, conv.dilation, conv.padding
+        self.steady = is_plain_conv(conv) and is_plain(bn) and all(type(option) is tuple for option in options)
+        self.tensors = _tensors(conv, bn)
         self.calls: dict[int, Any] = {}
 
     def at(self, conv: int, bn: int) -> tuple[Any, ...]:
@@ -100,17 +102,17 @@ class _Unit:
         return conv, bn, self.facts, self.tensors, self.calls
 
 
-def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> list[Any]:
+def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Any, ...]:
     """What a unit reads: weight, bias, the norm's four.
 
     Raises:
         KeyError: one of them is no parameter and no buffer: DataParallel's replicas, weights that hooks compute.
     """
     parameters, affine, running = conv._parameters, bn._parameters, bn._buffers
-    return [
+    return (
         parameters["weight"], parameters["bias"], affine["weight"], affine["bias"],
         running["running_mean"], running["running_var"],
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class Frozen:
@@ -181,10 +183,11 @@ class Frozen:
         if functional.needs_reference() or torch._C._len_torch_dispatch_stack():
             return None
         try:
-            unit = _Unit(conv, bn)
+            # Ladders' units are not recalled.
+            unit = _Unit(conv, bn) if upsample is None else None
+            tensors = _tensors(conv, bn) if unit is None else unit.tensors
         except KeyError:
             return None
-        tensors = unit.tensors
         weight = tensors[0]
         # What is asked from here on is among the facts, which were taken before.
         if bn.training:
@@ -233,7 +236,7 @@ class Frozen:
         if call is None:
             call = folded.calls[kind] = self._serve(folded, xs, conv, tensors, residual, upsample, act)
         y = packed.run(call, xs, up_weights, added)
-        if upsample is None and unit.steady:
+        if unit is not None and unit.steady:
             self._remember(unit, packed.kind_of_call(mark, tensors, xs, residual), (id(bn), act), call)
         return y
 
