@@ -51,7 +51,7 @@ def test_the_backends_asked_for_are_here():
 def test_parity(served, poisoned, dtype, layout, shape):
     residuals = (False, True) if shape["channels"][0] == shape["out_channels"] else (False,)
     # A handful of values says little about an error: small shapes are drawn more often.
-    draws = 1 if shape["height"] * shape["width"] > 100 else 8 if INTERPRETED else 4
+    draws = 1 if shape["height"] * shape["width"] > 100 else 8
     cases = itertools.product(range(draws), ACTS, residuals, (True, False))
     check(
         Spec(dtype=dtype, layout=layout, act=act, residual=residual, training=training, seed=seed, **shape)
