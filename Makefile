@@ -77,7 +77,7 @@ asan: install ## run the kernels' tests under AddressSanitizer
 	cd $(ASAN) && DLA_FAST_TEST_EVERY=7 DLA_FAST_SANITIZE=address LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest -q -n 2 -p no:cacheprovider \
 	  tests/test_aggregate.py tests/test_batch_norm_act.py tests/test_merge.py tests/test_conv_norm_act.py \
-	  tests/test_strides.py tests/test_cpu_convolution.py tests/test_cpu_few_pixels.py \
+	  tests/test_strides.py tests/test_cpu_convolution.py tests/test_cpu_few_pixels.py tests/test_cpu_finish.py \
 	  tests/test_cpu_bf16.py tests/test_cpu_bf16_backward.py tests/test_cpu_bf16x3.py tests/test_cpu_bf16x3_convolution.py \
 	  tests/test_upsample.py \
 	  tests/test_cpu_norm.py tests/test_cuda_host.py -k "not compile and not vmap"

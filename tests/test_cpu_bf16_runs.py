@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
+from unit_helpers import unit
 
 from dla_fast import _extension
-from dla_fast.ops import packed
 
 pytestmark = pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
 
@@ -26,41 +25,12 @@ GEOMETRIES = [
 SIZES = [(2, 1, 1), (1, 7, 7), (3, 5, 9), (1, 16, 23), (2, 30, 30)]
 
 
-def channels_last(*size: int) -> torch.Tensor:
-    return torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last)
-
-
-def unit(geometry, size, act="relu", spoilt=None, residual=True):
-    """What a frozen unit gives, PyTorch op by op, and that in float64."""
-    channels, out, kernel, stride, dilation = geometry
-    n, h, w = size
-    xs = [channels_last(n, c, h, w) for c in channels]
-    if spoilt is not None:
-        xs[0][-1, -1, h // 2, w // 2] = spoilt
-    weight = channels_last(out, sum(channels), kernel, kernel) * (sum(channels) * kernel**2) ** -0.5
-    scale, shift = torch.rand(out) + 0.5, torch.randn(out)
-    cat = torch.cat(xs, 1)
-    added = torch.randn_like(F.conv2d(cat, weight, None, stride, dilation * (kernel // 2), dilation))
-    added = added.contiguous(memory_format=torch.channels_last) if residual else None
-    way = packed.way_of(xs, [], weight, [1] * len(xs), stride, dilation, 1, False)
-    kept = packed.pack(weight, list(channels), way)
-    call = packed.Call(weight, kept, way, scale, shift, [1] * len(xs), stride, dilation, 1, -1, -1, act, 0.0)
-
-    def eager(dtype):
-        z = F.conv2d(cat.to(dtype), weight.to(dtype), None, stride, dilation * (kernel // 2), dilation)
-        y = (z * scale.view(-1, 1, 1).to(dtype) + shift.view(-1, 1, 1).to(dtype)).to(dtype)
-        y = y if added is None else y + added.to(dtype)
-        return {"relu": torch.relu, "silu": F.silu, "identity": lambda y: y}[act](y)
-
-    return packed.run(call, xs, [], added), eager(torch.bfloat16), eager(torch.float64)
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("act", ["relu", "identity", "silu"])
 def test_error_is_at_most_twice_that_of_pytorch(geometry, act):
     for size in SIZES:
         for residual in (False, True):
-            found, eager, exact = unit(geometry, size, act, residual=residual)
+            found, eager, exact = unit(geometry, size, torch.bfloat16, act, residual=residual)
             assert found.shape == exact.shape
             error, known = ((y.double() - exact).abs().max().item() for y in (found, eager))
             assert error <= 2 * known + 2**-9 * exact.abs().max().item(), (size, residual)
@@ -70,7 +40,7 @@ def test_error_is_at_most_twice_that_of_pytorch(geometry, act):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_nan_and_infinity_go_where_they_go_in_pytorch(geometry, value):
     for size in SIZES:
-        found, _, exact = unit(geometry, size, spoilt=value)
+        found, _, exact = unit(geometry, size, torch.bfloat16, spoilt=value)
         assert torch.equal(found.isnan(), exact.isnan()), size
         assert torch.equal(found.isinf(), exact.isinf()), size
 
@@ -83,7 +53,7 @@ def test_threads_agree():
         for count in (1, 2, 5):
             torch.manual_seed(0)
             torch.set_num_threads(count)
-            found.append(unit(GEOMETRIES[3], (3, 37, 29))[0])
+            found.append(unit(GEOMETRIES[3], (3, 37, 29), torch.bfloat16)[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
+from unit_helpers import ACTIVATIONS, unit
 
 from dla_fast import _extension
-from dla_fast.ops import packed
 
 
 def splits_floats() -> bool:
@@ -32,36 +31,6 @@ GEOMETRIES = [
     ((7, 5), 17, 3, 1, 2),
 ]
 SIZES = [(2, 1, 1), (3, 5, 9), (1, 16, 23), (1, 12, 230)]
-ACTIVATIONS = {"relu": torch.relu, "identity": lambda y: y, "silu": F.silu}
-
-
-def unit(geometry, size, dtype, act="relu", spoilt=None, residual=True):
-    """What a frozen unit gives, PyTorch op by op, and that in float64."""
-    channels, out, kernel, stride, dilation = geometry
-    n, h, w = size
-
-    def channels_last(*size):
-        return torch.randn(size, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-    xs = [channels_last(n, c, h, w) for c in channels]
-    if spoilt is not None:
-        xs[0][-1, -1, h // 2, w // 2] = spoilt
-    weight = channels_last(out, sum(channels), kernel, kernel) * (sum(channels) * kernel**2) ** -0.5
-    scale, shift = torch.rand(out, dtype=dtype) + 0.5, torch.randn(out, dtype=dtype)
-
-    def z(dtype):
-        return F.conv2d(torch.cat(xs, 1).to(dtype), weight.to(dtype), None, stride, dilation * (kernel // 2), dilation)
-
-    added = channels_last(*z(dtype).shape) if residual else None
-    way = packed.way_of(xs, [], weight, [1] * len(xs), stride, dilation, 1, False)
-    kept = packed.pack(weight, list(channels), way)
-    call = packed.Call(weight, kept, way, scale, shift, [1] * len(xs), stride, dilation, 1, -1, -1, act, 0.0)
-
-    def eager(dtype):
-        y = z(dtype) * scale.view(-1, 1, 1).to(dtype) + shift.view(-1, 1, 1).to(dtype)
-        return ACTIVATIONS[act](y if added is None else y + added.to(dtype))
-
-    return packed.run(call, xs, [], added), eager(dtype), eager(torch.float64)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -40,8 +40,8 @@ class Bf16Direct : public Direct<BFloat16> {
   bool inside(int64_t column) const { return left(column) >= 0 && left(column) + cols() <= maps_[0].width; }
   std::vector<Run> runs_in(int64_t width, const BFloat16* copies) const;
   void copy(const RowGrid::Block& block, int64_t column, BFloat16* to) const;
-  // With a tail for what a panel's sums become, or an epilogue that is given them.
-  void multiply(const Bf16Tail* tail, Epilogue<float> epilogue) const;
+  // With what a panel's sums become, or an epilogue that is given them.
+  void multiply(const Finish<BFloat16>* finish, Epilogue<float> epilogue) const;
 
   int side_;               // of kRunSides: the one that fits the width of a block
   std::vector<Run> runs_;  // row of taps by row, in the maps
@@ -186,25 +186,26 @@ class Bf16Direct::Cut {
   std::vector<RunSegment> segments_;
 };
 
-void Bf16Direct::multiply(const Bf16Tail* tail, Epilogue<float> epilogue) const {
+void Bf16Direct::multiply(const Finish<BFloat16>* finish, Epilogue<float> epilogue) const {
   const int64_t n = in_.out_channels, most = grid_.together * grid_.rows * grid_.cols;
   const PackedWeight<BFloat16> packed(*this, in_);
   const Tasks tasks(grid_.count(), divide_up(n, kRunPanel));
   const int64_t cost = most * in_.taps() * in_.in_channels * divide_up(n, tasks.groups) / 32;
   parallel_queue(tasks.count, cost, [&](const Take& take) {
     Cut cut(*this);
-    const Scratch<float> z(tail == nullptr ? most * kRunPanel : 0);
+    const Scratch<float> z(finish == nullptr ? most * kRunPanel : 0);
     for (int64_t task = take(); task >= 0; task = take()) {
       const RowGrid::Block block = grid_[tasks.tile(task)];
-      const std::vector<RunSegment>& segments = cut.of(block, tail != nullptr);
+      const std::vector<RunSegment>& segments = cut.of(block, finish != nullptr);
       for (int64_t panel = tasks.begin(task); panel < tasks.end(task); ++panel) {
         const int64_t channel = panel * kRunPanel, count = std::min(kRunPanel, n - channel);
-        Bf16Tail part = {};
-        if (tail != nullptr) part = tail->from(channel);
-        avx512_bf16::multiply_runs(
-            {segments.data(), static_cast<int64_t>(segments.size()), side_, std::min(side(), block.width),
-             window_.stride, packed.get() + panel * panel_values(), count, z.get(), tail == nullptr ? nullptr : &part});
-        if (tail != nullptr) continue;
+        Finish<BFloat16> part = {};
+        if (finish != nullptr) part = finish->from(channel, channel);
+        avx512_bf16::multiply_runs({segments.data(), static_cast<int64_t>(segments.size()), side_,
+                                    std::min(side(), block.width), window_.stride,
+                                    packed.get() + panel * panel_values(), count, z.get(),
+                                    finish == nullptr ? nullptr : &part});
+        if (finish != nullptr) continue;
         const int64_t pieces = block.images * (whole() ? 1 : block.height),
                       pixels = block.images * block.height * block.width / pieces;
         for (int64_t r = 0; r < pieces; ++r) {
@@ -224,9 +225,9 @@ void Bf16Direct::forward(float* /*out*/, Epilogue<float> epilogue) const {
 }
 
 bool Bf16Direct::infer(const Norm<float>& norm, const BFloat16* residual, BFloat16* y) const {
-  if (norm.act != Act::relu && norm.act != Act::identity) return false;
-  const Bf16Tail tail = {norm.center, norm.scale, norm.shift, norm.act == Act::relu, residual, y, in_.out_channels};
-  multiply(&tail, [](const Piece&, Strided<const float>) {});
+  if (!Finish<BFloat16>::serves(norm)) return false;
+  const Finish<BFloat16> finish = Finish<BFloat16>::of(norm, residual, y, in_.out_channels);
+  multiply(&finish, [](const Piece&, Strided<const float>) {});
   return true;
 }
 

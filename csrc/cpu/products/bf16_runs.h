@@ -2,31 +2,12 @@
 
 #pragma once
 
-#include "../shared/kernels.h"
+#include "finish.h"
 
 namespace dla_fast::cpu {
 
 // Output channels of a panel of the weight, in two vectors; values of a panel for each pair of a pixel's.
 constexpr int64_t kRunPanel = 32, kRunPair = 2 * kRunPanel;
-
-// What the sums become: y = act((z - center) * scale + shift + residual), where act is ReLU or nothing.
-struct Bf16Tail {
-  const float *center, *scale, *shift;
-  bool relu;
-  const c10::BFloat16* residual;  // laid out like y, or null
-  c10::BFloat16* y;
-  int64_t ld;
-
-  Bf16Tail from(int64_t channel) const {
-    return {center + channel,
-            scale + channel,
-            shift + channel,
-            relu,
-            residual == nullptr ? nullptr : residual + channel,
-            y + channel,
-            ld};
-  }
-};
 
 // `length` neighbouring values of a map that has so many channels: for the map's first pixel they begin at `base`. In
 // the panel there are so many pairs before them; behind the last value of an odd length it has a zero.
@@ -50,8 +31,8 @@ struct Bf16Runs {
   int64_t pixels, stride;  // of a segment, and between them in the map
   const c10::BFloat16* weight;
   int64_t channels;  // of the panel
-  float* z;          // kRunPanel values a pixel; null where there is a tail
-  const Bf16Tail* tail;
+  float* z;          // kRunPanel values a pixel; null where they are finished
+  const Finish<c10::BFloat16>* finish;
 };
 
 // Pixels that are multiplied for a segment: what leaves vectors for the weight when two or three segments are

@@ -36,7 +36,7 @@ inline void add_pair(const char* (&at)[GROUPS], int64_t lda, const c10::BFloat16
 
 template <bool RESIDUAL, int GROUPS, int SIDE, int VECTORS>
 inline void finish(const Bf16Runs& r, const RunSegment* segments, const __m512 (&acc)[GROUPS][SIDE][VECTORS]) {
-  const Bf16Tail& tail = *r.tail;
+  const Finish<c10::BFloat16>& tail = *r.finish;
   const __m512 least = _mm512_set1_ps(tail.relu ? 0.0f : -std::numeric_limits<float>::infinity());
 #pragma GCC unroll 2
   for (int v = 0; v < VECTORS; ++v) {
@@ -75,13 +75,13 @@ inline void tile(const Bf16Runs& r, const RunSegment* segments) {
       for (int v = 0; v < VECTORS; ++v) acc[g][i][v] = _mm512_setzero_ps();
     }
   }
-  if (r.tail != nullptr) {
+  if (r.finish != nullptr) {
     // What the tail meets is not in cache yet.
 #pragma GCC unroll 3
     for (int g = 0; g < GROUPS; ++g) {
-      for (int64_t i = 0, at = segments[g].to * r.tail->ld; i < r.pixels; ++i, at += r.tail->ld) {
-        __builtin_prefetch(r.tail->y + at, 1);
-        if (r.tail->residual != nullptr) __builtin_prefetch(r.tail->residual + at);
+      for (int64_t i = 0, at = segments[g].to * r.finish->ld; i < r.pixels; ++i, at += r.finish->ld) {
+        __builtin_prefetch(r.finish->y + at, 1);
+        if (r.finish->residual != nullptr) __builtin_prefetch(r.finish->residual + at);
       }
     }
   }
@@ -104,8 +104,8 @@ inline void tile(const Bf16Runs& r, const RunSegment* segments) {
       weight += kRunPair;
     }
   }
-  if (r.tail != nullptr) {
-    return r.tail->residual != nullptr ? finish<true>(r, segments, acc) : finish<false>(r, segments, acc);
+  if (r.finish != nullptr) {
+    return r.finish->residual != nullptr ? finish<true>(r, segments, acc) : finish<false>(r, segments, acc);
   }
 #pragma GCC unroll 3
   for (int g = 0; g < GROUPS; ++g) {

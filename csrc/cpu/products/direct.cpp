@@ -188,9 +188,8 @@ void Direct<T>::multiply(A* out, const Finish<A>* finish, Epilogue<A> epilogue) 
 template <class T>
 bool Direct<T>::infer(const Norm<A>& norm, const T* residual, T* y) const {
   if constexpr (std::is_same_v<T, A>) {
-    if (!finishes_pieces() || !finishes(norm)) return false;
-    const Finish<A> finish = {norm.center, norm.scale, norm.shift,      norm.act == Act::relu,
-                              residual,    y,          in_.out_channels};
+    if (!finishes_pieces() || !Finish<A>::serves(norm)) return false;
+    const Finish<A> finish = Finish<A>::of(norm, residual, y, in_.out_channels);
     multiply(nullptr, &finish, [](const Piece&, Strided<const A>) {});
     return true;
   }

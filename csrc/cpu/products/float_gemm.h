@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../shared/kernels.h"
+#include "finish.h"
 
 namespace dla_fast::cpu {
 
@@ -46,34 +47,6 @@ inline void fetch(Ahead& ahead, int64_t lines) {
       --ahead.rows;
     }
   }
-}
-
-// What sums of products become where they are finished in registers: y = act((c - center) * scale + shift + residual),
-// where act is ReLU or nothing. y and residual are laid out alike.
-template <class A>
-struct Finish {
-  const A *center, *scale, *shift;
-  bool relu;
-  const A* residual;  // or null
-  A* y;
-  int64_t ld;
-
-  // Of the columns from `channel` on, and of y from so many values on.
-  Finish from(int64_t channel, int64_t at) const {
-    return {center + channel,
-            scale + channel,
-            shift + channel,
-            relu,
-            residual == nullptr ? nullptr : residual + at,
-            y + at,
-            ld};
-  }
-};
-
-// Whether that serves a norm.
-template <class A>
-bool finishes(const Norm<A>& norm) {
-  return norm.act == Act::relu || norm.act == Act::identity;
 }
 
 // c[M x N] (+)= sum over segments of a_s[M x k_s] * b_s[k_s x N]; the b_s lie one below the other in b, or where each

@@ -131,9 +131,8 @@ void FloatPointwise<T>::forward(A* out, Epilogue<A> epilogue) const {
 template <class T>
 bool FloatPointwise<T>::infer(const Norm<A>& norm, const T* residual, T* y) const {
   if constexpr (std::is_same_v<T, A>) {
-    if (!in_.channels_last || !finishes(norm)) return false;
-    const Finish<A> finish = {norm.center, norm.scale, norm.shift,      norm.act == Act::relu,
-                              residual,    y,          in_.out_channels};
+    if (!in_.channels_last || !Finish<A>::serves(norm)) return false;
+    const Finish<A> finish = Finish<A>::of(norm, residual, y, in_.out_channels);
     forward_channels_last(nullptr, &finish, [](const Piece&, Strided<const A>) {});
     return true;
   }
