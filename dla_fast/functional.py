@@ -10,8 +10,9 @@ from torch import Tensor
 from dla_fast import backend, checks, ops, reference
 from dla_fast.arguments import autocast, checked
 from dla_fast.checks import Upsampling
-from dla_fast.ops import cuda
-from dla_fast.ops.autograd import requires_grad
+from dla_fast.ops import chain, cuda
+from dla_fast.ops.autograd import is_transformed, requires_grad
+from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec, parse_act
 from dla_fast.reference.batch_norm_act import normalise
 from dla_fast.reference.conv_norm_act import added_to_aggregate, node
@@ -50,6 +51,43 @@ def run_node(
     act: ActSpec,
 ) -> Tensor:
     """:func:`conv_norm_act` under the name ``op``, with a norm in one piece; see :func:`checked`."""
+    y = run_link(
+        op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
+    )
+    assert isinstance(y, Tensor)
+    return y
+
+
+def run_link(
+    op: str,
+    given: Sequence[Tensor],
+    given_weight: Tensor,
+    norm: Norm,
+    kernels: tuple[int, ...] | None,
+    given_bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    groups: int,
+    residual: int | Tensor | None,
+    given_upsample: Upsampling | None,
+    act: ActSpec,
+    first: int = -1,
+    ending: Ending | None = None,
+    deferred: bool = False,
+    low: bool = False,
+) -> Tensor | Ending:
+    """:func:`run_node` as a link of a chain of units.
+
+    Args:
+        op: see :func:`run_node`, like all that follow, up to ``act``.
+        first: the input that is ``ending.z``, or -1.
+        ending: of the unit before, which has left it to this one.
+        deferred: leave this unit's ending to its reader, where a call allows that.
+        low: save as little for the backward pass as can be formed again there.
+
+    Returns:
+        y, or where that is deferred how it is formed.
+    """
     xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope = checked(
         op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
     )
@@ -62,21 +100,48 @@ def run_node(
         plain = weight.shape[2] == stride == groups == 1 and not up_weights and added is None and residual_input <= 0
         serving = backend.serves_inference("aggregate", device, x.dtype) if plain else None
     serving = serving or _serving(op, device, x.dtype)
+    chains = (
+        training
+        and serving != "reference"
+        and not torch.compiler.is_compiling()
+        and not is_transformed([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
+    )
+    if ending is not None and not (
+        chains and serving == ending.backend and xs[first] is ending.z and residual_input != first
+    ):
+        whole = [chain.form(ending) if i == first else x for i, x in enumerate(given)]
+        return run_link(
+            op, whole, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act,
+            deferred=deferred, low=low,
+        )  # fmt: skip
+    if chains:
+        of_first = (None,) * 5 if ending is None else (ending.residual, *ending[1:5])
+        kept = chain.kept_of(
+            xs, None if deferred else added, of_first[0], residual_input, first, weight.shape[2], low
+        )  # fmt: skip
+        call = chain.Call(
+            len(xs), len(up_weights), (running_mean, running_var), (factors, stride, dilation, groups), residual_input,
+            momentum, (eps, name, slope), first, ending.options if ending else (0.0, "identity", 0.0), deferred, kept,
+        )  # fmt: skip
+        flat = (*xs, *up_weights, weight, conv_bias, None if deferred else added, gamma, beta, *of_first)
+        made = chain.chained(serving, call, flat)
+        return Ending(*made, gamma, beta, added, eps, name, slope, serving) if deferred else made
     if serving == "reference":
         return node(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,
             residual=added if added is not None else residual, upsample=upsample, act=act,
         )  # fmt: skip
     if differentiable:
-        return ops.operator(serving, "conv_norm_act")(
+        y: Tensor = ops.operator(serving, "conv_norm_act")(
             xs, up_weights, weight, conv_bias, added, gamma, beta, running_mean, running_var, factors, stride, dilation,
             groups, residual_input, training, momentum, eps, name, slope,
         )[0]  # fmt: skip
-    y: Tensor = ops.operator(serving, "conv_norm_act_inference")(
+        return y
+    inferred: Tensor = ops.operator(serving, "conv_norm_act_inference")(
         xs, up_weights, weight, conv_bias, added, gamma, beta, running_mean, running_var, factors, stride, dilation,
         groups, residual_input, eps, name, slope,
     )  # fmt: skip
-    return y
+    return inferred
 
 
 def aggregate(

@@ -272,7 +272,7 @@ def test_what_is_no_pixel_adds_nothing():
     mean, var = z.float().mean((0, 2, 3)), z.float().var((0, 2, 3), correction=0)
     x_hat = (z.float() - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
     sums = dy.float().sum((0, 2, 3)), (dy.float() * x_hat).sum((0, 2, 3))
-    _, _, dw, _ = conv_norm_act_backward.conv_norm_act_backward(
+    _, _, dw, *_ = conv_norm_act_backward.conv_norm_act_backward(
         dy, [x], [], weight, None, z, mean, var, v, v, *sums, [1], 1, 1, 1, -1, 33.0, 1e-5, "identity", 0.0,
         [True], [], True, False,
     )  # fmt: skip

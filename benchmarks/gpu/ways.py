@@ -77,7 +77,7 @@ def _backward(channels: tuple[int, ...], outputs: int, side: int, batch: int, la
     node = (dy, xs, [], weight, None, z, v, v, v, v, v, v, [1] * len(xs), 1, 1, 1, -1, float(pixels), 1e-5, "relu", 0.0)
 
     def call() -> list[Tensor]:
-        dxs, _, dw, _ = ops.namespace("triton").conv_norm_act_backward(*node, [True] * len(xs), [], True, False)
+        dxs, _, dw, *_ = ops.namespace("triton").conv_norm_act_backward(*node, [True] * len(xs), [], True, False)
         return [*dxs, dw]
 
     return _compared(call, label, pixels * 2 * (outputs + sum(channels)), setting)

@@ -22,6 +22,7 @@ from torch import Tensor
 from dla_fast.kernels import config, examples, host, launch, library, moments
 from dla_fast.kernels.library import Geometry
 from dla_fast.kernels.product import inference_kernel, stage_kernel
+from dla_fast.kernels.prologue import Prologue
 from dla_fast.kernels.tail import tail
 from dla_fast.ops.autograd import frozen_statistics
 
@@ -307,6 +308,7 @@ def conv_norm_act_stage(
     groups: int,
     momentum: float,
     moments_wanted: bool,
+    *prologue: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z without the bias and the moments of its channels: two launches, and one before per input upsampled first.
 
@@ -323,6 +325,7 @@ def conv_norm_act_stage(
         groups: see ``xs``.
         momentum: weight of this batch in the running statistics.
         moments_wanted: whether moments are computed.
+        prologue: of one of the inputs, see :class:`dla_fast.kernels.prologue.Prologue`; none where nothing is given.
 
     Returns:
         z (N, C_out, H', W'), mean and biased variance (C_out,) in the accumulation dtype, empty if not wanted.
@@ -331,6 +334,7 @@ def conv_norm_act_stage(
         ValueError: channels that do not fit the weight.
     """
     geometry = (stride, dilation, groups)
+    xs = Prologue(*prologue).formed(xs)
     running = host.Running(conv_bias, running_mean, running_var, momentum)
     plan = _plan(xs, up_weights, weight, factors, geometry, moments_wanted, ())
     if plan is None:

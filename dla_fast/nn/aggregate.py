@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dla_fast import checks
 from dla_fast.nn.unit import run_unit
+from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec, parse_act
 
 
@@ -66,7 +67,11 @@ class AggregationNode(nn.Module):
         # Two inputs exchanged have the same channels together, and would be taken silently.
         if isinstance(self.in_channels, tuple) and isinstance(inputs, Sequence):
             checks.check_channels("xs", inputs, self.in_channels, "in_channels")
-        return run_unit(inputs, self.conv, self.bn, act=self.act, residual=0 if self.residual else None)
+        return self.run(inputs)
+
+    def run(self, xs: Sequence[Tensor | Ending]) -> Tensor:
+        """:meth:`forward` of inputs that fit, of which some may be as :func:`~dla_fast.nn.unit.run_deferred` gives."""
+        return run_unit(xs, self.conv, self.bn, act=self.act, residual=0 if self.residual else None)
 
     def extra_repr(self) -> str:
         channels = list(self.in_channels) if isinstance(self.in_channels, tuple) else self.in_channels

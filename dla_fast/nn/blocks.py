@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from dla_fast.nn.unit import run_unit
+from dla_fast.nn.unit import run_deferred, run_unit
+from dla_fast.ops.ending import Ending
 
 
 class ConvLevel(nn.Sequential):
@@ -56,9 +59,24 @@ class ConvLevel(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def run(self, x: Tensor | Ending) -> Tensor:
+        """:meth:`forward`, also of what :meth:`deferred` gives."""
+        *before, (conv, bn) = self._units()
+        return run_unit([self._run(before, x)], conv, bn)
+
+    def deferred(self, x: Tensor | Ending) -> Tensor | Ending:
+        """:meth:`forward`, the last unit's ending left to the reader; nobody who watches the module's calls sees it."""
+        return self._run(self._units(), x)
+
+    def _units(self) -> list[tuple[nn.Module, nn.Module]]:
         layers = list(self)
-        for conv, bn in zip(layers[0::3], layers[1::3], strict=True):
-            x = run_unit([x], conv, bn)
+        return list(zip(layers[0::3], layers[1::3], strict=True))
+
+    def _run(self, units: Sequence[tuple[nn.Module, nn.Module]], x: Tensor | Ending) -> Tensor | Ending:
+        for conv, bn in units:
+            x = run_deferred([x], conv, bn)
         return x
 
 
@@ -117,8 +135,13 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        y = run_unit([x], self.conv1, self.bn1)
+        y = run_deferred([x], self.conv1, self.bn1)
         return run_unit([y], self.conv2, self.bn2, residual=x if shortcut is None else shortcut)
+
+    def deferred(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | Ending:
+        """:meth:`forward`, the last unit's ending left to the reader; nobody who watches the module's calls sees it."""
+        y = run_deferred([x], self.conv1, self.bn1)
+        return run_deferred([y], self.conv2, self.bn2, residual=x if shortcut is None else shortcut)
 
 
 class _BottleneckBase(nn.Module):
@@ -144,9 +167,15 @@ class _BottleneckBase(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        y = run_unit([x], self.conv1, self.bn1)
-        y = run_unit([y], self.conv2, self.bn2)
-        return run_unit([y], self.conv3, self.bn3, residual=x if shortcut is None else shortcut)
+        return run_unit([self._inside(x)], self.conv3, self.bn3, residual=x if shortcut is None else shortcut)
+
+    def deferred(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | Ending:
+        """:meth:`forward`, the last unit's ending left to the reader; nobody who watches the module's calls sees it."""
+        return run_deferred([self._inside(x)], self.conv3, self.bn3, residual=x if shortcut is None else shortcut)
+
+    def _inside(self, x: Tensor) -> Tensor | Ending:
+        y = run_deferred([x], self.conv1, self.bn1)
+        return run_deferred([y], self.conv2, self.bn2)
 
 
 class Bottleneck(_BottleneckBase):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dla_fast import checks
 from dla_fast.nn.aggregate import AggregationNode
+from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.blocks import BasicBlock, Bottleneck, SplitBottleneck
 from dla_fast.nn.unit import run_unit
 
 BlockFactory = Callable[..., nn.Module]
@@ -152,9 +154,21 @@ class Tree(nn.Module):
             children = (*children, bottom)
         if self.levels == 1:
             x1 = self.tree1(x, self.project(bottom))
+            if self._hands_over():
+                return self.root.run([self.tree2.deferred(x1), x1, *children])
             return self.root(self.tree2(x1), x1, *children)
         x1 = self.tree1(x, bottom=bottom)
         return self.tree2(x1, (*children, x1))
+
+    def _hands_over(self) -> bool:
+        """Whether the second block's output is read by the root alone, which then normalises it while it reads it."""
+        block, root = self.tree2, self.root
+        return (
+            type(block) in (BasicBlock, Bottleneck, SplitBottleneck)
+            and type(root) is AggregationNode
+            and not root.residual
+            and not (is_observed(block) or is_observed(root) or nn.modules.module._has_any_global_hook())
+        )
 
     def _check_size(self, x: Tensor) -> None:
         height, width = x.shape[-2:]

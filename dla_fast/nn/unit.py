@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,16 @@ from dla_fast.nn.batch_norm import count_batch, is_plain, norm_of, parameter
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.conv import is_plain_conv
 from dla_fast.nn.frozen import KEY, Frozen
+from dla_fast.ops import chain
+from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
+
+# In the dict of a convolution whose unit is to save little for the backward pass.
+LOW = "_dla_fast_low_memory"
 
 
 def run_unit(
-    xs: Sequence[Tensor],
+    xs: Sequence[Tensor | Ending],
     conv: nn.Module,
     bn: nn.Module,
     *,
@@ -32,7 +38,8 @@ def run_unit(
     :func:`dla_fast.freeze_` has frozen runs from what is kept of it, where the call is one of inference.
 
     Args:
-        xs: inputs (N, C_i, H_i, W_i); those to be upsampled are still low-resolution.
+        xs: inputs (N, C_i, H_i, W_i); those to be upsampled are still low-resolution. One that :func:`run_deferred`
+            has given is normalised while it is read.
         conv: over the inputs' concatenation.
         bn: behind it.
         act: as in :func:`dla_fast.functional.conv_norm_act`.
@@ -45,16 +52,42 @@ def run_unit(
     """
     frozen: Frozen | None = None if torch.compiler.is_compiling() else conv.__dict__.get(KEY)
     if frozen is not None and upsample is None:
-        y = frozen.recall(xs, conv, bn, act, residual)
+        maps = _maps(xs)
+        y = frozen.recall(maps, conv, bn, act, residual)
         if y is not None:
             return y
+        xs = maps
     if not is_plain(bn) or not is_plain_conv(conv):
-        return _op_by_op(xs, conv, bn, act, residual, upsample)
+        return _op_by_op(_maps(xs), conv, bn, act, residual, upsample)
     return run_plain_unit(xs, conv, bn, act, residual, upsample)
 
 
+def run_deferred(
+    xs: Sequence[Tensor | Ending],
+    conv: nn.Module,
+    bn: nn.Module,
+    *,
+    act: ActSpec = "relu",
+    residual: Tensor | None = None,
+) -> Tensor | Ending:
+    """:func:`run_unit` for whoever hands the output to one other unit alone, which normalises it while it reads it.
+
+    Where nothing is gained by that, or somebody has to see the output, it is a map.
+    """
+    if not is_plain(bn) or not is_plain_conv(conv) or KEY in conv.__dict__ or torch.compiler.is_compiling():
+        return run_unit(xs, conv, bn, act=act, residual=residual)
+    return _run_link(xs, conv, bn, act, residual, None, deferred=True)
+
+
+def _maps(xs: Sequence[Tensor | Ending], but: int = -1) -> Sequence[Tensor]:
+    """The inputs as maps, all but one of them."""
+    if Ending not in map(type, xs):
+        return cast(Sequence[Tensor], xs)
+    return [chain.form(x) if type(x) is Ending and i != but else cast(Tensor, x) for i, x in enumerate(xs)]
+
+
 def run_plain_unit(
-    xs: Sequence[Tensor],
+    xs: Sequence[Tensor | Ending],
     conv: nn.Conv2d,
     bn: nn.BatchNorm2d,
     act: ActSpec,
@@ -62,19 +95,39 @@ def run_plain_unit(
     upsample: Upsampling | None = None,
 ) -> Tensor:
     """:func:`run_unit` where the children are known to be :func:`is_plain_conv` and :func:`is_plain`."""
+    y = _run_link(xs, conv, bn, act, residual, upsample, deferred=False)
+    assert not isinstance(y, Ending)
+    return y
+
+
+def _run_link(
+    given: Sequence[Tensor | Ending],
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    act: ActSpec,
+    residual: int | Tensor | None,
+    upsample: Upsampling | None,
+    *,
+    deferred: bool,
+) -> Tensor | Ending:
+    first, ending, xs = -1, None, cast(Sequence[Tensor], given)
+    if Ending in map(type, given):
+        first = next(i for i, x in enumerate(given) if type(x) is Ending)
+        ending = cast(Ending, given[first])
+        xs = [ending.z if i == first else x for i, x in enumerate(_maps(given, first))]
     if isinstance(residual, Tensor) and residual.dtype != xs[0].dtype:
         residual = residual.to(xs[0].dtype)
-    if not torch.compiler.is_compiling():
+    if ending is None and not deferred and not torch.compiler.is_compiling():
         frozen: Frozen | None = conv.__dict__.get(KEY)
         y = None if frozen is None else frozen.run(xs, conv, bn, act, residual, upsample)
         if y is not None:
             return y
-    y = functional.run_node(
+    made = functional.run_link(
         "conv_norm_act", xs, parameter(conv, "weight"), norm_of(bn), None, parameter(conv, "bias"), conv.stride[0],
-        conv.dilation[0], conv.groups, residual, upsample, act,
+        conv.dilation[0], conv.groups, residual, upsample, act, first, ending, deferred, LOW in conv.__dict__,
     )  # fmt: skip
     count_batch(bn)
-    return y
+    return made
 
 
 def _op_by_op(

@@ -183,14 +183,24 @@ def norm_gradients(
 
 
 def second_order(
-    run: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+    run: Callable[..., Any], inputs: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """First-order gradients that can be differentiated again: recompute through the reference.
 
     Mean and variance are functions of z there, so second derivatives are complete. Kernels serve first order only.
+
+    Args:
+        run: what the operator computes, of ``inputs``: a tensor or several.
+        inputs: as they were given.
+        needed: whose gradients are wanted.
+        grads: one for each of what ``run`` gives, None where nothing came back.
     """
     wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
-    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
-        y = run(*inputs)
-        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(grads) if n and t is not None else None for t, n in zip(inputs, needed, strict=True)]
+    device = next(t.device.type for t in inputs if t is not None)
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        made = run(*inputs)
+        outputs = made if isinstance(made, tuple) else (made,)
+        there = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None]
+        ys, dys = zip(*there, strict=True)
+        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    return [next(found) if n and t is not None else None for t, n in zip(inputs, needed, strict=True)]

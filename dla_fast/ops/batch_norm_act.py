@@ -67,7 +67,7 @@ class _BatchNormAct:
         x, bn_weight, bn_bias, residual = inputs
         need_dx, need_gamma, need_beta, need_residual = needed
         if torch.is_grad_enabled():
-            return second_order(self._recompute(ctx, mean, var), inputs, needed, dy)
+            return second_order(self._recompute(ctx, mean, var), inputs, needed, (dy,))
         tail = (mean, var, bn_weight, bn_bias, residual)
         options = (ctx.eps, ctx.act, ctx.slope)
         sums: tuple[Tensor | None, Tensor | None] = (None, None)

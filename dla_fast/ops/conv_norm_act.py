@@ -14,6 +14,7 @@ from torch import Tensor
 from dla_fast import checks, reference
 from dla_fast.ops.autograd import frozen_statistics, norm_gradients, register_autograd, second_order
 from dla_fast.ops.direct import direct
+from dla_fast.ops.ending import NO_PROLOGUE
 from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, node_channels_last
 from dla_fast.ops.upsample import upsample_flops
@@ -25,16 +26,24 @@ _RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var"
 _GEOMETRY = "int[] factors, int stride, int dilation, int groups"
 # residual_input: the input that is added before the activation, or -1. residual: a tensor that is, or None.
 _OPTIONS = "float eps, str act, float slope"
+# pre_input: the input that is given as z of the unit before, or -1; with what y = act(norm(z) + residual) of it.
+_PROLOGUE = (
+    "int pre_input=-1, Tensor? pre_residual=None, Tensor? pre_mean=None, Tensor? pre_var=None, "
+    "Tensor? pre_weight=None, Tensor? pre_bias=None, float pre_eps=0., str pre_act='identity', float pre_slope=0."
+)
 
 SCHEMAS = (
     f"conv_norm_act_inference({_NODE}, Tensor? residual, {_NORM}, Tensor running_mean, Tensor running_var, "
     f"{_GEOMETRY}, int residual_input, {_OPTIONS}) -> Tensor",
     # z without the bias; moments of z, empty when they are not asked for.
-    f"conv_norm_act_stage({_NODE}, {_RUNNING}, {_GEOMETRY}, float momentum, bool moments) -> (Tensor, Tensor, Tensor)",
+    f"conv_norm_act_stage({_NODE}, {_RUNNING}, {_GEOMETRY}, float momentum, bool moments, {_PROLOGUE}) "
+    "-> (Tensor, Tensor, Tensor)",
+    # through: the gradient of the input with a prologue is dy', that of what the prologue activates, and the last list
+    # has the sums of dy' and of dy' * x_hat; else it is that of y, and the list is empty.
     "conv_norm_act_backward(Tensor dy, Tensor[] xs, Tensor[] up_weights, Tensor weight, Tensor? residual, Tensor z, "
     f"Tensor mean, Tensor var, {_NORM}, Tensor? sum_dy, Tensor? sum_dy_xhat, {_GEOMETRY}, int residual_input, "
-    f"float count, {_OPTIONS}, bool[] need_dx, bool[] need_dup, bool need_dw, bool need_dresidual) "
-    "-> (Tensor[], Tensor[], Tensor, Tensor)",
+    f"float count, {_OPTIONS}, bool[] need_dx, bool[] need_dup, bool need_dw, bool need_dresidual, {_PROLOGUE}, "
+    "bool through=False) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor[])",
     # The differentiable whole: y, then what its backward needs.
     f"conv_norm_act({_NODE}, Tensor? residual, {_NORM}, {_RUNNING}, {_GEOMETRY}, int residual_input, bool training, "
     f"float momentum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -62,14 +71,14 @@ def _fake_inference(xs: list[Tensor], ups: list[Tensor], weight: Tensor, *rest: 
 
 
 def _fake_stage(xs: list[Tensor], ups: list[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (factors, stride, dilation), moments = rest[3:6], rest[-1]
+    (factors, stride, dilation), moments = rest[3:6], rest[8]
     return _output(xs, weight, factors, stride, dilation), *_statistics(weight, weight.shape[0] if moments else 0)
 
 
 def _fake_backward(
     dy: Tensor, xs: list[Tensor], ups: list[Tensor], weight: Tensor, residual: Tensor | None, z: Tensor, *rest: Any
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    need_dx, need_dup, need_dw, need_dresidual = rest[-4:]
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, list[Tensor]]:
+    need_dx, need_dup, need_dw, need_dresidual, *prologue = rest[15:]
     channels_last = node_channels_last(xs, weight)
     dxs = [
         empty_like_layout(x, x.shape, channels_last) if needed else x.new_empty(0)
@@ -78,7 +87,8 @@ def _fake_backward(
     dups = [w.new_empty(w.shape if needed else 0) for w, needed in zip(ups, need_dup, strict=True)]
     dw = torch.empty_like(weight) if need_dw else weight.new_empty(0)
     dresidual = empty_like_layout(z, z.shape, channels_last) if need_dresidual else z.new_empty(0)
-    return dxs, dups, dw, dresidual
+    sums = [*_statistics(weight, xs[prologue[0]].shape[1])] if len(prologue) > 9 and prologue[9] else []
+    return dxs, dups, dw, dresidual, sums
 
 
 def _fake(xs: list[Tensor], ups: list[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,7 +118,7 @@ def _stage_flops(xs_shape: Any, ups_shape: Any, weight_shape: Any, *args: Any, *
 
 
 def _backward_flops(dy_shape: Any, xs_shape: Any, ups_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
-    geometry, (need_dx, _, need_dw, _) = args[8:12], args[-4:]
+    geometry, need_dx, need_dw = args[8:12], args[17], args[19]
     return _flops(xs_shape, weight_shape, geometry, need_dx) + (
         _flops(xs_shape, weight_shape, geometry) if need_dw else 0
     )
@@ -144,9 +154,11 @@ class _ConvNormAct:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         geometry = (factors, stride, dilation, groups)
         if training:
-            z, mean, var = self.stage(xs, ups, weight, conv_bias, running_mean, running_var, *geometry, momentum, True)
+            z, mean, var = self.stage(
+                xs, ups, weight, conv_bias, running_mean, running_var, *geometry, momentum, True, *NO_PROLOGUE
+            )
         else:
-            z, _, _ = self.stage(xs, ups, weight, None, None, None, *geometry, 0.0, False)
+            z, _, _ = self.stage(xs, ups, weight, None, None, None, *geometry, 0.0, False, *NO_PROLOGUE)
             mean, var = frozen_statistics(running_mean, running_var, conv_bias, z)
         added = residual if residual_input < 0 else xs[residual_input]
         return self.tail(z, mean, var, bn_weight, bn_bias, added, *options), z, mean, var
@@ -160,7 +172,7 @@ class _ConvNormAct:
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]:
         *inputs, z, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return second_order(self._recompute(ctx, mean, var), inputs, needed, dy)
+            return second_order(self._recompute(ctx, mean, var), inputs, needed, (dy,))
         n, m, geometry, residual_input, options = ctx.rest
         xs, ups, (weight, conv_bias, residual, bn_weight, bn_bias) = inputs[:n], inputs[n : n + m], inputs[n + m :]
         need_dx, need_dup = needed[:n], needed[n : n + m]
@@ -169,18 +181,19 @@ class _ConvNormAct:
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.training or need_gamma or need_beta or need_bias:
             sums = self.tail_backward_reduce(dy, z, mean, var, bn_weight, bn_bias, added, *options)
-        made: tuple[Any, ...] = ([None] * n, [None] * m, None, None)
+        made: tuple[Any, ...] = ([None] * n, [None] * m, None, None, [])
         if need_dw or need_residual or any(need_dx) or any(need_dup):
             images, _, height, width = z.shape
             made = self.stage_backward(
                 dy, xs, ups, weight, residual, z, mean, var, bn_weight, bn_bias,
                 *(sums if ctx.training else (None, None)), *geometry, residual_input,
-                float(images * height * width), *options, need_dx, need_dup, need_dw, need_residual,
+                float(images * height * width), *options, need_dx, need_dup, need_dw, need_residual, *NO_PROLOGUE,
+                False,
             )  # fmt: skip
         dbias, dgamma, dbeta = norm_gradients(
             ctx, sums, var, conv_bias, bn_weight, bn_bias, (need_bias, need_gamma, need_beta)
         )
-        dxs, dups, dw, dresidual = made
+        dxs, dups, dw, dresidual, _ = made
         grads = [*dxs, *dups, dw, dbias, dresidual, dgamma, dbeta]
         return [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
 

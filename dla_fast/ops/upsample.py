@@ -74,7 +74,7 @@ class _Upsample:
             def run(x: Tensor, weight: Tensor) -> Tensor:
                 return reference.upsample(x, weight, ctx.factor)
 
-            dx, dw = second_order(run, (x, weight), (need_dx, need_dw), dy) if need_dx or need_dw else (None, None)
+            dx, dw = second_order(run, (x, weight), (need_dx, need_dw), (dy,)) if need_dx or need_dw else (None, None)
         else:
             dx, dw = None, None
             if need_dx or need_dw:

@@ -14,6 +14,22 @@ from dla_fast.reference.norm import Norm
 from dla_fast.reference.upsample import upsample as _upsample
 
 
+def convolve(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    groups: int,
+    upsample: Sequence[tuple[Tensor, int] | None] | None,
+) -> Tensor:
+    """The convolution of the inputs' concatenation, any of them upsampled first."""
+    ups = upsample if upsample is not None else [None] * len(xs)
+    full = [x if up is None else _upsample(x, *up) for x, up in zip(xs, ups, strict=True)]
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(torch.cat(full, 1), weight, conv_bias, stride, padding, dilation, groups)
+
+
 def node(
     xs: Sequence[Tensor],
     weight: Tensor,
@@ -28,10 +44,7 @@ def node(
     act: ActSpec = "relu",
 ) -> Tensor:
     """:func:`conv_norm_act` of a norm."""
-    ups = upsample if upsample is not None else [None] * len(xs)
-    full = [x if up is None else _upsample(x, *up) for x, up in zip(xs, ups, strict=True)]
-    padding = dilation * (weight.shape[-1] // 2)
-    z = F.conv2d(torch.cat(full, 1), weight, conv_bias, stride, padding, dilation, groups)
+    z = convolve(xs, weight, conv_bias, stride, dilation, groups, upsample)
     return normalise(z, norm, xs[residual] if isinstance(residual, int) else residual, act)
 
 

@@ -10,6 +10,7 @@
 
 #include "conv_norm_act.h"
 #include "library.h"
+#include "prologue.h"
 #include "upsample.h"
 
 namespace dla_fast::cpu {
@@ -102,14 +103,20 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
 
 }  // namespace
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> conv_norm_act_backward(
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>> conv_norm_act_backward(
     const Tensor& dy_in, at::TensorList xs, at::TensorList up_weights, const Tensor& weight,
     const OptionalTensor& residual_given, const Tensor& z_in, const Tensor& mean, const Tensor& var,
     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& sum_dy,
     const OptionalTensor& sum_dy_xhat, at::IntArrayRef factors, int64_t stride, int64_t dilation, int64_t groups,
     int64_t residual_input, double count, double eps, std::string_view act, double slope,
-    const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw, bool need_dresidual) {
-  const Node node(xs, up_weights, weight, factors, stride, dilation, groups);
+    const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw, bool need_dresidual,
+    int64_t pre_input, const OptionalTensor& pre_residual, const OptionalTensor& pre_mean,
+    const OptionalTensor& pre_var, const OptionalTensor& pre_weight, const OptionalTensor& pre_bias, double pre_eps,
+    std::string_view pre_act, double pre_slope, bool through_norm) {
+  const Prologue prologue = {pre_input, pre_residual, pre_mean, pre_var, pre_weight,
+                             pre_bias,  pre_eps,      pre_act,  pre_slope};
+  prologue.check(xs);
+  const Node node(formed(xs, prologue), up_weights, weight, factors, stride, dilation, groups);
   const NormArgs norm = {mean, var, bn_weight, bn_bias, eps, act, slope};
   const BatchSums sums = {sum_dy, sum_dy_xhat, count};
   const OptionalTensor residual = node.residual(residual_given, residual_input);
@@ -152,8 +159,15 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> conv_norm_a
     }
     if (!need_dx.get(i)) out.dxs[i] = nothing(weight);
   }
+  std::vector<Tensor> through_sums;
+  if (prologue.there() && through_norm) {
+    TORCH_CHECK_VALUE(need_dx.get(pre_input), "through: needs the gradient of input ", pre_input);
+    auto [du, sum_dy, sum_dy_xhat] = through(out.dxs[pre_input], xs[pre_input], prologue);
+    out.dxs[pre_input] = du;
+    through_sums = {sum_dy, sum_dy_xhat};
+  }
   return {std::move(out.dxs), std::move(dups), need_dw ? out.dw : nothing(weight),
-          need_dresidual ? out.dresidual : nothing(weight)};
+          need_dresidual ? out.dresidual : nothing(weight), std::move(through_sums)};
 }
 
 }  // namespace dla_fast::cpu

@@ -1,0 +1,370 @@
+"""A unit in training as its neighbours know it: what it reads may be normalised on load, what it gives may be left to
+its reader to normalise, and maps that can be formed again are not saved.
+
+Between two units of a chain no y exists. The first gives z, mean and variance, its reader forms y while it loads z.
+What comes back for the three is not their gradient but what the norm's backward needs: dy' (the gradient of what the
+activation is applied to) and its sums, alone and times x_hat, which the reader has taken on the way. Both are linear in
+the gradient, so that several readers' add up. Where a backward is itself differentiated all goes through the reference,
+and then they are the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dla_fast.ops.autograd import cast, requires_grad, second_order
+from dla_fast.ops.direct import direct
+from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, prologue, recall, remember, valued
+from dla_fast.ops.layout import accumulation_dtype
+from dla_fast.reference.activation import activate
+from dla_fast.reference.conv_norm_act import convolve
+
+
+class Call(NamedTuple):
+    """A unit's call, but for the tensors that it is differentiable in.
+
+    Attributes:
+        inputs: how many inputs there are.
+        ups: how many of them are upsampled.
+        running: the running mean and variance, each a tensor or None.
+        geometry: the inputs' factors; stride, dilation and groups of the convolution.
+        residual_input: the input that is added before the activation, or -1.
+        momentum: weight of the batch in the running statistics.
+        options: eps, name and slope of the activation; of a deferred ending eps alone is read.
+        first: the input that is z of the unit before, or -1.
+        first_options: eps, name and slope of that unit's ending.
+        deferred: give z, mean and variance, and no y.
+        kept: per input, and behind them for the residual and for that of the first input's ending, what is saved in
+            its place, or None.
+    """
+
+    inputs: int
+    ups: int
+    running: tuple[Tensor | None, Tensor | None]
+    geometry: tuple[Sequence[int], int, int, int]
+    residual_input: int
+    momentum: float
+    options: tuple[float, str, float]
+    first: int
+    first_options: tuple[float, str, float]
+    deferred: bool
+    kept: tuple[Kept | None, ...]
+
+
+# Behind the inputs and the up-weights: weight, conv_bias, residual, bn_weight, bn_bias, and of the first input's ending
+# residual, mean, var, bn_weight, bn_bias.
+_REST = 10
+
+
+class _Kernels(NamedTuple):
+    """The operators of a backend."""
+
+    backend: str
+    stage: Callable[..., Any]
+    backward: Callable[..., Any]
+    tail: Callable[..., Tensor]
+    reduce: Callable[..., tuple[Tensor, Tensor]]
+    apply: Callable[..., tuple[Tensor, Tensor]]
+
+    @staticmethod
+    def of(backend: str) -> _Kernels:
+        return _Kernels(
+            backend,
+            direct(backend, "conv_norm_act_stage", inputs=0),
+            direct(backend, "conv_norm_act_backward", inputs=1),
+            direct(backend, "tail"),
+            direct(backend, "tail_backward_reduce"),
+            direct(backend, "tail_backward_apply"),
+        )
+
+
+class _Unit(torch.autograd.Function):
+    """The unit itself; its inputs are a backend's kernels, the call, and the tensors in the order of a call."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: _Kernels, call: Call, *flat: Any) -> Any:
+        n, at = call.inputs, call.inputs + call.ups
+        xs, ups = list(flat[:n]), list(flat[n:at])
+        weight, conv_bias, residual, bn_weight, bn_bias, *of_first = flat[at:]
+        pre = NO_PROLOGUE if call.first < 0 else (call.first, *of_first, *call.first_options)
+        with torch._C._AutoDispatchBelowAutograd():
+            z, mean, var = kernels.stage(
+                xs, ups, weight, conv_bias, *call.running, *call.geometry, call.momentum, True, *pre
+            )
+            added = residual if call.residual_input < 0 else xs[call.residual_input]
+            norm = mean, var, bn_weight, bn_bias
+            y = None if call.deferred else kernels.tail(z, *norm, added, *call.options)
+        ctx.set_materialize_grads(False)
+        saved: list[Tensor | None] = list(flat)
+        endings: list[Tensor | None] = []
+        kept = list(call.kept)
+        for i, one in enumerate(kept):
+            if one is not None:
+                saved[_place(call, i)] = None
+                endings += one.ending.flat()
+                # What is saved is freed with the graph's buffers; what a context holds is not.
+                kept[i] = one._replace(ending=one.ending.skeleton())
+        ctx.kernels, ctx.call = kernels, call._replace(kept=tuple(kept))
+        ctx.save_for_backward(*saved, z, mean, var, *endings)
+        if y is None:
+            return z, mean, var
+        of_residual = call.kept[n if call.residual_input < 0 else call.residual_input]
+        summed = added if of_residual is None else of_residual.ending
+        ctx.ending = Ending(z, mean, var, bn_weight, bn_bias, summed, *call.options, kernels.backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        if all(grad is None for grad in grads):
+            return (None,) * (len(needed) + 2)
+        call: Call = ctx.call
+        count = call.inputs + call.ups + _REST
+        tensors = list(ctx.saved_tensors)
+        flat, (z, mean, var), rest = tensors[:count], tensors[count : count + 3], iter(tensors[count + 3 :])
+        endings = [None if kept is None else kept.ending.with_tensors(rest) for kept in call.kept]
+        if torch.is_grad_enabled():
+            made = _twice(ctx, flat, endings, needed, grads)
+        else:
+            made = _once(ctx, flat, endings, needed, grads, (z, mean, var))
+        return (None, None, *made)
+
+
+def _once(
+    ctx: Any,
+    flat: list[Any],
+    endings: list[Ending | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    made: tuple[Tensor, Tensor, Tensor],
+) -> list[Tensor | None]:
+    """The gradients by kernels."""
+    call: Call = ctx.call
+    kernels: _Kernels = ctx.kernels
+    n, at = call.inputs, call.inputs + call.ups
+    (z, mean, var), (eps, act, slope) = made, call.options
+    weight, conv_bias, residual, bn_weight, bn_bias, *of_first = flat[at:]
+    need_dx, need_dup = list(needed[:n]), list(needed[n:at])
+    need_dw, need_bias, need_residual, need_gamma, need_beta, *need_first = needed[at:]
+    through = call.first >= 0 and (need_dx[call.first] or any(need_first))
+    xs: list[Any] = flat[:n]
+    if endings[n] is not None:
+        residual = endings[n].form(kernels.tail)
+    if endings[n + 1] is not None:
+        of_first[0] = endings[n + 1].form(kernels.tail)
+    pre = NO_PROLOGUE if call.first < 0 else (call.first, *of_first, *call.first_options)
+    for i, ending in enumerate(endings[:n]):
+        if ending is None:
+            continue
+        # One input is formed while it is read, where that serves nothing else.
+        if pre is NO_PROLOGUE and i != call.residual_input and not isinstance(ending.residual, Ending):
+            xs[i], pre = ending.z, prologue(i, ending)
+        else:
+            xs[i] = ending.form(kernels.tail)
+    added = residual if call.residual_input < 0 else xs[call.residual_input]
+    if through:
+        need_dx[call.first] = True
+    if call.deferred:
+        dy, *sums = grads
+        act, slope, added, residual = "identity", 0.0, None, None
+        if dy is None:
+            dy = torch.zeros_like(z)
+        sums = [torch.zeros_like(mean) if total is None else total for total in sums]
+    else:
+        dy = grads[0]
+        sums = kernels.reduce(dy, z, mean, var, bn_weight, bn_bias, added, eps, act, slope)
+    dxs: Sequence[Any] = [None] * n
+    dups: Sequence[Any] = [None] * call.ups
+    dw = dresidual = None
+    of_norm: Sequence[Tensor | None] = [None, None]
+    if need_dw or need_residual or any(need_dx) or any(need_dup):
+        images, _, height, width = z.shape
+        dxs, dups, dw, dresidual, through_sums = kernels.backward(
+            dy, xs, flat[n:at], weight, residual, z, mean, var, bn_weight, bn_bias, *sums, *call.geometry,
+            -1 if call.deferred else call.residual_input, float(images * height * width), eps, act, slope, need_dx,
+            need_dup, need_dw, need_residual and not call.deferred, *pre, through,
+        )  # fmt: skip
+        of_norm = through_sums if through else of_norm
+    dbias = torch.zeros_like(conv_bias) if need_bias and conv_bias is not None else None
+    dgamma, dbeta = (None, None) if call.deferred else (sums[1], sums[0])
+    du = dxs[call.first] if through else None
+    found = [
+        *dxs, *dups, dw, dbias, dresidual, _like(dgamma, bn_weight), _like(dbeta, bn_bias),
+        du, *of_norm, _like(of_norm[1], of_first[3]), _like(of_norm[0], of_first[4]),
+    ]  # fmt: skip
+    return [grad if wanted else None for grad, wanted in zip(found, needed, strict=True)]
+
+
+def _place(call: Call, i: int) -> int:
+    """Where the tensor of ``call.kept[i]`` is among all."""
+    behind = call.inputs + call.ups
+    return i if i < call.inputs else behind + (2 if i == call.inputs else 5)
+
+
+def _like(total: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if total is None or parameter is None else cast(total, parameter.dtype)
+
+
+def _twice(
+    ctx: Any, flat: list[Any], endings: list[Ending | None], needed: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients by the reference, to be differentiated again."""
+    call: Call = ctx.call
+    n, at = call.inputs, call.inputs + call.ups
+    for i, (kept, ending) in enumerate(zip(call.kept, endings, strict=True)):
+        if kept is not None and ending is not None:
+            with torch.no_grad():
+                y = ending.form(ctx.kernels.tail)
+            flat[_place(call, i)] = valued(kept.edge, y)
+
+    def run(*tensors: Any) -> Any:
+        xs, ups = list(tensors[:n]), iter(tensors[n:at])
+        weight, conv_bias, residual, bn_weight, bn_bias, added, mean, var, *affine = tensors[at:]
+        if call.first >= 0:
+            xs[call.first] = formed(xs[call.first], mean, var, *affine, added, *call.first_options)
+        factors, stride, dilation, groups = call.geometry
+        upsample = [(next(ups), factor) if factor > 1 else None for factor in factors]
+        z = convolve(xs, weight, None if call.deferred else conv_bias, stride, dilation, groups, upsample)
+        if call.deferred:
+            wide = z.to(accumulation_dtype(z.dtype))
+            return z, wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
+        eps, act, slope = call.options
+        y = F.batch_norm(z, None, None, bn_weight, bn_bias, True, 0.0, eps)
+        residual = residual if call.residual_input < 0 else xs[call.residual_input]
+        return activate(y if residual is None else y + residual, (act, slope) if act == "leaky_relu" else act)
+
+    return second_order(run, flat, needed, grads)
+
+
+def formed(
+    z: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+    slope: float,
+) -> Tensor:
+    """An ending's y in plain PyTorch, differentiable in all of its tensors."""
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight.to(var.dtype)
+    y = (z.to(var.dtype) - mean[:, None, None]) * scale[:, None, None]
+    if bias is not None:
+        y = y + bias.to(var.dtype)[:, None, None]
+    y = y.to(z.dtype)
+    return activate(y if residual is None else y + residual, (act, slope) if act == "leaky_relu" else act)
+
+
+class _Formed(torch.autograd.Function):
+    """y of an ending for a reader that takes no other; what it gives back is what a unit would."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: _Kernels, options: tuple[float, str, float], *tensors: Any) -> Tensor:
+        z, residual, *norm = tensors
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.options = kernels, options
+        ctx.save_for_backward(*tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernels.tail(z, *norm, residual, *options)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        if dy is None:
+            return (None,) * (len(needed) + 2)
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def run(z: Tensor, residual: Tensor | None, *norm: Any) -> Tensor:
+                return formed(z, *norm, residual, *ctx.options)
+
+            return (None, None, *second_order(run, tensors, needed, (dy,)))
+        z, residual, *norm = tensors
+        sums = ctx.kernels.reduce(dy, z, *norm, residual, *ctx.options)
+        _, du = ctx.kernels.apply(dy, z, *norm, residual, None, None, 0.0, *ctx.options, True)
+        found = [du, du, *sums, _like(sums[1], norm[2]), _like(sums[0], norm[3])]
+        return (None, None, *(grad if wanted else None for grad, wanted in zip(found, needed, strict=True)))
+
+
+_backends: dict[str, _Kernels] = {}
+
+
+def _kernels(backend: str) -> _Kernels:
+    if backend not in _backends:
+        _backends[backend] = _Kernels.of(backend)
+    return _backends[backend]
+
+
+def form(ending: Ending) -> Tensor:
+    """y of an ending that a unit has left to its reader, differentiable, for what is no unit."""
+    y: Tensor = _Formed.apply(_kernels(ending.backend), ending.options, ending.z, ending.residual, *ending[1:5])
+    return y
+
+
+# How many maps are formed at most to form one.
+_DEEPEST = 3
+
+
+def kept_of(
+    xs: Sequence[Tensor],
+    residual: Tensor | None,
+    of_first: Tensor | None,
+    residual_input: int,
+    first: int,
+    kernel: int,
+    low: bool,
+) -> tuple[Kept | None, ...]:
+    """What a unit saves in the place of its inputs and its residual, None where that is the map itself.
+
+    A map without a residual, or whose residual is read beside it, is formed while it is read at no cost. Others are
+    formed in a pass of their own: only where memory is to be ``low``.
+    """
+    found: list[Kept | None] = []
+    for i, x in enumerate((*xs, residual, of_first)):
+        kept = None if x is None or i == first or not x.requires_grad else recall(x)
+        if kept is not None and not low:
+            added = kept.ending.residual
+            free = added is None or (kernel == 1 and any(added is other for other in xs))
+            # One input is formed on the way, and none that is added or is the residual.
+            if not free or i >= len(xs) or i == residual_input or any(k is not None for k in found) or first >= 0:
+                kept = None
+        found.append(kept if kept is not None and kept.ending.depth() <= _DEEPEST else None)
+    return tuple(found)
+
+
+def chained(backend: str, call: Call, flat: Sequence[Tensor | None]) -> Any:
+    """y of a unit, or where it is deferred z, mean and variance.
+
+    Args:
+        backend: the namespace that serves it.
+        call: see :class:`Call`.
+        flat: inputs, up-weights, weight, conv_bias, residual, bn_weight, bn_bias, and of the first input's ending
+            residual, mean, var, bn_weight, bn_bias.
+    """
+    if not requires_grad(flat):
+        return _Unit.forward(_NoContext(), _kernels(backend), call, *flat)
+    # Function.apply inspects forward's signature for defaults, on every call.
+    made = _apply(_kernels(backend), call, *flat)
+    if not call.deferred:
+        ending = made.grad_fn.__dict__.pop("ending")
+        remember(made, ending)
+    return made
+
+
+_apply = super(torch.autograd.Function, _Unit).apply  # type: ignore[misc]
+
+
+class _NoContext:
+    """Takes what a call without gradients would save."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Nothing to do."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Nothing to do."""
