@@ -11,6 +11,7 @@ from typing import Any
 from dla_fast.models.dense import DLASeg
 from dla_fast.models.dla import DLA
 from dla_fast.nn import BasicBlock, Bottleneck, SplitBottleneck
+from dla_fast.nn.memory import check_memory, set_memory
 from dla_fast.nn.tree import BlockFactory
 
 
@@ -58,7 +59,7 @@ def list_models(dense: bool | None = None) -> list[str]:
     return [*(_VARIANTS if dense is not True else ()), *(_DENSE if dense is not False else ())]
 
 
-def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
+def create_model(name: str, *, memory: str = "default", **kwargs: Any) -> DLA | DLASeg:
     """Build a DLA network with random weights.
 
     Deep Layer Aggregation (Yu, Wang, Shelhamer, Darrell, CVPR 2018), table 1. Load a checkpoint with
@@ -66,6 +67,8 @@ def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
 
     Args:
         name: one of :func:`list_models`.
+        memory: "default" keeps for the backward pass what makes it fastest. "low" keeps less, and forms again in the
+            backward pass the outputs of nodes, ladders and blocks, and where a pooling's maxima lie.
         **kwargs: ``num_classes``, ``in_chans``, ``features_only``, ``output_stride``, ``drop_rate``, ``device``,
             ``dtype``, as in :class:`DLA`; for a dense-prediction network ``num_classes`` (or ``classes``),
             ``down_ratio``, ``in_chans``, ``device`` and ``dtype``, as in :class:`DLASeg`.
@@ -74,6 +77,13 @@ def create_model(name: str, **kwargs: Any) -> DLA | DLASeg:
         ValueError: an unknown name, or an option out of its range.
         TypeError: an option that the network does not have, or one given under both of its names.
     """
+    check_memory(memory)
+    model = _create(name, kwargs)
+    set_memory(model, memory)
+    return model
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> DLA | DLASeg:
     if name in _DENSE:
         _check_options(name, kwargs, _DENSE_OPTIONS)
         common = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}

@@ -11,6 +11,7 @@ from dla_fast import checks
 from dla_fast.nn.aggregate import AggregationNode
 from dla_fast.nn.batch_norm import is_observed
 from dla_fast.nn.blocks import BasicBlock, Bottleneck, SplitBottleneck
+from dla_fast.nn.pool import MaxPool2d
 from dla_fast.nn.unit import run_unit
 
 BlockFactory = Callable[..., nn.Module]
@@ -109,7 +110,7 @@ class Tree(nn.Module):
         self.child_channels = tuple(child_channels)
         children = (*child_channels, in_channels) if level_root else tuple(child_channels)
         # The order of registration is that of timm's trees, so that an optimizer's state fits as well.
-        self.downsample = nn.MaxPool2d(stride, stride) if stride > 1 else nn.Identity()
+        self.downsample = MaxPool2d(stride, stride) if stride > 1 else nn.Identity()
         if levels == 1:
             self.project = (
                 Projection(in_channels, out_channels, device=device, dtype=dtype)

@@ -14,12 +14,10 @@ from dla_fast.nn.batch_norm import count_batch, is_plain, norm_of, parameter
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.conv import is_plain_conv
 from dla_fast.nn.frozen import KEY, Frozen
+from dla_fast.nn.memory import LOW
 from dla_fast.ops import chain
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
-
-# In the dict of a convolution whose unit is to save little for the backward pass.
-LOW = "_dla_fast_low_memory"
 
 
 def run_unit(

@@ -16,6 +16,7 @@ from dla_fast.swap.block_adapter import BlockAdapter
 from dla_fast.swap.convs import ConvsAdapter
 from dla_fast.swap.ida_adapter import IDAAdapter
 from dla_fast.swap.nodes import FusedNode
+from dla_fast.swap.pool import PoolAdapter
 from dla_fast.swap.root_adapter import RootAdapter
 
 
@@ -23,7 +24,8 @@ class Adapter(Protocol):
     """How one family of modules is recognised and swapped."""
 
     unit: str
-    """Which of :data:`dla_fast.swap.report.UNITS` it is, by which ``swap_`` is asked for it."""
+    """Which of :data:`dla_fast.swap.report.UNITS` it is, by which ``swap_`` is asked for it; "pools" it swaps where
+    memory is to be low."""
 
     kind: str
     """How the report calls it."""
@@ -58,4 +60,4 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (RootAdapter(), IDAAdapter(), BlockAdapter(), ConvsAdapter())
+ADAPTERS: tuple[Adapter, ...] = (RootAdapter(), IDAAdapter(), BlockAdapter(), ConvsAdapter(), PoolAdapter())

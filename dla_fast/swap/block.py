@@ -10,8 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast.nn.batch_norm import is_observed
+from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec, activate
-from dla_fast.swap.calls import PLAIN, are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.calls import (
+    PLAIN,
+    are_unit,
+    fused_act,
+    is_act,
+    run_deferred_on,
+    run_unit_on,
+    undisturbed,
+    unit_dtype,
+)
 from dla_fast.swap.found import Found, find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode
 
@@ -171,21 +181,21 @@ def can_fuse(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> bool:
 def run_block(module: nn.Module, spec: BlockSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
     """The fused calls themselves, on the backend the block is forced to, if any."""
     children: Any = module._modules
-    y = x
+    y: Tensor | Ending = x
     for conv, bn, act in spec.units[:-1]:
-        y = run_unit_on(spec.backend, [y], children[conv], children[bn], act=_act(children, act))
+        y = run_deferred_on(spec.backend, [y], children[conv], children[bn], act=_act(children, act))
     if shortcut is None:
         downsample = children.get(spec.downsample)
         shortcut = x if downsample is None else downsample(x)
     return run_last(module, spec, y, shortcut)
 
 
-def run_last(module: nn.Module, spec: BlockSpec, y: Tensor, shortcut: Tensor) -> Tensor:
+def run_last(module: nn.Module, spec: BlockSpec, y: Tensor | Ending, shortcut: Tensor) -> Tensor:
     """The last unit of a block, and the shortcut."""
     children: Any = module._modules
     conv, bn, last = spec.units[-1]
     ending = _act(children, last)
-    if shortcut.shape == output_shape([children[conv]], y.shape):
+    if shortcut.shape == output_shape([children[conv]], (y.z if isinstance(y, Ending) else y).shape):
         return run_unit_on(spec.backend, [y], children[conv], children[bn], act=ending, residual=shortcut)
     # What a child made of the input may be broadcast.
     return activate(run_unit_on(spec.backend, [y], children[conv], children[bn], act="identity") + shortcut, ending)

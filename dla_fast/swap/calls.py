@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dla_fast import backend
 from dla_fast.nn.batch_norm import is_observed, parameter
-from dla_fast.nn.unit import run_unit
+from dla_fast.nn.unit import run_deferred, run_unit
+from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
 
 # Everything else (fx proxies, DTensor, quantized weights) has rules of its own.
@@ -86,7 +87,17 @@ def unit_dtype(xs: Sequence[Tensor], conv: Any, bn: Any) -> torch.dtype | None:
     return dtype
 
 
-def run_unit_on(name: str, xs: Sequence[Tensor], conv: nn.Module, bn: nn.Module, **options: Any) -> Tensor:
+def run_deferred_on(
+    name: str, xs: Sequence[Tensor | Ending], conv: nn.Module, bn: nn.Module, **options: Any
+) -> Tensor | Ending:
+    """:func:`dla_fast.nn.unit.run_deferred` on the backend of :func:`run_unit_on`."""
+    if name in ("auto", backend.selected()):
+        return run_deferred(xs, conv, bn, **options)
+    with forcing(name):
+        return run_deferred(xs, conv, bn, **options)
+
+
+def run_unit_on(name: str, xs: Sequence[Tensor | Ending], conv: nn.Module, bn: nn.Module, **options: Any) -> Tensor:
     """:func:`dla_fast.nn.unit.run_unit` on the backend a module is forced to, or on the one in force for "auto"."""
     if name in ("auto", backend.selected()):
         return run_unit(xs, conv, bn, **options)

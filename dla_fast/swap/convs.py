@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast.nn.frozen import KEY
+from dla_fast.ops import chain
+from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
 from dla_fast.swap import verify
-from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.calls import are_unit, fused_act, is_act, run_deferred_on, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.found import find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode, class_reason
 
@@ -62,12 +64,14 @@ class FusedConvs(FusedNode):
         children, x, i = list(self._modules.values()), input, 0
         while i < len(children):
             run = run_at(children, i)
-            if run is not None and unit_dtype((x,), run[0], run[1]) is not None:
+            if run is not None and unit_dtype((x.z if isinstance(x, Ending) else x,), run[0], run[1]) is not None:
                 conv, bn, act, count = run
-                x = run_unit_on(self._dla_fast_spec.backend, [x], conv, bn, act=act)
                 i += count
+                # Between two runs the map is nobody else's.
+                call = run_unit_on if run_at(children, i) is None else run_deferred_on
+                x = call(self._dla_fast_spec.backend, [x], conv, bn, act=act)
             else:
-                x = cast(Any, children[i])(x)
+                x = cast(Any, children[i])(chain.form(x) if isinstance(x, Ending) else x)
                 i += 1
         keep(self, found)
         return x

@@ -15,8 +15,8 @@ class SwapEntry:
 
     Attributes:
         name: its path in the model, as ``named_modules`` gives it.
-        kind: what it is, or resembles: ``"aggregate"`` for a node, ``"merge"`` for a whole ladder, ``"block"``, or
-            ``"conv"`` for a Sequential with runs of convolution, norm and activation.
+        kind: what it is, or resembles: ``"aggregate"`` for a node, ``"merge"`` for a whole ladder, ``"block"``,
+            ``"conv"`` for a Sequential with runs of convolution, norm and activation, or ``"pool"``.
         reason: why it was skipped; for a swapped module a remark, mostly empty.
     """
 

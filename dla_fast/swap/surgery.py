@@ -17,6 +17,7 @@ from dla_fast.nn import (
     Projection,
     SplitBottleneck,
 )
+from dla_fast.nn.memory import check_memory, set_memory
 from dla_fast.swap.adapters import ADAPTERS, Adapter
 from dla_fast.swap.nodes import FusedNode, fused_class, rebind, restore
 from dla_fast.swap.report import UNITS, SwapEntry, SwapReport
@@ -147,6 +148,7 @@ def swap_(
     model: nn.Module,
     *,
     units: str | Iterable[str] = tuple(UNITS),
+    memory: str = "default",
     backend: str = "auto",
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     on_unsupported: str = "skip",
@@ -177,6 +179,10 @@ def swap_(
     Args:
         model: any module; may itself be a node.
         units: what to swap: one or several of "nodes", "ladders", "blocks", "convs". The rest is not reported either.
+        memory: "default" keeps for the backward pass of training what makes it fastest: of a map that a unit wrote
+            often what it was formed of, which is kept anyway. "low" keeps less: outputs of nodes, ladders and blocks
+            are formed again in the backward pass, and max poolings, which are swapped as well, keep a byte an output.
+            It holds for all convolutions of the model, until :func:`unswap_` or another ``swap_``.
         backend: "auto" runs a module on whichever backend is in force at the call (:func:`dla_fast.use_backend`). A
             name forces the modules to that backend for good, also in copies and pickles, and wins over ``use_backend``
             (not over ``DLA_FAST_DISABLE``); a module that it cannot run where its parameters are is skipped.
@@ -189,12 +195,15 @@ def swap_(
         The report. Modules that are fused already are listed as skipped.
 
     Raises:
-        ValueError: unknown ``units``, ``backend`` or ``on_unsupported``; an unsupported candidate under "raise".
+        ValueError: unknown ``units``, ``memory``, ``backend`` or ``on_unsupported``; an unsupported candidate under "raise".
         TypeError: ``model`` is not a module, ``units`` are not strings.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     wanted = _check_units(units)
+    check_memory(memory)
+    if memory == "low":
+        wanted |= {"pools"}
     if backend != "auto" and backend not in backends.BACKENDS:
         raise ValueError(f"backend: unknown backend {backend!r}, expected auto, {', '.join(backends.BACKENDS)}")
     if on_unsupported not in ("skip", "raise"):
@@ -211,6 +220,7 @@ def swap_(
         )
     if not dry_run:
         _apply(changes)
+        set_memory(model, memory)
     return report
 
 
@@ -231,4 +241,5 @@ def unswap_(model: nn.Module) -> int:
     swapped = [module for module in model.modules() if isinstance(module, FusedNode)]
     for module in swapped:
         restore(module)
+    set_memory(model, "default")
     return len(swapped)
