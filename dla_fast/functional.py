@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def run_link(
             deferred=deferred, low=low,
         )  # fmt: skip
     if chains:
-        of_first = (None,) * 5 if ending is None else (ending.residual, *ending[1:5])
+        of_first = (None,) * 5 if ending is None else (cast(Tensor | None, ending.residual), *ending[1:5])
         kept = chain.kept_of(
             xs, None if deferred else added, of_first[0], residual_input, first, weight.shape[2], low
         )  # fmt: skip
@@ -124,8 +125,11 @@ def run_link(
             momentum, (eps, name, slope), first, ending.options if ending else (0.0, "identity", 0.0), deferred, kept,
         )  # fmt: skip
         flat = (*xs, *up_weights, weight, conv_bias, None if deferred else added, gamma, beta, *of_first)
-        made = chain.chained(serving, call, flat)
-        return Ending(*made, gamma, beta, added, eps, name, slope, serving) if deferred else made
+        made: Any = chain.chained(serving, call, flat)
+        if not deferred:
+            return cast(Tensor, made)
+        z, mean, var = made
+        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving)
     if serving == "reference":
         return node(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,

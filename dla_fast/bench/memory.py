@@ -18,7 +18,7 @@ from dla_fast.proof import measure
 from dla_fast.proof.measure import NO_FRAGMENTATION
 
 # Compiled networks are left out: their compilation runs in the process and would be its peak.
-IMPLEMENTATIONS = ("dla_fast", "eager")
+IMPLEMENTATIONS = (peers.FUSED, peers.SWAPPED, peers.LOW, "eager")
 
 
 def arguments(network: Network, impl: str, settings: Settings) -> list[str]:
@@ -29,7 +29,7 @@ def arguments(network: Network, impl: str, settings: Settings) -> list[str]:
 
 
 def measure_network(network: Network, settings: Settings) -> Outcome:
-    """Peak of a training step, and what it keeps for the backward pass, with dla_fast and in eager PyTorch.
+    """Peak of a training step, and what it keeps for the backward pass, with dla_fast's variants and in eager PyTorch.
 
     The peak is what the step adds: allocated memory on a GPU, resident memory on a CPU, where freed blocks are given
     back at once (glibc's ``MALLOC_MMAP_THRESHOLD_``) so that it is that of the tensors.

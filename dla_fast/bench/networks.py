@@ -50,16 +50,17 @@ def make(name: str, impl: str, state: dict[str, Tensor] | None = None) -> tuple[
     Eager is the network that people run: timm's where timm has it, and for dense prediction one written op by op
     around timm's. Without timm it is this package's on the PyTorch reference. That network is also what
     ``dla_fast+swapped`` and ``dla_fast+frozen`` start from; ``dla_fast`` itself is the one built of this package's
-    modules.
+    modules, and ``dla_fast+low`` that with ``memory="low"``.
 
     Args:
         name: one of :func:`dla_fast.models.list_models`.
         impl: ``dla_fast``, ``dla_fast:<backend>``, a variant or a peer.
         state: parameters and buffers to load.
     """
-    swapped = impl in peers.VARIANTS
+    swapped = impl in (peers.SWAPPED, peers.FROZEN)
     stock = None if impl == "reference" or (impl.startswith(peers.FUSED) and not swapped) else _stock(name)
-    network = models.create_model(name) if stock is None else stock
+    memory = "low" if impl == peers.LOW else "default"
+    network = models.create_model(name, memory=memory) if stock is None else stock
     if state is not None:
         network.load_state_dict(state)
     source = "dla_fast" if stock is None else "timm"

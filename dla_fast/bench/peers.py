@@ -18,10 +18,12 @@ from dla_fast.bench.cases import Case
 from dla_fast.proof import parity
 
 FUSED = "dla_fast"
-# This package's other ways to serve a network: the stock network after ``swap_``, and that after ``freeze_`` too.
+# This package's other ways to serve a network: the stock network after ``swap_``, that after ``freeze_`` too, and its
+# own network with ``memory="low"``.
 SWAPPED = f"{FUSED}+swapped"
 FROZEN = f"{FUSED}+frozen"
-VARIANTS = (SWAPPED, FROZEN)
+LOW = f"{FUSED}+low"
+VARIANTS = (SWAPPED, FROZEN, LOW)
 # What may be asked for beside dla_fast and its backends, which are always there.
 PEERS = (
     "eager",
@@ -107,14 +109,15 @@ def network_implementations(
         dtype: of the network.
         peers: of :data:`PEERS`; those that do not exist for this are left out.
         mode: one of :data:`dla_fast.bench.cases.MODES`.
-        variants: of :data:`VARIANTS`; frozen there is in inference alone.
+        variants: of :data:`VARIANTS`; frozen there is in inference alone, and low on memory in training.
     """
     mine: list[str] = []
     others: list[str] = []
     for impl in implementations("aggregate", device, dtype, peers, mode):
         if impl not in YARDSTICKS:
             (mine if impl.startswith(FUSED) else others).append(impl)
-    mine += [impl for impl in VARIANTS if impl in variants and (impl != FROZEN or mode == "inference")]
+    unlike = LOW if mode == "inference" else FROZEN
+    mine += [impl for impl in VARIANTS if impl in variants and impl != unlike]
     outside = [impl for impl in exported.MODULES if impl in peers and exported.runs(impl, device, dtype, mode)]
     return [*mine, *others, *outside]
 

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         nargs="*",
         default=["swapped", "frozen"],
-        choices=["swapped", "frozen"],
+        choices=["swapped", "frozen", "low"],
         help="whole networks: beside the one of this package's modules, the stock network after swap_, and after "
         "freeze_ too; ops with a convolution: as frozen models run them (default: both)",
     )

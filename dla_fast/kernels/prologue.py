@@ -39,14 +39,17 @@ class Prologue(NamedTuple):
         """The inputs, y in the place of z."""
         if self.input < 0:
             return xs
-        _, residual, mean, var, weight, bias, *options = self
-        y = tail(xs[self.input], mean, var, weight, bias, residual, *options)
+        y = tail(xs[self.input], *self._norm(), self.eps, self.act, self.slope)
         return [y if i == self.input else x for i, x in enumerate(xs)]
 
     def through(self, dy: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """From the gradient of y: dy', that of what is activated, and its sums, alone and times x_hat."""
-        _, residual, mean, var, weight, bias, *options = self
-        norm = (mean, var, weight, bias, residual)
+        norm, options = self._norm(), (self.eps, self.act, self.slope)
         sums = tail_backward_reduce(dy, z, *norm, *options)
         _, du = tail_backward_apply(dy, z, *norm, None, None, 0.0, *options, True)
         return du, list(sums)
+
+    def _norm(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        assert self.mean is not None
+        assert self.var is not None
+        return self.mean, self.var, self.weight, self.bias, self.residual

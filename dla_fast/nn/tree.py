@@ -49,6 +49,20 @@ class Projection(nn.Sequential):
         return run_unit([x], self[0], self[1], act="identity")
 
 
+def _last(block: nn.Module, root: nn.Module, x: Tensor, children: Sequence[Tensor]) -> Tensor:
+    """``root(block(x), x, *children)``; what the root alone reads, and nobody watches, it normalises on the way."""
+    if (
+        isinstance(block, BasicBlock | Bottleneck | SplitBottleneck)
+        and type(block).forward in (BasicBlock.forward, Bottleneck.forward)
+        and type(root) is AggregationNode
+        and not root.residual
+        and not (is_observed(block) or is_observed(root) or nn.modules.module._has_any_global_hook())
+    ):
+        return root.run([block.deferred(x), x, *children])
+    y: Tensor = root(block(x), x, *children)
+    return y
+
+
 class Tree(nn.Module):
     """One level of hierarchical deep aggregation (HDA).
 
@@ -155,21 +169,9 @@ class Tree(nn.Module):
             children = (*children, bottom)
         if self.levels == 1:
             x1 = self.tree1(x, self.project(bottom))
-            if self._hands_over():
-                return self.root.run([self.tree2.deferred(x1), x1, *children])
-            return self.root(self.tree2(x1), x1, *children)
+            return _last(self.tree2, self.root, x1, children)
         x1 = self.tree1(x, bottom=bottom)
         return self.tree2(x1, (*children, x1))
-
-    def _hands_over(self) -> bool:
-        """Whether the second block's output is read by the root alone, which then normalises it while it reads it."""
-        block, root = self.tree2, self.root
-        return (
-            type(block) in (BasicBlock, Bottleneck, SplitBottleneck)
-            and type(root) is AggregationNode
-            and not root.residual
-            and not (is_observed(block) or is_observed(root) or nn.modules.module._has_any_global_hook())
-        )
 
     def _check_size(self, x: Tensor) -> None:
         height, width = x.shape[-2:]

@@ -153,30 +153,33 @@ def _once(
     need_dw, need_bias, need_residual, need_gamma, need_beta, *need_first = needed[at:]
     through = call.first >= 0 and (need_dx[call.first] or any(need_first))
     xs: list[Any] = flat[:n]
-    if endings[n] is not None:
-        residual = endings[n].form(kernels.tail)
-    if endings[n + 1] is not None:
-        of_first[0] = endings[n + 1].form(kernels.tail)
+    maps: dict[int, Tensor] = {}
+    of_residual, of_added = endings[n:]
+    if of_residual is not None:
+        residual = of_residual.form(kernels.tail, maps)
+    if of_added is not None:
+        of_first[0] = of_added.form(kernels.tail, maps)
     pre = NO_PROLOGUE if call.first < 0 else (call.first, *of_first, *call.first_options)
     for i, ending in enumerate(endings[:n]):
         if ending is None:
             continue
-        # One input is formed while it is read, where that serves nothing else.
-        if pre is NO_PROLOGUE and i != call.residual_input and not isinstance(ending.residual, Ending):
+        read = i == call.residual_input or call.geometry[0][i] > 1
+        if not need_dw and not read:
+            xs[i] = ending.z  # for its shape
+        elif pre is NO_PROLOGUE and not read and not isinstance(ending.residual, Ending):
+            # One input is formed while it is read.
             xs[i], pre = ending.z, prologue(i, ending)
         else:
-            xs[i] = ending.form(kernels.tail)
+            xs[i] = ending.form(kernels.tail, maps)
     added = residual if call.residual_input < 0 else xs[call.residual_input]
     if through:
         need_dx[call.first] = True
+    dy = torch.zeros_like(z) if grads[0] is None else grads[0]
+    sums: Sequence[Tensor]
     if call.deferred:
-        dy, *sums = grads
         act, slope, added, residual = "identity", 0.0, None, None
-        if dy is None:
-            dy = torch.zeros_like(z)
-        sums = [torch.zeros_like(mean) if total is None else total for total in sums]
+        sums = [torch.zeros_like(mean) if total is None else total for total in grads[1:]]
     else:
-        dy = grads[0]
         sums = kernels.reduce(dy, z, mean, var, bn_weight, bn_bias, added, eps, act, slope)
     dxs: Sequence[Any] = [None] * n
     dups: Sequence[Any] = [None] * call.ups
@@ -219,14 +222,14 @@ def _twice(
     for i, (kept, ending) in enumerate(zip(call.kept, endings, strict=True)):
         if kept is not None and ending is not None:
             with torch.no_grad():
-                y = ending.form(ctx.kernels.tail)
+                y = ending.form(ctx.kernels.tail, {})
             flat[_place(call, i)] = valued(kept.edge, y)
 
     def run(*tensors: Any) -> Any:
         xs, ups = list(tensors[:n]), iter(tensors[n:at])
         weight, conv_bias, residual, bn_weight, bn_bias, added, mean, var, *affine = tensors[at:]
         if call.first >= 0:
-            xs[call.first] = formed(xs[call.first], mean, var, *affine, added, *call.first_options)
+            xs[call.first] = formed(xs[call.first], (mean, var, *affine), added, call.first_options)
         factors, stride, dilation, groups = call.geometry
         upsample = [(next(ups), factor) if factor > 1 else None for factor in factors]
         z = convolve(xs, weight, None if call.deferred else conv_bias, stride, dilation, groups, upsample)
@@ -242,17 +245,12 @@ def _twice(
 
 
 def formed(
-    z: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    act: str,
-    slope: float,
+    z: Tensor, norm: Sequence[Tensor | None], residual: Tensor | None, options: tuple[float, str, float]
 ) -> Tensor:
-    """An ending's y in plain PyTorch, differentiable in all of its tensors."""
+    """An ending's y in plain PyTorch, differentiable in all of its tensors; norm: mean, var, weight and bias."""
+    (mean, var, weight, bias), (eps, act, slope) = norm, options
+    assert mean is not None
+    assert var is not None
     scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight.to(var.dtype)
     y = (z.to(var.dtype) - mean[:, None, None]) * scale[:, None, None]
     if bias is not None:
@@ -282,7 +280,7 @@ class _Formed(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def run(z: Tensor, residual: Tensor | None, *norm: Any) -> Tensor:
-                return formed(z, *norm, residual, *ctx.options)
+                return formed(z, norm, residual, ctx.options)
 
             return (None, None, *second_order(run, tensors, needed, (dy,)))
         z, residual, *norm = tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -43,10 +43,13 @@ class Ending(NamedTuple):
         """What is no tensor."""
         return self.eps, self.act, self.slope
 
-    def form(self, tail: Callable[..., Tensor]) -> Tensor:
-        """y, by the operator of a backend."""
-        added = self.residual.form(tail) if isinstance(self.residual, Ending) else self.residual
-        return tail(*self[:5], added, *self.options)
+    def form(self, tail: Callable[..., Tensor], maps: dict[int, Tensor]) -> Tensor:
+        """y, by the operator of a backend; ``maps`` has those that were formed before, by where their z lies."""
+        place = self.z.data_ptr()
+        if place not in maps or self.z.numel() == 0:
+            added = self.residual.form(tail, maps) if isinstance(self.residual, Ending) else self.residual
+            maps[place] = tail(*self[:5], added, *self.options)
+        return maps[place]
 
     def depth(self) -> int:
         """How many maps are formed to form y."""
@@ -59,9 +62,9 @@ class Ending(NamedTuple):
 
     def with_tensors(self, tensors: Iterator[Tensor | None]) -> Ending:
         """The same of other tensors, in the order of :meth:`flat`."""
-        own: Any = [next(tensors) for _ in range(5)]
+        z, mean, var, weight, bias = cast(Any, [next(tensors) for _ in range(5)])
         residual = self.residual.with_tensors(tensors) if isinstance(self.residual, Ending) else next(tensors)
-        return Ending(*own, residual, *self.options, self.backend)
+        return self._replace(z=z, mean=mean, var=var, weight=weight, bias=bias, residual=residual)
 
     def skeleton(self) -> Ending:
         """The same without tensors, for :meth:`with_tensors`."""

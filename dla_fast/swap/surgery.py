@@ -195,7 +195,8 @@ def swap_(
         The report. Modules that are fused already are listed as skipped.
 
     Raises:
-        ValueError: unknown ``units``, ``memory``, ``backend`` or ``on_unsupported``; an unsupported candidate under "raise".
+        ValueError: unknown ``units``, ``memory``, ``backend`` or ``on_unsupported``; an unsupported candidate under
+            "raise".
         TypeError: ``model`` is not a module, ``units`` are not strings.
     """
     if not isinstance(model, nn.Module):
