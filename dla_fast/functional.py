@@ -116,7 +116,9 @@ def run_link(
             deferred=deferred, low=low,
         )  # fmt: skip
     if chains:
-        of_first = (None,) * 5 if ending is None else (cast(Tensor | None, ending.residual), *ending[1:5])
+        of_first: tuple[Any, ...] = (None,) * 8
+        if ending is not None:
+            of_first = (ending.residual, *ending[1:5], *cast(Any, ending.ports))
         kept = chain.kept_of(
             xs, None if deferred else added, of_first[0], residual_input, first, weight.shape[2], low
         )  # fmt: skip
@@ -128,8 +130,8 @@ def run_link(
         made: Any = chain.chained(serving, call, flat)
         if not deferred:
             return cast(Tensor, made)
-        z, mean, var = made
-        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving)
+        z, mean, var, *ports = made
+        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving, tuple(ports))
     if serving == "reference":
         return node(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,

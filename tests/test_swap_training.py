@@ -73,14 +73,34 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).abs().max() / scale)
 
 
+def swapped(timm, dtype: torch.dtype, memory: str) -> nn.Module:
+    twin = make_model(timm, dtype)
+    assert dla_fast.swap_(twin, memory=memory).counts()["blocks"]
+    return twin
+
+
+def own(timm, dtype: torch.dtype, memory: str) -> nn.Module:
+    """This package's network with the parameters of timm's."""
+    twin = dla_fast.models.create_model("dla34", num_classes=10, memory=memory).to(dtype).train()
+    twin.load_state_dict(make_model(timm, dtype).state_dict())
+    return twin
+
+
+DOUBLE, SINGLE = (torch.float64, 20, 3e-6, 0.9, 1e-8), (torch.float32, 5, 1e-6, 0.0, 1e-4)
+
+
 @pytest.mark.parametrize(
-    "dtype, steps, lr, momentum, bound",
-    [(torch.float64, 20, 3e-6, 0.9, 1e-8), (torch.float32, 5, 1e-6, 0.0, 1e-4)],
-    ids=["float64", "float32"],
+    "dtype, steps, lr, momentum, bound, made, memory",
+    [
+        pytest.param(*DOUBLE, swapped, "default", id="float64"),
+        pytest.param(*SINGLE, swapped, "default", id="float32"),
+        pytest.param(*DOUBLE, swapped, "low", id="low on memory"),
+        pytest.param(*DOUBLE, own, "default", id="built of our modules"),
+        pytest.param(*DOUBLE, own, "low", id="built of our modules, low on memory"),
+    ],
 )
-def test_training_follows_the_unswapped_model(timm, dtype, steps, lr, momentum, bound):
-    model, twin = make_model(timm, dtype), make_model(timm, dtype)
-    assert len(dla_fast.swap_(twin).swapped) == 25
+def test_training_follows_the_unswapped_model(timm, dtype, steps, lr, momentum, bound, made, memory):
+    model, twin = make_model(timm, dtype), made(timm, dtype, memory)
     batches = make_batches(steps, dtype)
     images, labels = batches[-1]
     with torch.no_grad():

@@ -195,10 +195,12 @@ def second_order(
         needed: whose gradients are wanted.
         grads: one for each of what ``run`` gives, None where nothing came back.
     """
-    wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
     device = next(t.device.type for t in inputs if t is not None)
     with torch.enable_grad(), torch.autocast(device, enabled=False):
-        made = run(*inputs)
+        # One input may come from another: what goes through that is not this operator's.
+        own = [t.view_as(t) if n and t is not None else t for t, n in zip(inputs, needed, strict=True)]
+        wanted = [t for t, n in zip(own, needed, strict=True) if n and t is not None]
+        made = run(*own)
         outputs = made if isinstance(made, tuple) else (made,)
         there = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None]
         ys, dys = zip(*there, strict=True)

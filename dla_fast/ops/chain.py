@@ -2,10 +2,11 @@
 its reader to normalise, and maps that can be formed again are not saved.
 
 Between two units of a chain no y exists. The first gives z, mean and variance, its reader forms y while it loads z.
-What comes back for the three is not their gradient but what the norm's backward needs: dy' (the gradient of what the
-activation is applied to) and its sums, alone and times x_hat, which the reader has taken on the way. Both are linear in
-the gradient, so that several readers' add up. Where a backward is itself differentiated all goes through the reference,
-and then they are the gradients.
+What comes back is not the gradient of the three but what the norm's backward needs: dy' (the gradient of what the
+activation is applied to) and its sums, alone and times x_hat, which the reader has taken on the way. So that nobody
+takes the one for the other it comes back for three tensors that stand beside them, the ports. Both are linear in the
+gradient: several readers' add up. A backward that is itself differentiated goes through the reference and gives
+gradients, and what is differentiated then gives both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dla_fast.ops.autograd import cast, requires_grad, second_order
 from dla_fast.ops.direct import direct
-from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, prologue, recall, remember, valued
+from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, keep, prologue, recall, remember, valued
 from dla_fast.ops.layout import accumulation_dtype
 from dla_fast.reference.activation import activate
 from dla_fast.reference.conv_norm_act import convolve
@@ -57,8 +58,8 @@ class Call(NamedTuple):
 
 
 # Behind the inputs and the up-weights: weight, conv_bias, residual, bn_weight, bn_bias, and of the first input's ending
-# residual, mean, var, bn_weight, bn_bias.
-_REST = 10
+# residual, mean, var, bn_weight, bn_bias and three ports.
+_REST = 13
 
 
 class _Kernels(NamedTuple):
@@ -90,7 +91,7 @@ class _Unit(torch.autograd.Function):
     def forward(ctx: Any, kernels: _Kernels, call: Call, *flat: Any) -> Any:
         n, at = call.inputs, call.inputs + call.ups
         xs, ups = list(flat[:n]), list(flat[n:at])
-        weight, conv_bias, residual, bn_weight, bn_bias, *of_first = flat[at:]
+        weight, conv_bias, residual, bn_weight, bn_bias, *of_first = flat[at : at + 10]
         pre = NO_PROLOGUE if call.first < 0 else (call.first, *of_first, *call.first_options)
         with torch._C._AutoDispatchBelowAutograd():
             z, mean, var = kernels.stage(
@@ -100,7 +101,7 @@ class _Unit(torch.autograd.Function):
             norm = mean, var, bn_weight, bn_bias
             y = None if call.deferred else kernels.tail(z, *norm, added, *call.options)
         ctx.set_materialize_grads(False)
-        saved: list[Tensor | None] = list(flat)
+        saved: list[Tensor | None] = list(flat[:-3])
         endings: list[Tensor | None] = []
         kept = list(call.kept)
         for i, one in enumerate(kept):
@@ -112,7 +113,7 @@ class _Unit(torch.autograd.Function):
         ctx.kernels, ctx.call = kernels, call._replace(kept=tuple(kept))
         ctx.save_for_backward(*saved, z, mean, var, *endings)
         if y is None:
-            return z, mean, var
+            return z, mean, var, z.new_empty(1).expand(z.shape), torch.empty_like(mean), torch.empty_like(var)
         of_residual = call.kept[n if call.residual_input < 0 else call.residual_input]
         summed = added if of_residual is None else of_residual.ending
         ctx.ending = Ending(z, mean, var, bn_weight, bn_bias, summed, *call.options, kernels.backend)
@@ -124,12 +125,12 @@ class _Unit(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (len(needed) + 2)
         call: Call = ctx.call
-        count = call.inputs + call.ups + _REST
+        count = call.inputs + call.ups + _REST - 3
         tensors = list(ctx.saved_tensors)
         flat, (z, mean, var), rest = tensors[:count], tensors[count : count + 3], iter(tensors[count + 3 :])
         endings = [None if kept is None else kept.ending.with_tensors(rest) for kept in call.kept]
         if torch.is_grad_enabled():
-            made = _twice(ctx, flat, endings, needed, grads)
+            made = _twice(ctx, flat, endings, needed, grads, (z, mean, var))
         else:
             made = _once(ctx, flat, endings, needed, grads, (z, mean, var))
         return (None, None, *made)
@@ -150,7 +151,7 @@ def _once(
     (z, mean, var), (eps, act, slope) = made, call.options
     weight, conv_bias, residual, bn_weight, bn_bias, *of_first = flat[at:]
     need_dx, need_dup = list(needed[:n]), list(needed[n:at])
-    need_dw, need_bias, need_residual, need_gamma, need_beta, *need_first = needed[at:]
+    need_dw, need_bias, need_residual, _, _, *need_first = needed[at:]
     through = call.first >= 0 and (need_dx[call.first] or any(need_first))
     xs: list[Any] = flat[:n]
     maps: dict[int, Tensor] = {}
@@ -174,11 +175,11 @@ def _once(
     added = residual if call.residual_input < 0 else xs[call.residual_input]
     if through:
         need_dx[call.first] = True
-    dy = torch.zeros_like(z) if grads[0] is None else grads[0]
+    dy: Any = grads[0]
     sums: Sequence[Tensor]
     if call.deferred:
         act, slope, added, residual = "identity", 0.0, None, None
-        sums = [torch.zeros_like(mean) if total is None else total for total in grads[1:]]
+        dy, sums, bn_weight = _returned(grads, made, bn_weight, eps)
     else:
         sums = kernels.reduce(dy, z, mean, var, bn_weight, bn_bias, added, eps, act, slope)
     dxs: Sequence[Any] = [None] * n
@@ -196,11 +197,39 @@ def _once(
     dbias = torch.zeros_like(conv_bias) if need_bias and conv_bias is not None else None
     dgamma, dbeta = (None, None) if call.deferred else (sums[1], sums[0])
     du = dxs[call.first] if through else None
+    dxs = [None if through and i == call.first else dx for i, dx in enumerate(dxs)]
     found = [
         *dxs, *dups, dw, dbias, dresidual, _like(dgamma, bn_weight), _like(dbeta, bn_bias),
-        du, *of_norm, _like(of_norm[1], of_first[3]), _like(of_norm[0], of_first[4]),
+        du, None, None, _like(of_norm[1], of_first[3]), _like(of_norm[0], of_first[4]), du, *of_norm,
     ]  # fmt: skip
     return [grad if wanted else None for grad, wanted in zip(found, needed, strict=True)]
+
+
+def _returned(
+    grads: Sequence[Tensor | None], made: tuple[Tensor, Tensor, Tensor], bn_weight: Tensor | None, eps: float
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """dy' of a deferred unit, its sums, and the weight of the norm that they are of."""
+    if grads[0] is grads[1] is grads[2] is None:
+        dy, *sums = (torch.zeros_like(t) if grad is None else grad for t, grad in zip(made, grads[3:], strict=True))
+        return dy, sums, bn_weight
+    # Gradients are those of a norm whose scale is 1.
+    dz, dmean, dvar = gradients_of(grads, made, bn_weight, eps)
+    deviation = (made[2] + eps).sqrt()
+    return dz, [-dmean, -2 * dvar * deviation], deviation
+
+
+def gradients_of(
+    grads: Sequence[Tensor | None], made: tuple[Tensor, Tensor, Tensor], bn_weight: Tensor | None, eps: float
+) -> list[Tensor]:
+    """The gradients of z, mean and variance, from those and from what came back for the ports."""
+    z, mean, var = made
+    dz, dmean, dvar, du, total, total_xhat = (
+        torch.zeros_like(t) if grad is None else grad for t, grad in zip((*made, *made), grads, strict=True)
+    )
+    rstd = (var + eps).rsqrt()
+    scale = rstd if bn_weight is None else rstd * bn_weight.to(rstd.dtype)
+    dz = dz + (du * scale[:, None, None]).to(z.dtype)
+    return [dz, dmean - scale * total, dvar - 0.5 * scale * rstd * total_xhat]
 
 
 def _place(call: Call, i: int) -> int:
@@ -214,7 +243,12 @@ def _like(total: Tensor | None, parameter: Tensor | None) -> Tensor | None:
 
 
 def _twice(
-    ctx: Any, flat: list[Any], endings: list[Ending | None], needed: Sequence[bool], grads: Sequence[Tensor | None]
+    ctx: Any,
+    flat: list[Any],
+    endings: list[Ending | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    made: tuple[Tensor, Tensor, Tensor],
 ) -> list[Tensor | None]:
     """The gradients by the reference, to be differentiated again."""
     call: Call = ctx.call
@@ -241,7 +275,10 @@ def _twice(
         residual = residual if call.residual_input < 0 else xs[call.residual_input]
         return activate(y if residual is None else y + residual, (act, slope) if act == "leaky_relu" else act)
 
-    return second_order(run, flat, needed, grads)
+    if call.deferred:
+        norm = (flat[at + 3], call.options[0])
+        grads = grads[:3] if grads[3] is None else gradients_of(grads, made, *norm)
+    return [*second_order(run, flat, needed[:-3], grads), None, None, None]
 
 
 def formed(
@@ -264,10 +301,10 @@ class _Formed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: _Kernels, options: tuple[float, str, float], *tensors: Any) -> Tensor:
-        z, residual, *norm = tensors
+        z, residual, *norm = tensors[:6]
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.options = kernels, options
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors[:6])
         with torch._C._AutoDispatchBelowAutograd():
             return kernels.tail(z, *norm, residual, *options)
 
@@ -282,11 +319,11 @@ class _Formed(torch.autograd.Function):
             def run(z: Tensor, residual: Tensor | None, *norm: Any) -> Tensor:
                 return formed(z, norm, residual, ctx.options)
 
-            return (None, None, *second_order(run, tensors, needed, (dy,)))
+            return (None, None, *second_order(run, tensors, needed[:6], (dy,)), None, None, None)
         z, residual, *norm = tensors
         sums = ctx.kernels.reduce(dy, z, *norm, residual, *ctx.options)
         _, du = ctx.kernels.apply(dy, z, *norm, residual, None, None, 0.0, *ctx.options, True)
-        found = [du, du, *sums, _like(sums[1], norm[2]), _like(sums[0], norm[3])]
+        found = [None, du, None, None, _like(sums[1], norm[2]), _like(sums[0], norm[3]), du, *sums]
         return (None, None, *(grad if wanted else None for grad, wanted in zip(found, needed, strict=True)))
 
 
@@ -301,7 +338,8 @@ def _kernels(backend: str) -> _Kernels:
 
 def form(ending: Ending) -> Tensor:
     """y of an ending that a unit has left to its reader, differentiable, for what is no unit."""
-    y: Tensor = _Formed.apply(_kernels(ending.backend), ending.options, ending.z, ending.residual, *ending[1:5])
+    tensors = (ending.z, ending.residual, *ending[1:5], *(ending.ports or ()))
+    y: Tensor = _Formed.apply(_kernels(ending.backend), ending.options, *tensors)
     return y
 
 
@@ -325,25 +363,26 @@ def kept_of(
     """
     found: list[Kept | None] = []
     for i, x in enumerate((*xs, residual, of_first)):
-        kept = None if x is None or i == first or not x.requires_grad else recall(x)
-        if kept is not None and not low:
-            added = kept.ending.residual
+        ending = None if x is None or i == first or not x.requires_grad else recall(x)
+        if ending is not None and not low:
+            added = ending.residual
             free = added is None or (kernel == 1 and any(added is other for other in xs))
             # One input is formed on the way, and none that is added or is the residual.
             if not free or i >= len(xs) or i == residual_input or any(k is not None for k in found) or first >= 0:
-                kept = None
-        found.append(kept if kept is not None and kept.ending.depth() <= _DEEPEST else None)
+                ending = None
+        lean = ending is not None and ending.depth() <= _DEEPEST
+        found.append(keep(x) if x is not None and lean else None)
     return tuple(found)
 
 
 def chained(backend: str, call: Call, flat: Sequence[Tensor | None]) -> Any:
-    """y of a unit, or where it is deferred z, mean and variance.
+    """y of a unit, or where it is deferred z, mean, variance and the ports.
 
     Args:
         backend: the namespace that serves it.
         call: see :class:`Call`.
         flat: inputs, up-weights, weight, conv_bias, residual, bn_weight, bn_bias, and of the first input's ending
-            residual, mean, var, bn_weight, bn_bias.
+            residual, mean, var, bn_weight, bn_bias and the ports.
     """
     if not requires_grad(flat):
         return _Unit.forward(_NoContext(), _kernels(backend), call, *flat)

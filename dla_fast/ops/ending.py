@@ -25,6 +25,8 @@ class Ending(NamedTuple):
         act: name of the activation.
         slope: of leaky_relu.
         backend: whose kernels made z.
+        ports: where a unit has left its ending to its reader: of the shapes of z, mean and var and without meaning but
+            for what comes back for them, see :mod:`dla_fast.ops.chain`.
     """
 
     z: Tensor
@@ -37,6 +39,7 @@ class Ending(NamedTuple):
     act: str
     slope: float
     backend: str
+    ports: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def options(self) -> tuple[float, str, float]:
@@ -86,12 +89,10 @@ class Kept(NamedTuple):
     Attributes:
         ending: how it is formed.
         edge: a tensor of its shape without values, from which gradients flow to where it came from.
-        version: of the map when it was made.
     """
 
     ending: Ending
     edge: Tensor
-    version: int
 
 
 class _Edge(torch.autograd.Function):
@@ -124,16 +125,24 @@ def valued(edge: Tensor, values: Tensor) -> Tensor:
     return y
 
 
-# A unit's output, as long as somebody has it -> what stands for it.
-_kept: WeakIdKeyDictionary = WeakTensorKeyDictionary()
+# A unit's output, as long as somebody has it -> its ending, the output's version then, and an edge once one is needed.
+_made: WeakIdKeyDictionary = WeakTensorKeyDictionary()
 
 
 def remember(y: Tensor, ending: Ending) -> None:
     """Note how a differentiable output is formed, for those who read it."""
-    _kept[y] = Kept(ending, _Edge.apply(y), y._version)
+    _made[y] = [ending, y._version, None]
 
 
-def recall(y: Tensor | None) -> Kept | None:
-    """What stands for a tensor, where it is a unit's output and has not been written to since."""
-    kept: Kept | None = None if y is None else _kept.get(y)
-    return kept if kept is not None and y is not None and kept.version == y._version else None
+def recall(y: Tensor) -> Ending | None:
+    """How a tensor was formed, where it is a unit's output and has not been written to since."""
+    found = _made.get(y)
+    return found[0] if found is not None and found[1] == y._version else None
+
+
+def keep(y: Tensor) -> Kept:
+    """What stands for an output that :func:`recall` knows."""
+    found = _made[y]
+    if found[2] is None:
+        found[2] = _Edge.apply(y)
+    return Kept(found[0], found[2])
