@@ -121,7 +121,8 @@ def count_fused_calls(monkeypatch):
         return counted
 
     monkeypatch.setattr(block, "run_block", counting("block", block.run_block))
-    monkeypatch.setattr(convs, "run_unit_on", counting("run", convs.run_unit_on))
+    for name in ("run_unit_on", "run_deferred_on"):
+        monkeypatch.setattr(convs, name, counting("run", getattr(convs, name)))
     return calls
 
 
