@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import networks
 from dla_fast.bench import peers
 from dla_fast.bench.records import Comparison, comparisons, geometric_mean, load, side_of
-from dla_fast.bench.table import LARGE, memory_pairs, milliseconds
+from dla_fast.bench.table import LARGE, memory_cases, memory_pairs, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,18 +94,20 @@ def _models(found: list[Comparison]) -> list[str]:
 
 
 def _memory(records: list[dict[str, Any]]) -> list[str]:
-    """Peak and kept bytes of a training step."""
-    pairs = memory_pairs(records)
-    if not pairs:
+    """Peak and kept bytes of a training step, in MiB of eager and in shares of that."""
+    cases = memory_cases(records)
+    if not cases:
         return []
-    lines = ["| memory of a training step | peak, eager | dla_fast | saved for backward, eager | dla_fast |"]
-    lines.append("|---|---|---|---|---|")
-    for mine, theirs in sorted(pairs, key=lambda pair: (str(pair[0]["case"]), pair[0]["batch"])):
-        cells = []
+    impls = [impl for impl in (peers.FUSED, *peers.VARIANTS) if any(impl in by for by in cases)]
+    names = " | ".join(impl.removeprefix(f"{peers.FUSED}+") for impl in impls)
+    lines = [f"| memory of a training step | peak, eager | {names} | saved for backward, eager | {names} |"]
+    lines.append("|---" * (3 + 2 * len(impls)) + "|")
+    for by in sorted(cases, key=lambda by: (str(by["eager"]["case"]), by["eager"]["batch"])):
+        theirs, cells = by["eager"], []
         for name in ("peak_bytes", "saved_bytes"):
-            ratio = f"{mine[name] / 2**20:.0f} MiB ({mine[name] / theirs[name]:.2f}x)"
-            cells += [f"{theirs[name] / 2**20:.0f} MiB", ratio]
-        lines.append(f"| {mine['case']}, {mine['shape']}, batch {mine['batch']} | {' | '.join(cells)} |")
+            cells.append(f"{theirs[name] / 2**20:.0f} MiB")
+            cells += [f"{by[impl][name] / theirs[name]:.2f}x" if impl in by else "–" for impl in impls]
+        lines.append(f"| {theirs['case']}, {theirs['shape']}, batch {theirs['batch']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

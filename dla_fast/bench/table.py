@@ -109,28 +109,38 @@ def _beside_library(c: Comparison) -> list[str]:
     return [rate, "-" if theirs is None else f"{theirs['median_ms'] / mine['median_ms']:.2f}x"]
 
 
-def memory_pairs(records: Iterable[Record]) -> list[tuple[Record, Record]]:
-    """(dla_fast, eager) per model with memory measured, the worst ratio of peaks first."""
+def memory_cases(records: Iterable[Record]) -> list[dict[str, Record]]:
+    """Records by implementation per model with memory measured, the worst ratio of peaks first."""
     cases: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in records:
         if record.get("suite") == "memory" and record.get("peak_bytes") and not record.get("error"):
             key = tuple(record.get(name) for name in ("case", "device", "dtype", "layout", "batch"))
             cases.setdefault(key, {})[record["impl"]] = record
-    pairs = [(by[peers.FUSED], by["eager"]) for by in cases.values() if {peers.FUSED, "eager"} <= set(by)]
-    return sorted(pairs, key=lambda pair: -pair[0]["peak_bytes"] / pair[1]["peak_bytes"])
+    found = [by for by in cases.values() if {peers.FUSED, "eager"} <= set(by)]
+    return sorted(found, key=lambda by: -by[peers.FUSED]["peak_bytes"] / by["eager"]["peak_bytes"])
+
+
+def memory_pairs(records: Iterable[Record]) -> list[tuple[Record, Record]]:
+    """(dla_fast, eager) of :func:`memory_cases`."""
+    return [(by[peers.FUSED], by["eager"]) for by in memory_cases(records)]
 
 
 def _memory(records: Sequence[Record]) -> list[str]:
-    pairs = memory_pairs(records)
-    if not pairs:
+    cases = memory_cases(records)
+    if not cases:
         return []
-    rows = [["model", "shape", "batch", "peak eager", "dla_fast", "ratio", "saved eager", "dla_fast", "ratio"]]
-    for mine, theirs in pairs:
-        row = [mine["case"], str(mine.get("shape", "")), str(mine["batch"])]
-        for name in ("peak_bytes", "saved_bytes"):
-            a, b = mine[name], theirs[name]
-            row += [f"{b / 2**20:.1f}", f"{a / 2**20:.1f}", f"{a / b:.2f}x"]
-        rows.append(row)
+    rows = [["model", "shape", "batch", "", "peak eager", "dla_fast", "ratio", "saved eager", "dla_fast", "ratio"]]
+    for by in cases:
+        theirs = by["eager"]
+        for impl in (peers.FUSED, *peers.VARIANTS):
+            if impl not in by:
+                continue
+            mine, how = by[impl], impl.removeprefix(peers.FUSED).removeprefix("+")
+            row = [mine["case"], str(mine.get("shape", "")), str(mine["batch"]), how]
+            for name in ("peak_bytes", "saved_bytes"):
+                a, b = mine[name], theirs[name]
+                row += [f"{b / 2**20:.1f}", f"{a / 2**20:.1f}", f"{a / b:.2f}x"]
+            rows.append(row)
     return ["", "memory of a training step, MiB: its peak, and what it saves for the backward pass", *align(rows, 2)]
 
 
