@@ -75,6 +75,8 @@ def run_link(
     first: int = -1,
     ending: Ending | None = None,
     deferred: bool = False,
+    carries: bool = False,
+    carried: bool = False,
     low: bool = False,
 ) -> Tensor | Ending:
     """:func:`run_node` as a link of a chain of units.
@@ -84,6 +86,8 @@ def run_link(
         first: the input that is ``ending.z``, or -1.
         ending: of the unit before, which has left it to this one.
         deferred: leave this unit's ending to its reader, where a call allows that.
+        carries: where it is left, take a further gradient of the only input, by a carrier.
+        carried: the residual is the input of the unit whose carrier ``ending`` has: its gradient goes there.
         low: save as little for the backward pass as can be formed again there.
 
     Returns:
@@ -113,25 +117,32 @@ def run_link(
         whole = [chain.form(ending) if i == first else x for i, x in enumerate(given)]
         return run_link(
             op, whole, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act,
-            deferred=deferred, low=low,
+            deferred=deferred, carries=carries, low=low,
         )  # fmt: skip
     if chains:
         of_first: tuple[Any, ...] = (None,) * 8
+        carrier = arrived = None
         if ending is not None:
             of_first = (ending.residual, *ending[1:5], *cast(Any, ending.ports))
+            arrived = ending.carrier
+            # What was added before this unit's activation, or before that of the unit before.
+            carrier = arrived if ending.residual is not None or (carried and not deferred) else None
+        carries = carries and deferred and first < 0 and xs[0].requires_grad
         kept = chain.kept_of(
             xs, None if deferred else added, of_first[0], residual_input, first, weight.shape[2], low
         )  # fmt: skip
         call = chain.Call(
             len(xs), len(up_weights), (running_mean, running_var), (factors, stride, dilation, groups), residual_input,
             momentum, (eps, name, slope), first, ending.options if ending else (0.0, "identity", 0.0), deferred, kept,
+            carries,
         )  # fmt: skip
-        flat = (*xs, *up_weights, weight, conv_bias, None if deferred else added, gamma, beta, *of_first)
+        flat = (*xs, *up_weights, weight, conv_bias, None if deferred else added, gamma, beta, *of_first, carrier)
         made: Any = chain.chained(serving, call, flat)
         if not deferred:
             return cast(Tensor, made)
         z, mean, var, *ports = made
-        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving, tuple(ports))
+        on = ports[3] if carries else arrived if added is None or carried else None
+        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving, tuple(ports[:3]), on)
     if serving == "reference":
         return node(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,

@@ -135,13 +135,15 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        y = run_deferred([x], self.conv1, self.bn1)
-        return run_unit([y], self.conv2, self.bn2, residual=x if shortcut is None else shortcut)
+        own = shortcut is None
+        y = run_deferred([x], self.conv1, self.bn1, carries=own)
+        return run_unit([y], self.conv2, self.bn2, residual=x if shortcut is None else shortcut, carried=own)
 
     def deferred(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | Ending:
         """:meth:`forward`, the last unit's ending left to the reader; nobody who watches the module's calls sees it."""
-        y = run_deferred([x], self.conv1, self.bn1)
-        return run_deferred([y], self.conv2, self.bn2, residual=x if shortcut is None else shortcut)
+        own = shortcut is None
+        y = run_deferred([x], self.conv1, self.bn1, carries=own)
+        return run_deferred([y], self.conv2, self.bn2, residual=x if shortcut is None else shortcut, carried=own)
 
 
 class _BottleneckBase(nn.Module):
@@ -167,14 +169,18 @@ class _BottleneckBase(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        return run_unit([self._inside(x)], self.conv3, self.bn3, residual=x if shortcut is None else shortcut)
+        own = shortcut is None
+        y = self._inside(x, own)
+        return run_unit([y], self.conv3, self.bn3, residual=x if shortcut is None else shortcut, carried=own)
 
     def deferred(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | Ending:
         """:meth:`forward`, the last unit's ending left to the reader; nobody who watches the module's calls sees it."""
-        return run_deferred([self._inside(x)], self.conv3, self.bn3, residual=x if shortcut is None else shortcut)
+        own = shortcut is None
+        y = self._inside(x, own)
+        return run_deferred([y], self.conv3, self.bn3, residual=x if shortcut is None else shortcut, carried=own)
 
-    def _inside(self, x: Tensor) -> Tensor | Ending:
-        y = run_deferred([x], self.conv1, self.bn1)
+    def _inside(self, x: Tensor, carries: bool) -> Tensor | Ending:
+        y = run_deferred([x], self.conv1, self.bn1, carries=carries)
         return run_deferred([y], self.conv2, self.bn2)
 
 

@@ -28,6 +28,7 @@ def run_unit(
     act: ActSpec = "relu",
     residual: int | Tensor | None = None,
     upsample: Upsampling | None = None,
+    carried: bool = False,
 ) -> Tensor:
     """``act(bn(conv(cat(xs))) + residual)``, on the parameters of a convolution and a batch norm.
 
@@ -44,6 +45,7 @@ def run_unit(
         residual: None, the index of an input, or a tensor of the output's shape; one of another dtype (autocast casts
             what a convolution reads, and not what comes from outside) is cast.
         upsample: per input None or ``(up_weight, factor)``.
+        carried: ``residual`` is what the first unit of a chain of :func:`run_deferred` that ends here has read.
 
     Returns:
         (N, C_out, H', W').
@@ -57,7 +59,7 @@ def run_unit(
         xs = maps
     if not is_plain(bn) or not is_plain_conv(conv):
         return _op_by_op(_maps(xs), conv, bn, act, residual, upsample)
-    return run_plain_unit(xs, conv, bn, act, residual, upsample)
+    return run_plain_unit(xs, conv, bn, act, residual, upsample, carried)
 
 
 def run_deferred(
@@ -67,14 +69,17 @@ def run_deferred(
     *,
     act: ActSpec = "relu",
     residual: Tensor | None = None,
+    carries: bool = False,
+    carried: bool = False,
 ) -> Tensor | Ending:
     """:func:`run_unit` for whoever hands the output to one other unit alone, which normalises it while it reads it.
 
-    Where nothing is gained by that, or somebody has to see the output, it is a map.
+    Where nothing is gained by that, or somebody has to see the output, it is a map. ``carries``: the only input is
+    added at the end of the chain that begins here, and its gradient from there is added where this unit's is made.
     """
     if not is_plain(bn) or not is_plain_conv(conv) or KEY in conv.__dict__ or torch.compiler.is_compiling():
         return run_unit(xs, conv, bn, act=act, residual=residual)
-    return _run_link(xs, conv, bn, act, residual, None, deferred=True)
+    return _run_link(xs, conv, bn, act, residual, None, deferred=True, carries=carries, carried=carried)
 
 
 def _maps(xs: Sequence[Tensor | Ending], but: int = -1) -> Sequence[Tensor]:
@@ -91,9 +96,10 @@ def run_plain_unit(
     act: ActSpec,
     residual: int | Tensor | None = None,
     upsample: Upsampling | None = None,
+    carried: bool = False,
 ) -> Tensor:
     """:func:`run_unit` where the children are known to be :func:`is_plain_conv` and :func:`is_plain`."""
-    y = _run_link(xs, conv, bn, act, residual, upsample, deferred=False)
+    y = _run_link(xs, conv, bn, act, residual, upsample, deferred=False, carried=carried)
     assert not isinstance(y, Ending)
     return y
 
@@ -107,6 +113,8 @@ def _run_link(
     upsample: Upsampling | None,
     *,
     deferred: bool,
+    carries: bool = False,
+    carried: bool = False,
 ) -> Tensor | Ending:
     first, ending, xs = -1, None, cast(Sequence[Tensor], given)
     if Ending in map(type, given):
@@ -122,7 +130,8 @@ def _run_link(
             return y
     made = functional.run_link(
         "conv_norm_act", xs, parameter(conv, "weight"), norm_of(bn), None, parameter(conv, "bias"), conv.stride[0],
-        conv.dilation[0], conv.groups, residual, upsample, act, first, ending, deferred, LOW in conv.__dict__,
+        conv.dilation[0], conv.groups, residual, upsample, act, first, ending, deferred, carries,
+        carried, LOW in conv.__dict__,
     )  # fmt: skip
     count_batch(bn)
     return made

@@ -27,6 +27,7 @@ class Ending(NamedTuple):
         backend: whose kernels made z.
         ports: where a unit has left its ending to its reader: of the shapes of z, mean and var and without meaning but
             for what comes back for them, see :mod:`dla_fast.ops.chain`.
+        carrier: where the unit takes a further gradient of its first input, a port of that one's shape.
     """
 
     z: Tensor
@@ -40,6 +41,7 @@ class Ending(NamedTuple):
     slope: float
     backend: str
     ports: tuple[Tensor, Tensor, Tensor] | None = None
+    carrier: Tensor | None = None
 
     @property
     def options(self) -> tuple[float, str, float]:
@@ -95,12 +97,17 @@ class Kept(NamedTuple):
     edge: Tensor
 
 
+def port(x: Tensor) -> Tensor:
+    """A tensor of the same shape, without values or memory."""
+    return x.new_empty(1).expand(x.shape)
+
+
 class _Edge(torch.autograd.Function):
-    """A tensor of the same shape and no memory, for the graph."""
+    """What stands for a map in the graph alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.new_empty(1).expand(x.shape)
+        return port(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

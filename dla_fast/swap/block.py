@@ -182,21 +182,24 @@ def run_block(module: nn.Module, spec: BlockSpec, x: Tensor, shortcut: Tensor | 
     """The fused calls themselves, on the backend the block is forced to, if any."""
     children: Any = module._modules
     y: Tensor | Ending = x
-    for conv, bn, act in spec.units[:-1]:
-        y = run_deferred_on(spec.backend, [y], children[conv], children[bn], act=_act(children, act))
+    own = shortcut is x or (shortcut is None and children.get(spec.downsample) is None)
+    for i, (conv, bn, act) in enumerate(spec.units[:-1]):
+        options = {"act": _act(children, act), "carries": own and i == 0}
+        y = run_deferred_on(spec.backend, [y], children[conv], children[bn], **options)
     if shortcut is None:
         downsample = children.get(spec.downsample)
         shortcut = x if downsample is None else downsample(x)
-    return run_last(module, spec, y, shortcut)
+    return run_last(module, spec, y, shortcut, own)
 
 
-def run_last(module: nn.Module, spec: BlockSpec, y: Tensor | Ending, shortcut: Tensor) -> Tensor:
-    """The last unit of a block, and the shortcut."""
+def run_last(module: nn.Module, spec: BlockSpec, y: Tensor | Ending, shortcut: Tensor, carried: bool = False) -> Tensor:
+    """The last unit of a block, and the shortcut; carried: which is the block's input."""
     children: Any = module._modules
     conv, bn, last = spec.units[-1]
     ending = _act(children, last)
     if shortcut.shape == output_shape([children[conv]], (y.z if isinstance(y, Ending) else y).shape):
-        return run_unit_on(spec.backend, [y], children[conv], children[bn], act=ending, residual=shortcut)
+        options = {"act": ending, "residual": shortcut, "carried": carried}
+        return run_unit_on(spec.backend, [y], children[conv], children[bn], **options)
     # What a child made of the input may be broadcast.
     return activate(run_unit_on(spec.backend, [y], children[conv], children[bn], act="identity") + shortcut, ending)
 
