@@ -187,7 +187,7 @@ def gradients_of(
     """The gradients of z, mean and variance, from those and from what came back for the ports."""
     z, mean, var = made
     dz, dmean, dvar, du, total, total_xhat = (
-        torch.zeros_like(t) if grad is None else grad for t, grad in zip((*made, *made), grads, strict=True)
+        torch.zeros_like(t) if grad is None else grad for t, grad in zip((*made, *made), grads[:6], strict=True)
     )
     rstd = (var + eps).rsqrt()
     scale = rstd if bn_weight is None else rstd * bn_weight.to(rstd.dtype)
