@@ -107,6 +107,20 @@ inline A lane_sum(typename VectorOf<A>::type v) {
   return sum;
 }
 
+// The same in double, and by halves: rows are short, and a chain of all lanes would take as long as a row.
+template <class A>
+inline double double_sum(typename VectorOf<A>::type v) {
+  constexpr int lanes = VectorOf<A>::lanes;
+  double sum[lanes];
+  for (int i = 0; i < lanes; ++i) sum[i] = v[i];
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  }
+  return sum[0];
+}
+
 // Over a row: the sum of f(value), of one value or a vector of them. Four chains, and for each chunk a new one.
 template <int SUMS, class T, class A, class F>
 inline void sum_row(Strided<const T> z, int64_t row, int64_t cols, A (&out)[SUMS], const F& f) {
@@ -238,10 +252,8 @@ void reduce_rows(const Shape& shape, const Norm<A>& norm, Strided<const D> dy, S
         t1 += g * d;
       }
       if constexpr (WRITE && !std::is_same_v<T, A>) narrow_row(gb, du.data + r * du.ld + c, n);
-      for (int64_t j = 0; j < lanes; ++j) {
-        t0 += s0[j];
-        t1 += s1[j];
-      }
+      t0 += double_sum<A>(s0);
+      t1 += double_sum<A>(s1);
     }
     sum_dy[r] += t0;
     sum_dy_xhat[r] += t1 * norm.rstd[r];

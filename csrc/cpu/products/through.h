@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "product.h"
 
 namespace dla_fast::cpu {
@@ -27,6 +30,13 @@ class ThroughTiles {
   // The same with the tile's z, residual and dx wherever they are.
   void put(const Shape& shape, int64_t group, int64_t channel, Strided<const A> dy, Strided<const T> z,
            Strided<const T> residual, Strided<T> dx) {
+    if (shape.channels_are_rows && shape.cols < kShort) {
+      for (int64_t c = 0; c < shape.rows; c += kDeep) {
+        turned(std::min(kDeep, shape.rows - c), shape.cols, group, channel + c, part(dy, c), part(z, c),
+               part(residual, c), part(dx, c));
+      }
+      return;
+    }
     const int64_t sums = group * sums_.channels + channel;
     kernels<T>().reduce_accumulated(shape, through_->ending.norm.from(channel), dy, z, residual, dx, &sums_.dy[sums],
                                     &sums_.dy_xhat[sums]);
@@ -39,6 +49,35 @@ class ThroughTiles {
   }
 
  private:
+  static constexpr int64_t kShort = 64, kDeep = 32;
+
+  template <class V>
+  static Strided<V> part(Strided<V> rows, int64_t from) {
+    return {rows.data == nullptr ? nullptr : rows.data + from * rows.ld, rows.ld};
+  }
+
+  // Short rows of pixels: those of a vector's lanes would have to be added for every channel. As columns they are not.
+  void turned(int64_t count, int64_t pixels, int64_t group, int64_t channel, Strided<const A> dy, Strided<const T> z,
+              Strided<const T> residual, Strided<T> dx) {
+    A tiles[3][kShort * kDeep];
+    const auto turn = [&](auto from, A* to) {
+      kernels<std::remove_const_t<std::remove_pointer_t<decltype(from.data)>>>().load_transposed(from, {to, count},
+                                                                                                 count, pixels);
+      return Strided<const A>{to, count};
+    };
+    const Strided<const A> d = turn(dy, tiles[0]), v = turn(z, tiles[1]),
+                           r = residual.data == nullptr ? Strided<const A>{nullptr, 0} : turn(residual, tiles[2]);
+    const int64_t sums = group * sums_.channels + channel;
+    kernels<A>().reduce({pixels, count, false}, through_->ending.norm.from(channel), d, v, r, {tiles[0], count},
+                        &sums_.dy[sums], &sums_.dy_xhat[sums]);
+    if constexpr (std::is_same_v<T, A>) {
+      kernels<A>().load_transposed(d, dx, pixels, count);
+    } else {
+      kernels<A>().load_transposed(d, {tiles[1], pixels}, pixels, count);
+      kernels<T>().store({tiles[1], pixels}, dx, count, pixels);
+    }
+  }
+
   const Through<T>* through_;
   GradientSums sums_;
 };
