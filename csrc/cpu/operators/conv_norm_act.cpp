@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "inference.h"
-#include "prologue.h"
 
 namespace dla_fast::cpu {
 namespace {
@@ -74,10 +73,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_act_stage(
     const OptionalTensor& pre_residual, const OptionalTensor& pre_mean, const OptionalTensor& pre_var,
     const OptionalTensor& pre_weight, const OptionalTensor& pre_bias, double pre_eps, std::string_view pre_act,
     double pre_slope) {
-  const Prologue prologue = {pre_input, pre_residual, pre_mean, pre_var, pre_weight,
+  const Prologue prologue = {pre_input, pre_residual, pre_mean, pre_var,  pre_weight,
                              pre_bias,  pre_eps,      pre_act,  pre_slope};
   prologue.check(xs);
-  const Node node(formed(xs, prologue), up_weights, weight, factors, stride, dilation, groups);
+  Node node(xs, up_weights, weight, factors, stride, dilation, groups);
+  node.take(prologue, -1);
   const int64_t channels = moments ? node.out_channels : 0;
   Tensor mean = empty_statistics(weight, channels), var = empty_statistics(weight, channels), z;
   if (node.empty()) return {node.map(node.out_channels), mean.zero_(), var.zero_()};

@@ -28,11 +28,13 @@ struct Needs {
   std::vector<bool> full;  // of each input at the size of the convolution's: for dx, or for that of an up-weight
   bool weight, residual;
   int64_t residual_input;
+  bool through;  // the gradient of the input with a prologue goes on through that
 };
 
 struct Results {
   std::vector<Tensor> dxs;  // of the inputs, upsampled; undefined where not needed
   Tensor dw, dresidual;
+  std::vector<Tensor> through_sums;  // where the product has taken them
 };
 
 // The gradient that is added to that of the residual's input, or asked for by itself.
@@ -91,8 +93,19 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
     dz = form(node, tail, needs, out);
     g.dz = dz.const_data_ptr<T>();
     if (out.dresidual.defined()) g.du = out.dresidual.const_data_ptr<T>();
-    if (needs.weight) full = node.upsamples_on_the_way() ? node.all_full() : product.maps();
-    for (const Tensor& x : full) g.full.push_back(x.const_data_ptr<T>());
+    for (int64_t i = 0; needs.weight && i < node.count(); ++i) {
+      const bool up = node.upsamples_on_the_way() && node.factors[i] > 1;
+      full.push_back(up ? node.full(i) : product.maps()[i]);
+      g.full.push_back(full.back().const_data_ptr<T>());
+    }
+  }
+  std::optional<Through<T>> through;
+  if (needs.through && product.ending() != nullptr) {
+    const int64_t i = node.prologue->input, channels = node.xs[i].size(1);
+    out.through_sums = {empty_statistics(node.weight, channels), empty_statistics(node.weight, channels)};
+    through.emplace(Through<T>{i, *product.ending(), out.through_sums[0].template mutable_data_ptr<acc_t<T>>(),
+                               out.through_sums[1].template mutable_data_ptr<acc_t<T>>()});
+    g.through = &*through;
   }
   product->backward(g);
   if (needs.weight) out.dw = like(dw, node.weight);
@@ -113,17 +126,19 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector
     int64_t pre_input, const OptionalTensor& pre_residual, const OptionalTensor& pre_mean,
     const OptionalTensor& pre_var, const OptionalTensor& pre_weight, const OptionalTensor& pre_bias, double pre_eps,
     std::string_view pre_act, double pre_slope, bool through_norm) {
-  const Prologue prologue = {pre_input, pre_residual, pre_mean, pre_var, pre_weight,
+  const Prologue prologue = {pre_input, pre_residual, pre_mean, pre_var,  pre_weight,
                              pre_bias,  pre_eps,      pre_act,  pre_slope};
   prologue.check(xs);
-  const Node node(formed(xs, prologue), up_weights, weight, factors, stride, dilation, groups);
+  Node node(xs, up_weights, weight, factors, stride, dilation, groups);
+  node.take(prologue, residual_input);
   const NormArgs norm = {mean, var, bn_weight, bn_bias, eps, act, slope};
   const BatchSums sums = {sum_dy, sum_dy_xhat, count};
   const OptionalTensor residual = node.residual(residual_given, residual_input);
   const Tensor dy = arranged(dy_in, node.channels_last), z = arranged(z_in, node.channels_last);
   const std::vector<int64_t> sizes = {node.images, node.out_channels, node.height, node.width};
   TORCH_CHECK_VALUE(dy.sizes().equals(sizes) && z.sizes().equals(sizes), "dy, z: expected the output's shape");
-  Needs needs = {{}, need_dw, need_dresidual, residual_input};
+  Needs needs = {{}, need_dw, need_dresidual, residual_input, prologue.there() && through_norm};
+  TORCH_CHECK_VALUE(!needs.through || need_dx.get(pre_input), "through: needs the gradient of input ", pre_input);
   std::vector<bool> need_up;
   for (int64_t i = 0, up = 0; i < node.count(); ++i) {
     need_up.push_back(node.factors[i] > 1 && need_dup.get(up++));
@@ -159,15 +174,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector
     }
     if (!need_dx.get(i)) out.dxs[i] = nothing(weight);
   }
-  std::vector<Tensor> through_sums;
-  if (prologue.there() && through_norm) {
-    TORCH_CHECK_VALUE(need_dx.get(pre_input), "through: needs the gradient of input ", pre_input);
-    auto [du, sum_dy, sum_dy_xhat] = through(out.dxs[pre_input], xs[pre_input], prologue);
-    out.dxs[pre_input] = du;
-    through_sums = {sum_dy, sum_dy_xhat};
+  if (needs.through && out.through_sums.empty()) {
+    out.through_sums = through(out.dxs[pre_input], node.channels_last, xs[pre_input], prologue);
   }
   return {std::move(out.dxs), std::move(dups), need_dw ? out.dw : nothing(weight),
-          need_dresidual ? out.dresidual : nothing(weight), std::move(through_sums)};
+          need_dresidual ? out.dresidual : nothing(weight), std::move(out.through_sums)};
 }
 
 }  // namespace dla_fast::cpu

@@ -56,6 +56,17 @@ Node::Node(at::TensorList inputs, at::TensorList up_weights, const Tensor& weigh
   width = in_width == 0 ? 0 : (in_width - 1) / stride + 1;
 }
 
+void Node::take(const Prologue& given, int64_t residual_input) {
+  if (!given.there()) return;
+  // What else reads the input, or reads other pixels than the product, needs it as a map.
+  const bool plain = factors[given.input] == 1 && given.input != residual_input && (kernel > 1 || stride == 1);
+  if (plain && way() != Way::library && !empty()) {
+    prologue = &given;
+  } else {
+    xs[given.input] = given.form(xs[given.input], channels_last);
+  }
+}
+
 // Measured on Zen 4 (docs/benchmarks.md): on nodes, and on 3x3 convolutions without a stride, our products of floats
 // with the tail or the moments behind them in cache are faster than the library's convolutions followed by passes; on
 // strided ones they are up to a tenth slower. In half precision the library has instructions that our strided, dilated
@@ -147,7 +158,28 @@ NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Ar
     }
     in_.xs.push_back(input);
   }
-  product_ = product_of(in_, arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false));
+  const Arithmetic way = arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false);
+  if (node.prologue != nullptr) take_prologue(node, way);
+  product_ = product_of(in_, way);
+}
+
+template <class T>
+void NativeNode<T>::take_prologue(const Node& node, Arithmetic arithmetic) {
+  const Prologue& given = *node.prologue;
+  const int64_t i = given.input;
+  z_ = maps_[i];
+  if (chains(arithmetic)) {
+    added_ = arranged(given.residual, node.channels_last);
+    ending_ = {given.norm().vectors<acc_t<T>>(), z_.const_data_ptr<T>(), data_or_null<T>(added_)};
+    // Where pixels are turned into rows, what is added would have to be turned beside them.
+    const bool turned = !node.channels_last && arithmetic != Arithmetic::float_pointwise;
+    if (!turned || !added_.has_value()) {
+      in_.xs[i].ending = &*ending_;
+      return;
+    }
+  }
+  maps_[i] = given.form(z_, node.channels_last);
+  in_.xs[i].data = maps_[i].const_data_ptr<T>();
 }
 
 template <class T>

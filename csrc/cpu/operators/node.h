@@ -7,7 +7,7 @@
 
 #include "../passes/map_passes.h"
 #include "../products/product.h"
-#include "tensors.h"
+#include "prologue.h"
 
 namespace dla_fast::cpu {
 
@@ -25,12 +25,15 @@ struct Node {
   int64_t in_channels, out_channels, kernel, stride, dilation, groups;
   std::vector<Tensor> xs, ups;  // an undefined up-weight where the input is taken as it is
   std::vector<int64_t> factors, offsets;
-  Tensor weight;  // as it was given
+  Tensor weight;                       // as it was given
+  const Prologue* prologue = nullptr;  // where an input is still z, for products that form it on load
 
   // up_weights: of those inputs whose factor is not 1, in order.
   Node(at::TensorList xs, at::TensorList up_weights, const Tensor& weight, at::IntArrayRef factors, int64_t stride,
        int64_t dilation, int64_t groups);
 
+  // Takes the prologue, or forms the input. residual_input: see residual().
+  void take(const Prologue& prologue, int64_t residual_input);
   Way way() const;
   // Whether our products upsample what they gather; else upsampled maps are made for them.
   bool upsamples_on_the_way() const;
@@ -56,16 +59,22 @@ class NativeNode {
 
   const Product<T>* operator->() const { return product_.get(); }
   // The maps that it multiplies: inputs upsampled, unless it does that on the way, and those pixels that a stride
-  // takes.
+  // takes; z of one that is formed on load.
   const std::vector<Tensor>& maps() const { return maps_; }
+  // How the input with a prologue is formed, where gradients may go on through that; else null.
+  const Ending<T>* ending() const { return ending_.has_value() ? &*ending_ : nullptr; }
   // The best one where the weight is packed once for many calls.
   Arithmetic arithmetic_kept() const;
   // A new tensor for the gradient of the weight, laid out as the products write it.
   Tensor weight_gradient() const;
 
  private:
+  void take_prologue(const Node& node, Arithmetic arithmetic);
+
   std::vector<Tensor> maps_;
-  Tensor weight_;
+  Tensor weight_, z_;
+  OptionalTensor added_;
+  std::optional<Ending<T>> ending_;
   Inputs<T> in_;
   ProductOf<T> product_;
 };

@@ -1,5 +1,6 @@
 #include "prologue.h"
 
+#include "../passes/map_passes.h"
 #include "tail.h"
 
 namespace dla_fast::cpu {
@@ -15,20 +16,22 @@ void Prologue::check(at::TensorList xs) const {
                     "pre_residual: expected the shape of input ", input);
 }
 
-std::vector<Tensor> formed(at::TensorList xs, const Prologue& prologue) {
-  std::vector<Tensor> out = xs.vec();
-  if (!prologue.there()) return out;
-  const auto& [i, residual, mean, var, weight, bias, eps, act, slope] = prologue;
-  out[i] = tail(xs[i], *mean, *var, weight, bias, residual, eps, act, slope);
-  return out;
+Tensor Prologue::form(const Tensor& z, bool channels_last) const {
+  return arranged(tail(z, *mean, *var, weight, bias, residual, eps, act, slope), channels_last);
 }
 
-std::tuple<Tensor, Tensor, Tensor> through(const Tensor& dy, const Tensor& z, const Prologue& prologue) {
-  const auto& [i, residual, mean, var, weight, bias, eps, act, slope] = prologue;
-  const auto [sum_dy, sum_dy_xhat] = tail_backward_reduce(dy, z, *mean, *var, weight, bias, residual, eps, act, slope);
-  const Tensor du = std::get<1>(tail_backward_apply(dy, z, *mean, *var, weight, bias, residual, std::nullopt,
-                                                    std::nullopt, 0, eps, act, slope, true));
-  return {du, sum_dy, sum_dy_xhat};
+std::vector<Tensor> through(const Tensor& dy, bool channels_last, const Tensor& z_in, const Prologue& prologue) {
+  const Tensor z = arranged(z_in, channels_last);
+  const OptionalTensor residual = arranged(prologue.residual, channels_last);
+  std::vector<Tensor> sums = {empty_statistics(z, z.size(1)), empty_statistics(z, z.size(1))};
+  dispatch(z.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const BatchSums none = {std::nullopt, std::nullopt, 0};
+    through_pass({channels_last, z.size(0), z.size(1), z.size(2) * z.size(3)},
+                 tail_gradient<T>(prologue.norm(), none, dy, z, residual), dy.mutable_data_ptr<T>(),
+                 sums[0].mutable_data_ptr<acc_t<T>>(), sums[1].mutable_data_ptr<acc_t<T>>());
+  });
+  return sums;
 }
 
 }  // namespace dla_fast::cpu

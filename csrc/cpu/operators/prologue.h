@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <tuple>
 #include <vector>
 
 #include "tensors.h"
@@ -20,12 +19,12 @@ struct Prologue {
   bool there() const { return input >= 0; }
   NormArgs norm() const { return {*mean, *var, weight, bias, eps, act, slope}; }
   void check(at::TensorList xs) const;
+  // y of z, in that layout.
+  Tensor form(const Tensor& z, bool channels_last) const;
 };
 
-// The inputs, y in the place of z.
-std::vector<Tensor> formed(at::TensorList xs, const Prologue& prologue);
-
-// From the gradient of y: dy', that of what is activated, and its sums alone and times x_hat, a value a channel.
-std::tuple<Tensor, Tensor, Tensor> through(const Tensor& dy, const Tensor& z, const Prologue& prologue);
+// Makes of the gradient of y, a map in that layout, dy', that of what is activated; and its sums alone and times x_hat,
+// a value a channel.
+std::vector<Tensor> through(const Tensor& dy, bool channels_last, const Tensor& z, const Prologue& prologue);
 
 }  // namespace dla_fast::cpu

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "../shared/parallel.h"
 #include "../shared/scratch.h"
@@ -113,30 +114,23 @@ void tail_pass(const MapSize& size, NormVectors<acc_t<T>> norm, const T* z, cons
 
 template <class T>
 void reduce_pass(const MapSize& size, TailGradient<T> g, acc_t<T>* sum_dy, acc_t<T>* sum_dy_xhat) {
+  through_pass<T>(size, std::move(g), nullptr, sum_dy, sum_dy_xhat);
+}
+
+template <class T>
+void through_pass(const MapSize& size, TailGradient<T> g, T* du, acc_t<T>* sum_dy, acc_t<T>* sum_dy_xhat) {
   const Tiling tiling = Tiling::for_sums(size);
   g.repeat(tiling.fold);
-  const int64_t channels = tiling.channels;
-  std::vector<double> partial(2 * tiling.groups * channels, 0.0);
-  double* first = partial.data();
-  double* second = first + tiling.groups * channels;
+  GradientSums sums(tiling.groups * tiling.fold, size.channels);
   parallel_queue(tiling.count(), tiling.block_rows * tiling.block_cols, [&](const Take& take) {
     for (int64_t i = take(); i >= 0; i = take()) {
       const Tile t = tiling[i];
-      const int64_t at = t.group * channels + t.channel, ld = tiling.ld();
+      const int64_t at = t.group * tiling.channels + t.channel, ld = tiling.ld();
       kernels<T>().reduce(t.shape, g.norm.from(t.channel), part(g.dy, t, ld), part(g.z, t, ld), part(g.residual, t, ld),
-                          first + at, second + at);
+                          {du == nullptr ? nullptr : du + t.offset, ld}, &sums.dy[at], &sums.dy_xhat[at]);
     }
   });
-  acc_t<T>* out[2] = {sum_dy, sum_dy_xhat};
-  for (int which = 0; which < 2; ++which) {
-    const double* from = which == 0 ? first : second;
-    const int64_t own = size.channels;
-    std::vector<double> sum(own, 0.0);
-    for (int64_t group = 0; group < tiling.groups * tiling.fold; ++group) {
-      for (int64_t c = 0; c < own; ++c) sum[c] += from[group * own + c];
-    }
-    for (int64_t c = 0; c < own; ++c) out[which][c] = static_cast<acc_t<T>>(sum[c]);
-  }
+  sums.finalise(sum_dy, sum_dy_xhat);
 }
 
 template <class T>
@@ -167,6 +161,7 @@ void apply_pass(const MapSize& size, TailGradient<T> g, T* dz, T* du) {
   template void moments_pass(const MapSize&, const T*, acc_t<T>*, acc_t<T>*);             \
   template void tail_pass(const MapSize&, NormVectors<acc_t<T>>, const T*, const T*, T*); \
   template void reduce_pass(const MapSize&, TailGradient<T>, acc_t<T>*, acc_t<T>*);       \
+  template void through_pass(const MapSize&, TailGradient<T>, T*, acc_t<T>*, acc_t<T>*);  \
   template void apply_pass(const MapSize&, TailGradient<T>, T*, T*);
 
 DLA_INSTANTIATE(float)

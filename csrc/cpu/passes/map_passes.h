@@ -28,6 +28,10 @@ void tail_pass(const MapSize& size, NormVectors<acc_t<T>> norm, const T* z, cons
 template <class T>
 void reduce_pass(const MapSize& size, TailGradient<T> gradient, acc_t<T>* sum_dy, acc_t<T>* sum_dy_xhat);
 
+// The same, and dy' in du, which may be dy itself.
+template <class T>
+void through_pass(const MapSize& size, TailGradient<T> gradient, T* du, acc_t<T>* sum_dy, acc_t<T>* sum_dy_xhat);
+
 // dz, and du where that is not null.
 template <class T>
 void apply_pass(const MapSize& size, TailGradient<T> gradient, T* dz, T* du);

@@ -23,15 +23,15 @@ inline const T* at(Strided<const T> m, int64_t r, int64_t c) {
 
 // The loops below say simd because the compiler cannot know that outputs and parameters never overlap. n: how many
 // values, or as a constant, so that a narrow row is no loop at all.
-template <class Z, class T, class A, Act ACT, bool ROWS, class N>
+template <class Z, class T, class Y, class A, Act ACT, bool ROWS, class N>
 inline __attribute__((always_inline)) void tail_row(const Norm<A>& norm, int64_t r, int64_t c, N n, Strided<const Z> z,
-                                                    Strided<const T> residual, Strided<T> y) {
+                                                    Strided<const T> residual, Strided<Y> y) {
   A zb[kChunk], rb[kChunk], yb[kChunk];
   const Along<A, ROWS> center(norm.center, r, c), scale(norm.scale, r, c), shift(norm.shift, r, c);
   const A* zr = read<Z, A>(at(z, r, c), zb, n);
-  T* out = y.data + r * y.ld + c;
+  Y* out = y.data + r * y.ld + c;
   A* yr = yb;
-  if constexpr (std::is_same_v<T, A>) yr = out;
+  if constexpr (std::is_same_v<Y, A>) yr = out;
   if (residual.data != nullptr) {
     const A* rr = read<T, A>(at(residual, r, c), rb, n);
 #pragma omp simd
@@ -44,13 +44,13 @@ inline __attribute__((always_inline)) void tail_row(const Norm<A>& norm, int64_t
       yr[i] = forward_of<ACT, A>((zr[i] - center[i]) * scale[i] + shift[i], norm.slope);
     }
   }
-  if constexpr (!std::is_same_v<T, A>) narrow_row(yb, out, n);
+  if constexpr (!std::is_same_v<Y, A>) narrow_row(yb, out, n);
 }
 
-template <class Z, class T, class A, Act ACT, bool ROWS>
-void tail_tile(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Strided<const T> residual, Strided<T> y) {
+template <class Z, class T, class Y, class A, Act ACT, bool ROWS>
+void tail_tile(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Strided<const T> residual, Strided<Y> y) {
   const auto rows = [&](auto n) {
-    for (int64_t r = 0; r < shape.rows; ++r) tail_row<Z, T, A, ACT, ROWS>(norm, r, 0, n, z, residual, y);
+    for (int64_t r = 0; r < shape.rows; ++r) tail_row<Z, T, Y, A, ACT, ROWS>(norm, r, 0, n, z, residual, y);
   };
   if constexpr (!ROWS && std::is_same_v<Z, float> && std::is_same_v<T, float>) {
     if (shape.cols == 64) return rows(std::integral_constant<int64_t, 64>());
@@ -60,7 +60,7 @@ void tail_tile(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Stri
   for (int64_t r = 0; r < shape.rows; ++r) {
     for (int64_t c = 0; c < shape.cols; c += kChunk) {
       const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
-      tail_row<Z, T, A, ACT, ROWS>(norm, r, c, n, z, residual, y);
+      tail_row<Z, T, Y, A, ACT, ROWS>(norm, r, c, n, z, residual, y);
     }
   }
 }
@@ -105,6 +105,20 @@ inline A lane_sum(typename VectorOf<A>::type v) {
   A sum = 0;
   for (int i = 0; i < VectorOf<A>::lanes; ++i) sum += v[i];
   return sum;
+}
+
+// The same in double, and by halves: rows are short, and a chain of all lanes would take as long as a row.
+template <class A>
+inline double double_sum(typename VectorOf<A>::type v) {
+  constexpr int lanes = VectorOf<A>::lanes;
+  double sum[lanes];
+  for (int i = 0; i < lanes; ++i) sum[i] = v[i];
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  }
+  return sum[0];
 }
 
 // Over a row: the sum of f(value), of one value or a vector of them. Four chains, and for each chunk a new one.
@@ -198,20 +212,22 @@ void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
 }
 
 // Few values are added in A before a partial sum goes on in double; x_hat is (z - center) * rstd, and its rstd waits
-// until then.
-template <class T, class A, Act ACT>
-void reduce_rows(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
-                 Strided<const T> residual, double* sum_dy, double* sum_dy_xhat) {
+// until then. D: what dy is in. WRITE: dy' goes to du.
+template <class D, class T, class A, Act ACT, bool WRITE>
+void reduce_rows(const Shape& shape, const Norm<A>& norm, Strided<const D> dy, Strided<const T> z,
+                 Strided<const T> residual, Strided<T> du, double* sum_dy, double* sum_dy_xhat) {
   constexpr int64_t depth = 16 * VectorOf<A>::lanes < kChunk ? 16 * VectorOf<A>::lanes : kChunk;
-  A db[kChunk], zb[kChunk], rb[kChunk] = {};
+  A db[kChunk], zb[kChunk], rb[kChunk] = {}, gb[kChunk];
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A center = norm.center[r], scale = norm.scale[r], shift = norm.shift[r];
     double t0 = 0, t1 = 0;
     for (int64_t c = 0; c < shape.cols; c += depth) {
       const int64_t n = shape.cols - c < depth ? shape.cols - c : depth;
-      const A* dr = read<T, A>(at(dy, r, c), db, n);
+      const A* dr = read<D, A>(at(dy, r, c), db, n);
       const A* zr = read<T, A>(at(z, r, c), zb, n);
       const A* rr = residual.data == nullptr ? rb : read<T, A>(at(residual, r, c), rb, n);
+      A* gr = gb;
+      if constexpr (WRITE && std::is_same_v<T, A>) gr = du.data + r * du.ld + c;
       // A vector's lanes by hand: as many chains of additions whether or not a compiler makes vectors of the loop.
       constexpr int64_t lanes = VectorOf<A>::lanes;
       typename VectorOf<A>::type s0 = {}, s1 = {};
@@ -224,40 +240,49 @@ void reduce_rows(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, S
           g[j] = backward_of<ACT, A>(d * scale + shift + rr[i + j], dr[i + j], norm.slope);
           h[j] = g[j] * d;
         }
+        if constexpr (WRITE) store_lanes<A>(gr + i, load_lanes(g, lanes), lanes);
         s0 += load_lanes(g, lanes);
         s1 += load_lanes(h, lanes);
       }
       for (; i < n; ++i) {
         const A d = zr[i] - center;
         const A g = backward_of<ACT, A>(d * scale + shift + rr[i], dr[i], norm.slope);
+        if constexpr (WRITE) gr[i] = g;
         t0 += g;
         t1 += g * d;
       }
-      for (int64_t j = 0; j < lanes; ++j) {
-        t0 += s0[j];
-        t1 += s1[j];
-      }
+      if constexpr (WRITE && !std::is_same_v<T, A>) narrow_row(gb, du.data + r * du.ld + c, n);
+      t0 += double_sum<A>(s0);
+      t1 += double_sum<A>(s1);
     }
     sum_dy[r] += t0;
     sum_dy_xhat[r] += t1 * norm.rstd[r];
   }
 }
 
-template <class T, class A, Act ACT>
-void reduce_columns(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
-                    Strided<const T> residual, double* sum_dy, double* sum_dy_xhat) {
+template <class D, class T, class A, Act ACT, bool WRITE>
+void reduce_columns(const Shape& shape, const Norm<A>& norm, Strided<const D> dy, Strided<const T> z,
+                    Strided<const T> residual, Strided<T> du, double* sum_dy, double* sum_dy_xhat) {
   constexpr int64_t depth = 16;
-  A db[kTogether][kChunk], zb[kTogether][kChunk], rb[kTogether][kChunk];
-  for (A& v : rb[0]) v = A(0);
+  A db[kTogether][kChunk], zb[kTogether][kChunk], rb[kTogether][kChunk], gb[kTogether][kChunk];
+  const int64_t most = shape.cols < kChunk ? shape.cols : kChunk;
+  for (int64_t i = 0; i < most; ++i) rb[0][i] = A(0);
   for (int64_t c = 0; c < shape.cols; c += kChunk) {
     const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
     const A *center = norm.center + c, *scale = norm.scale + c, *shift = norm.shift + c;
-    double t0[kChunk] = {}, t1[kChunk] = {};
+    double t0[kChunk], t1[kChunk];
+    for (int64_t i = 0; i < n; ++i) t0[i] = t1[i] = 0;
     for (int64_t r0 = 0; r0 < shape.rows; r0 += depth) {
-      A s0[kChunk] = {}, s1[kChunk] = {};
+      A s0[kChunk], s1[kChunk];
+      for (int64_t i = 0; i < n; ++i) s0[i] = s1[i] = A(0);
       rows_together(r0, r0 + depth < shape.rows ? r0 + depth : shape.rows, [&](int64_t r, auto count) {
         constexpr int R = decltype(count)::value;
         const Rows<A, R> dr(dy, r, c, n, db), zr(z, r, c, n, zb), rr(residual, r, c, n, rb);
+        A* gr[R];
+        for (int j = 0; j < R; ++j) {
+          gr[j] = gb[j];
+          if constexpr (WRITE && std::is_same_v<T, A>) gr[j] = du.data + (r + j) * du.ld + c;
+        }
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           A a = 0, b = 0;
@@ -265,11 +290,15 @@ void reduce_columns(const Shape& shape, const Norm<A>& norm, Strided<const T> dy
           for (int j = 0; j < R; ++j) {
             const A d = zr(j, i) - center[i];
             const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr(j, i), dr(j, i), norm.slope);
+            if constexpr (WRITE) gr[j][i] = g;
             a += g;
             b += g * d;
           }
           s0[i] += a;
           s1[i] += b;
+        }
+        if constexpr (WRITE && !std::is_same_v<T, A>) {
+          for (int j = 0; j < R; ++j) narrow_row(gb[j], du.data + (r + j) * du.ld + c, n);
         }
       });
 #pragma omp simd
@@ -286,14 +315,18 @@ void reduce_columns(const Shape& shape, const Norm<A>& norm, Strided<const T> dy
   }
 }
 
-template <class T, class A, Act ACT, bool ROWS>
-void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
-                 Strided<const T> residual, double* sum_dy, double* sum_dy_xhat) {
-  if constexpr (ROWS) {
-    reduce_rows<T, A, ACT>(shape, norm, dy, z, residual, sum_dy, sum_dy_xhat);
-  } else {
-    reduce_columns<T, A, ACT>(shape, norm, dy, z, residual, sum_dy, sum_dy_xhat);
-  }
+template <class D, class T, class A, Act ACT, bool ROWS>
+void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const D> dy, Strided<const T> z,
+                 Strided<const T> residual, Strided<T> du, double* sum_dy, double* sum_dy_xhat) {
+  const auto run = [&](auto write) {
+    constexpr bool WRITE = decltype(write)::value;
+    if constexpr (ROWS) {
+      reduce_rows<D, T, A, ACT, WRITE>(shape, norm, dy, z, residual, du, sum_dy, sum_dy_xhat);
+    } else {
+      reduce_columns<D, T, A, ACT, WRITE>(shape, norm, dy, z, residual, du, sum_dy, sum_dy_xhat);
+    }
+  };
+  du.data == nullptr ? run(std::false_type()) : run(std::true_type());
 }
 
 // dz = scale * dy' + slope * (z - center) + offset, with what does not depend on the pixel in two vectors.

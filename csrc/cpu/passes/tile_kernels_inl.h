@@ -148,28 +148,28 @@ void store(Strided<const A> src, Strided<T> dst, int64_t rows, int64_t cols) {
                                            __VA_ARGS__ : FUNCTION<Act::hardswish, false> __VA_ARGS__;                  \
   }
 
-template <class Z, class T, class A>
+template <class Z, class T, class Y, class A>
 struct Tail {
   template <Act ACT, bool ROWS>
-  static void run(const Shape& s, const Norm<A>& n, Strided<const Z> z, Strided<const T> r, Strided<T> y) {
-    tail_tile<Z, T, A, ACT, ROWS>(s, n, z, r, y);
+  static void run(const Shape& s, const Norm<A>& n, Strided<const Z> z, Strided<const T> r, Strided<Y> y) {
+    tail_tile<Z, T, Y, A, ACT, ROWS>(s, n, z, r, y);
   }
   static void call(const Shape& shape, const Norm<A>& norm, Strided<const Z> z, Strided<const T> residual,
-                   Strided<T> y) {
+                   Strided<Y> y) {
     DLA_DISPATCH_TILE(run, (shape, norm, z, residual, y))
   }
 };
 
-template <class T, class A>
+template <class D, class T, class A>
 struct Reduce {
   template <Act ACT, bool ROWS>
-  static void run(const Shape& s, const Norm<A>& n, Strided<const T> dy, Strided<const T> z, Strided<const T> r,
-                  double* s0, double* s1) {
-    reduce_tile<T, A, ACT, ROWS>(s, n, dy, z, r, s0, s1);
+  static void run(const Shape& s, const Norm<A>& n, Strided<const D> dy, Strided<const T> z, Strided<const T> r,
+                  Strided<T> du, double* s0, double* s1) {
+    reduce_tile<D, T, A, ACT, ROWS>(s, n, dy, z, r, du, s0, s1);
   }
-  static void call(const Shape& shape, const Norm<A>& norm, Strided<const T> dy, Strided<const T> z,
-                   Strided<const T> residual, double* sum_dy, double* sum_dy_xhat) {
-    DLA_DISPATCH_TILE(run, (shape, norm, dy, z, residual, sum_dy, sum_dy_xhat))
+  static void call(const Shape& shape, const Norm<A>& norm, Strided<const D> dy, Strided<const T> z,
+                   Strided<const T> residual, Strided<T> du, double* sum_dy, double* sum_dy_xhat) {
+    DLA_DISPATCH_TILE(run, (shape, norm, dy, z, residual, du, sum_dy, sum_dy_xhat))
   }
 };
 
@@ -193,10 +193,22 @@ struct Apply {
 template <class T>
 const Kernels<T>& kernels() {
   using A = acc_t<T>;
-  static const Kernels<T> table = {
-      &load<T, A>,         &load_transposed<T, A>,    &store<T, A>,       &Tail<T, T, A>::call, &Tail<A, T, A>::call,
-      &moments<T, A>,      &Reduce<T, A>::call,       &Apply<T, A>::call, &up_row<A>,           &up_row_plane<A>,
-      &up_row_backward<A>, &up_row_plane_backward<A>, &up_plane<A>,       &up_plane_backward<A>};
+  static const Kernels<T> table = {&load<T, A>,
+                                   &load_transposed<T, A>,
+                                   &store<T, A>,
+                                   &Tail<T, T, T, A>::call,
+                                   &Tail<A, T, T, A>::call,
+                                   &Tail<T, T, A, A>::call,
+                                   &moments<T, A>,
+                                   &Reduce<T, T, A>::call,
+                                   &Reduce<A, T, A>::call,
+                                   &Apply<T, A>::call,
+                                   &up_row<A>,
+                                   &up_row_plane<A>,
+                                   &up_row_backward<A>,
+                                   &up_row_plane_backward<A>,
+                                   &up_plane<A>,
+                                   &up_plane_backward<A>};
   return table;
 }
 

@@ -38,6 +38,7 @@ struct Map {
   const T* data;
   int64_t channels, height, width;
   bool channels_last;
+  const Ending<T>* ending = nullptr;  // what is read is formed of data; of a contiguous map, without a residual
 
   // Pixels [h, h + rows) x [w, w + cols) of `count` channels from `first` on as [rows][cols][count]: zero outside.
   template <class A>
@@ -51,17 +52,7 @@ struct Map {
       }
       std::fill_n(to, begin * count, A(0));
       std::fill_n(to + end * count, (cols - end) * count, A(0));
-      const int64_t pixel = (h + r) * width + w + begin, pixels = height * width;
-      const Strided<A> dst = {to + begin * count, count};
-      if (channels_last && count == channels) {
-        const int64_t values = (end - begin) * count;
-        kernels<T>().load({data + (image * pixels + pixel) * channels, values}, {dst.data, values}, 1, values);
-      } else if (channels_last) {
-        kernels<T>().load({data + (image * pixels + pixel) * channels + first, channels}, dst, end - begin, count);
-      } else {
-        kernels<T>().load_transposed({data + (image * channels + first) * pixels + pixel, pixels}, dst, count,
-                                     end - begin);
-      }
+      gather_row(image, h + r, w + begin, end - begin, first, count, {to + begin * count, count});
     }
   }
 
@@ -69,10 +60,20 @@ struct Map {
   void gather_row(int64_t image, int64_t h, int64_t w, int64_t cols, int64_t first, int64_t count,
                   Strided<acc_t<T>> to) const {
     const int64_t pixel = h * width + w, pixels = height * width;
-    if (channels_last) {
-      kernels<T>().load({data + (image * pixels + pixel) * channels + first, channels}, to, cols, count);
-    } else {
+    if (!channels_last) {
       kernels<T>().load_transposed({data + (image * channels + first) * pixels + pixel, pixels}, to, count, cols);
+      if (ending == nullptr) return;
+      const Strided<const acc_t<T>> z = {to.data, to.ld};
+      kernels<acc_t<T>>().tail({cols, count, false}, ending->norm.from(first), z, {nullptr, 0}, to);
+      return;
+    }
+    const int64_t at = (image * pixels + pixel) * channels + first;
+    if (ending != nullptr) {
+      ending->form({cols, count, false}, first, at, channels, to);
+    } else if (count == channels && to.ld == count) {
+      kernels<T>().load({data + at, cols * count}, {to.data, cols * count}, 1, cols * count);
+    } else {
+      kernels<T>().load({data + at, channels}, to, cols, count);
     }
   }
 };
@@ -85,7 +86,7 @@ class Blocks {
  public:
   Blocks(const Inputs<T>& in, const TileGrid& grid) : in_(in), grid_(grid) {
     for (const Input<T>& x : in.xs) {
-      maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last});
+      maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last, x.ending});
       const bool up = x.factor > 1;
       ups_.push_back(up ? pack_up_weight<T, A>(x.up_weight, x.channels, x.factor, in.channels_last) : Scratch<A>(0));
       const int64_t channels = x.channels, width = x.width, cols = 2 * grid.cols + 2;

@@ -45,7 +45,9 @@ Direct<T>::Direct(const Inputs<T>& in, bool rowwise)
     : in_(in),
       window_(in),
       grid_(in.images, in.height, in.width, in.stride, window_.span(), in.in_channels, in.out_channels, rowwise) {
-  for (const Input<T>& x : in.xs) maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last});
+  for (const Input<T>& x : in.xs) {
+    maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last, x.ending});
+  }
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 // lie between the outputs' strides; dW sums products of the inputs' pixels with dz.
 
 #include "direct.h"
+#include "through.h"
 
 namespace dla_fast::cpu {
 namespace {
@@ -80,6 +81,51 @@ void put(const Inputs<T>& in, const Input<T>& x, Strided<const acc_t<T>> z, int6
   }
 }
 
+// The same through the ending of the unit before. work: of a contiguous map four tiles, one of A and three of T.
+template <class T>
+struct PutThrough {
+  using A = acc_t<T>;
+  const Inputs<T>& in;
+  ThroughTiles<T>& through;
+  Scratch<A> turned;
+  Scratch<T> tiles;
+  int64_t most;  // pixels
+
+  PutThrough(const Inputs<T>& in, ThroughTiles<T>& through, int64_t most)
+      : in(in),
+        through(through),
+        turned(in.channels_last ? 0 : kPanel * most),
+        tiles(in.channels_last ? 0 : 3 * kPanel * most),
+        most(most) {}
+
+  void operator()(const Input<T>& x, int64_t group, Strided<const A> dy, int64_t pixels, int64_t count, int64_t image,
+                  int64_t h, int64_t w, int64_t step, int64_t channel, T* dx) const {
+    const int64_t area = x.height * x.width, pixel = h * x.width + w;
+    if (in.channels_last) {
+      return through.put({pixels, count, false}, group, channel, (image * area + pixel) * x.channels + channel,
+                         step * x.channels, dy, dx);
+    }
+    const int64_t at = (image * x.channels + channel) * area + pixel;
+    kernels<A>().load_transposed(dy, {turned.get(), pixels}, pixels, count);
+    const Shape shape = {count, pixels, true};
+    const Strided<const A> rows = {turned.get(), pixels};
+    if (step == 1) return through.put(shape, group, channel, at, area, rows, dx);
+    // Pixels that the stride leaves apart are taken together.
+    const Ending<T>& ending = through.ending();
+    T *const z = tiles.get(), *const residual = z + kPanel * most, *const du = residual + kPanel * most;
+    const auto each = [&](auto f) {
+      for (int64_t c = 0; c < count; ++c) {
+        for (int64_t i = 0; i < pixels; ++i) f(c * pixels + i, at + c * area + i * step);
+      }
+    };
+    each([&](int64_t to, int64_t from) { z[to] = ending.z[from]; });
+    if (ending.residual != nullptr) each([&](int64_t to, int64_t from) { residual[to] = ending.residual[from]; });
+    through.put(shape, group, channel, rows, {z, pixels}, {ending.residual == nullptr ? nullptr : residual, pixels},
+                {du, pixels});
+    each([&](int64_t from, int64_t to) { dx[to] = du[from]; });
+  }
+};
+
 }  // namespace
 
 template <class T>
@@ -99,9 +145,11 @@ void Direct<T>::input_gradients(const Gradient<T>& g) const {
                 most = grid.together * grid.rows * grid.cols;
   const Map<T> dz = {g.dz, n, in_.height, in_.width, in_.channels_last};
   const Tasks tasks(grid.count(), static_cast<int64_t>(panels.size()));
+  ThroughTiles<T> through(g, tasks.tiles);
   parallel_queue(
       tasks.count, most * taps * n * divide_up(tasks.panels, tasks.groups) * kPanel / 16, [&](const Take& take) {
         const Scratch<A> patch(grid.together * area), z(most * kPanel);
+        const PutThrough<T> put_through(in_, through, grid.cols);
         std::vector<Segment<A>> segments;
         for (int64_t task = take(); task >= 0; task = take()) {
           const RowGrid::Block block = grid[tasks.tile(task)];
@@ -130,14 +178,21 @@ void Direct<T>::input_gradients(const Gradient<T>& g) const {
                                        static_cast<int64_t>(segments.size()), false, nullptr, kPanel, z.get(), kPanel,
                                        false, nullptr, true, wide, high});
               for (int64_t r = 0; r < block.images * high; ++r) {
-                put<T>(in_, x, {z.get() + r * wide * kPanel, kPanel}, wide, panels[p].count, block.image + r / high,
-                       (block.h + r % high) * stride + y0, block.w * stride + x0, stride, panels[p].channel - x.offset,
-                       g.adds(i) ? g.du : nullptr, g.dx[i]);
+                const Strided<const A> from = {z.get() + r * wide * kPanel, kPanel};
+                const int64_t image = block.image + r / high, h = (block.h + r % high) * stride + y0,
+                              w = block.w * stride + x0, channel = panels[p].channel - x.offset;
+                if (through.takes(i)) {
+                  put_through(x, tasks.tile(task), from, wide, panels[p].count, image, h, w, stride, channel, g.dx[i]);
+                  continue;
+                }
+                put<T>(in_, x, from, wide, panels[p].count, image, h, w, stride, channel, g.adds(i) ? g.du : nullptr,
+                       g.dx[i]);
               }
             }
           }
         }
       });
+  through.finish();
 }
 
 template <class T>
@@ -150,7 +205,8 @@ void Direct<T>::weight_gradient(const Gradient<T>& g) const {
   const WeightSums<T> sums(in_, g.dw, grid.count(), deep, wide);
   std::vector<Map<T>> maps;
   for (int64_t i = 0; i < in_.count(); ++i) {
-    maps.push_back({g.full[i], in_.xs[i].channels, in_.xs[i].height, in_.xs[i].width, in_.channels_last});
+    maps.push_back(
+        {g.full[i], in_.xs[i].channels, in_.xs[i].height, in_.xs[i].width, in_.channels_last, in_.xs[i].ending});
   }
   const Map<T> dz = {g.dz, in_.out_channels, in_.height, in_.width, in_.channels_last};
   const int64_t rows = window_.side(grid.rows), cols = window_.side(grid.cols),

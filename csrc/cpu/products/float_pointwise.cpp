@@ -37,13 +37,22 @@ void FloatPointwise<T>::pack(void* to) const {
 }
 
 template <class T>
+void FloatPointwise<T>::load(const Input<T>& x, const Shape& shape, int64_t at, Strided<A> to) const {
+  const int64_t ld = in_.ld(x.channels);
+  if (x.ending != nullptr) return x.ending->form(shape, 0, at, ld, to);
+  kernels<T>().load({x.data + at, ld}, to, shape.rows, shape.cols);
+}
+
+template <class T>
 void FloatPointwise<T>::forward_channels_last(A* out, const Finish<A>* finish, Epilogue<A> epilogue) const {
-  const auto& k = kernels<T>();
   const int64_t total = in_.total(), rows_max = rows(), depth = in_.in_channels, n = in_.out_channels;
   const Tasks tasks(divide_up(total, rows_max), divide_up(n, kPanel));
   const PackedWeight<A> packed(*this, in_);
+  // Inputs that are no floats, or are formed on load, have to be written before they are multiplied.
+  const auto written = [](const Input<T>& x) { return !std::is_same_v<T, A> || x.ending != nullptr; };
+  const bool whole = std::any_of(in_.xs.begin(), in_.xs.end(), written);
   parallel_queue(tasks.count, rows_max * depth * divide_up(n, tasks.groups) / 16, [&](const Take& take) {
-    const Scratch<A> z(out == nullptr ? rows_max * kPanel : 0), wide(std::is_same_v<T, A> ? 0 : rows_max * depth);
+    const Scratch<A> z(out == nullptr ? rows_max * kPanel : 0), wide(whole ? rows_max * depth : 0);
     std::vector<Segment<A>> segments(in_.xs.size());
     for (int64_t task = take(); task >= 0; task = take()) {
       const int64_t tile = tasks.tile(task);
@@ -51,12 +60,12 @@ void FloatPointwise<T>::forward_channels_last(A* out, const Finish<A>* finish, E
       for (size_t i = 0; i < in_.xs.size(); ++i) {
         const int64_t channels = in_.xs[i].channels;
         const T* x = in_.xs[i].data + first * channels;
-        if constexpr (std::is_same_v<T, A>) {
-          segments[i] = {x, channels, channels};
-        } else {
-          A* to = wide.get() + in_.xs[i].offset;
-          k.load({x, channels}, {to, depth}, rows, channels);
+        A* const to = wide.get() + in_.xs[i].offset;
+        if (written(in_.xs[i])) {
+          load(in_.xs[i], {rows, channels, false}, first * channels, {to, depth});
           segments[i] = {to, depth, channels};
+        } else if constexpr (std::is_same_v<T, A>) {
+          segments[i] = {x, channels, channels};
         }
       }
       const int64_t panel_begin = tasks.begin(task), panel_end = tasks.end(task);
@@ -94,7 +103,6 @@ void FloatPointwise<T>::forward_channels_last(A* out, const Finish<A>* finish, E
 template <class T>
 void FloatPointwise<T>::forward_contiguous(A* out, Epilogue<A> epilogue) const {
   constexpr int64_t block = 96;
-  const auto& k = kernels<T>();
   const int64_t depth = in_.in_channels, n = in_.out_channels, pixels = in_.pixels(),
                 tiles_per_image = divide_up(pixels, kPanel);
   const Tasks tasks(in_.images * tiles_per_image, divide_up(n, block));
@@ -108,8 +116,8 @@ void FloatPointwise<T>::forward_contiguous(A* out, Epilogue<A> epilogue) const {
       const int64_t image = tile / tiles_per_image, pixel = tile % tiles_per_image * kPanel;
       const int64_t cols = std::min(kPanel, pixels - pixel);
       for (const Input<T>& x : in_.xs) {
-        k.load({x.data + image * x.channels * pixels + pixel, pixels}, {x_panel.get() + x.offset * kPanel, kPanel},
-               x.channels, cols);
+        load(x, {x.channels, cols, true}, image * x.channels * pixels + pixel,
+             {x_panel.get() + x.offset * kPanel, kPanel});
       }
       for (int64_t b = tasks.begin(task); b < tasks.end(task); ++b) {
         const int64_t channel = b * block, rows = std::min(block, n - channel);

@@ -29,6 +29,8 @@ class FloatPointwise : public Product<T> {
   int64_t weights() const { return in_.in_channels * in_.out_channels; }
   // Of a tile, at most.
   int64_t rows() const { return tile_rows(in_.total(), weights(), divide_up(in_.out_channels, kPanel)); }
+  // A tile of an input as A, whose first value lies that far in the map: formed, where it is.
+  void load(const Input<T>& x, const Shape& shape, int64_t at, Strided<A> to) const;
   // With what the sums become, or an epilogue that is given them.
   void forward_channels_last(A* out, const Finish<A>* finish, Epilogue<A> epilogue) const;
   void forward_contiguous(A* out, Epilogue<A> epilogue) const;

@@ -5,6 +5,7 @@
 // tiles; the sums are added in thread order, so results are the same from run to run.
 
 #include "float_pointwise.h"
+#include "through.h"
 
 namespace dla_fast::cpu {
 namespace {
@@ -71,31 +72,51 @@ struct Backward {
     return channels;
   }
 
-  // Rows of b as the GEMM may read them: in place where they are A and end on a vector, else widened into scratch.
-  Strided<const A> operand(const T* data, int64_t rows, int64_t cols, A* scratch) const {
+  // A tile of an input, whose first value lies that far in the map; formed, where it is.
+  void load(const Input<T>& x, const Shape& shape, int64_t channel, int64_t at, Strided<A> to) const {
+    const int64_t ld = in.ld(x.channels);
+    if (x.ending != nullptr) return x.ending->form(shape, channel, at, ld, to);
+    k.load({x.data + at, ld}, to, shape.rows, shape.cols);
+  }
+
+  // Rows of an input as the GEMM may read them: in place where they are A and end on a vector, else in scratch.
+  Strided<const A> operand(const Input<T>& x, int64_t first, int64_t rows, A* scratch) const {
     if constexpr (std::is_same_v<T, A>) {
-      if (cols * sizeof(A) % 64 == 0) return {data, cols};
+      if (x.ending == nullptr && x.channels * sizeof(A) % 64 == 0) return {x.data + first * x.channels, x.channels};
     }
-    const int64_t ld = round_up(cols, kPad);
-    k.load({data, cols}, {scratch, ld}, rows, cols);
+    const int64_t ld = round_up(x.channels, kPad);
+    load(x, {rows, x.channels, false}, 0, first * x.channels, {scratch, ld});
     return {scratch, ld};
   }
 
-  // dx tile = (residual gradient) + product; written in place where dx is A.
-  void write_dx(Gemm<A> gemm, const A* du, int64_t ld_du, T* to, int64_t ld, A* scratch) const {
+  // Where a tile of dx lies.
+  struct Place {
+    int64_t input, group, channel, at;
+  };
+
+  // dx tile = (residual gradient) + product; written in place where dx is A and goes no further.
+  void write_dx(const Place& to, Gemm<A> gemm, const A* du, int64_t ld_du, A* scratch, ThroughTiles<T>& through) const {
+    const auto& [i, group, channel, at] = to;
+    const int64_t ld = in.ld(in.xs[i].channels);
+    const bool on = through.takes(i);
+    gemm.c = scratch;
+    gemm.ldc = gemm.n;
     if constexpr (std::is_same_v<T, A>) {
-      gemm.c = to;
-      gemm.ldc = ld;
-    } else {
-      gemm.c = scratch;
-      gemm.ldc = gemm.n;
+      if (!on) {
+        gemm.c = g.dx[i] + at;
+        gemm.ldc = ld;
+      }
     }
     gemm.add = du != nullptr;
     if (du != nullptr) {
       for (int64_t r = 0; r < gemm.m; ++r) std::copy_n(du + r * ld_du, gemm.n, gemm.c + r * gemm.ldc);
     }
     products.gemm(gemm);
-    if constexpr (!std::is_same_v<T, A>) k.store({scratch, gemm.n}, {to, ld}, gemm.m, gemm.n);
+    if (on) {
+      through.put({gemm.m, gemm.n, !in.channels_last}, group, channel, at, ld, {scratch, gemm.n}, g.dx[i]);
+    } else if constexpr (!std::is_same_v<T, A>) {
+      k.store({scratch, gemm.n}, {g.dx[i] + at, ld}, gemm.m, gemm.n);
+    }
   }
 
   // dz of a tile of channels_last pixels, in panels of `width` channels, and du where it is wanted.
@@ -109,8 +130,9 @@ struct Backward {
   }
 
   // A panel of dx of a tile of channels_last pixels.
-  void input_gradient(const InputPanels<T>& panels, int64_t panel, int64_t first, int64_t rows, int64_t width,
-                      int64_t panel_size, Strided<const A> dz, const A* du, A* dx_tile, Ahead& ahead) const {
+  void input_gradient(const InputPanels<T>& panels, int64_t panel, int64_t group, int64_t first, int64_t rows,
+                      int64_t width, int64_t panel_size, Strided<const A> dz, const A* du, A* dx_tile, Ahead& ahead,
+                      ThroughTiles<T>& through) const {
     const int64_t n = in.out_channels;
     const auto [i, c] = panels[panel];
     if (g.dx[i] == nullptr) return;
@@ -130,7 +152,7 @@ struct Backward {
                           0,
                           false,
                           &ahead};
-    write_dx(gemm, g.adds(i) ? du + c : nullptr, n, g.dx[i] + first * channels + c, channels, dx_tile);
+    write_dx({i, group, c, first * channels + c}, gemm, g.adds(i) ? du + c : nullptr, n, dx_tile, through);
   }
 
   // dz lives in a tile and feeds both products.
@@ -139,6 +161,7 @@ struct Backward {
     const int64_t per_slice = divide_up(total, slices);
     const int64_t rows_max = round_up(divide_up(per_slice, divide_up(per_slice, 126)), 6);
     const InputPanels<T> panels(in, g.any_dx());
+    ThroughTiles<T> through(g, slices);
     parallel_ranges(slices, 1, [&](int64_t begin, int64_t end) {
       const Scratch<A> dz(rows_max * ld), du(g.wants_du() ? rows_max * n : 0), wide(rows_max * widest(), true),
           dx_tile(rows_max * kPanel);
@@ -154,10 +177,12 @@ struct Backward {
             const auto [i, c] = panels[panel];
             if (c == 0) {
               const int64_t channels = in.xs[i].channels;
-              x_ahead = need_dw() ? Ahead::of<const T>({in.xs[i].data + first * channels, channels}, rows, channels)
-                                  : Ahead{};
+              x_ahead = need_dw() || through.takes(i)
+                            ? Ahead::of<const T>({in.xs[i].data + first * channels, channels}, rows, channels)
+                            : Ahead{};
             }
-            input_gradient(panels, panel, first, rows, n, 0, {dz.get(), ld}, du_tile, dx_tile.get(), x_ahead);
+            input_gradient(panels, panel, slice, first, rows, n, 0, {dz.get(), ld}, du_tile, dx_tile.get(), x_ahead,
+                           through);
           }
           const Segment<A> across = {dz.get(), ld, rows};
           const int64_t next = first + rows, next_rows = std::min(rows_max, last - next);
@@ -165,13 +190,14 @@ struct Backward {
                             Ahead::of<const T>({g.tail.dy + next * n, n}, next_rows, n)};
           for (size_t i = 0; need_dw() && i < in.xs.size(); ++i) {
             const int64_t channels = in.xs[i].channels;
-            const Strided<const A> b = operand(in.xs[i].data + first * channels, rows, channels, wide.get());
+            const Strided<const A> b = operand(in.xs[i], first, rows, wide.get());
             products.gemm({n, channels, &across, 1, true, b.data, b.ld, dw[slice] + in.xs[i].offset, depth,
                            first > start, &ahead[i % 2]});
           }
         }
       }
     });
+    through.finish();
   }
 
   // With few pixels and many channels dz is kept for all pixels and dW computed from it at the end: a dW for every
@@ -193,6 +219,7 @@ struct Backward {
     });
     const int64_t tile = tile_rows(total, n * depth, panels.count());
     const Tasks tasks(divide_up(total, tile), g.any_dx() ? panels.count() : 0);
+    ThroughTiles<T> through(g, tasks.tiles);
     parallel_queue(tasks.count, tile * n * depth / tasks.groups / 16, [&](const Take& take) {
       const Scratch<A> dx_tile(tile * kPanel);
       for (int64_t task = take(); task >= 0; task = take()) {
@@ -200,11 +227,12 @@ struct Backward {
         for (int64_t panel = tasks.begin(task); panel < end; ++panel) {
           const A* next = panels.weight(panel + 1 < end ? panel + 1 : tasks.begin(task));
           Ahead ahead = Ahead::of<const A>({next, kPanel}, n, kPanel);
-          input_gradient(panels, panel, first, std::min(tile, total - first), width, panel_size,
-                         {dz.get() + first * width, width}, du_at(first), dx_tile.get(), ahead);
+          input_gradient(panels, panel, tasks.tile(task), first, std::min(tile, total - first), width, panel_size,
+                         {dz.get() + first * width, width}, du_at(first), dx_tile.get(), ahead, through);
         }
       }
     });
+    through.finish();
     parallel_queue(panels.count(), total * n * kPanel / 16, [&](const Take& take) {
       const Scratch<A> x_block(depth_block * kPanel, true);
       for (int64_t task = take(); task >= 0; task = take()) {
@@ -214,7 +242,7 @@ struct Backward {
         // Packed, since rows a power of two apart would evict each other from the cache.
         for (int64_t first = 0; first < total; first += depth_block) {
           const int64_t rows = std::min(depth_block, total - first);
-          k.load({x + first * channels, channels}, {x_block.get(), kPanel}, rows, cols);
+          load(in.xs[i], {rows, cols, false}, c, first * channels + c, {x_block.get(), kPanel});
           Ahead next = Ahead::of<const T>({x + (first + rows) * channels, channels},
                                           std::min(depth_block, total - first - rows), cols);
           for (int64_t p = 0; p < dz_panels; ++p) {
@@ -233,6 +261,7 @@ struct Backward {
     const int64_t tiles = in.images * tiles_per_image;
     const Scratch<A> w(n * ld_w);
     k.load({in.weight, depth}, {w.get(), ld_w}, n, depth);
+    ThroughTiles<T> through(g, slices);
     parallel_ranges(slices, 1, [&](int64_t begin, int64_t end) {
       const Scratch<A> dz(n * ld, true), du(g.wants_du() ? n * kPanel : 0), across(kPanel * widest(), true),
           dx_tile(widest() * kPanel);
@@ -247,11 +276,16 @@ struct Backward {
             if (g.dx[i] != nullptr) {
               const Segment<A> segment = {w.get() + in.xs[i].offset, ld_w, n};
               const Gemm<A> gemm = {channels, cols, &segment, 1, true, dz.get(), ld, nullptr, 0, false};
-              write_dx(gemm, g.adds(i) ? du.get() : nullptr, kPanel, g.dx[i] + x_at, pixels, dx_tile.get());
+              write_dx({i, slice, 0, x_at}, gemm, g.adds(i) ? du.get() : nullptr, kPanel, dx_tile.get(), through);
             }
             if (need_dw()) {
               const int64_t ld_x = round_up(channels, kPad);
-              k.load_transposed({in.xs[i].data + x_at, pixels}, {across.get(), ld_x}, channels, cols);
+              if (in.xs[i].ending == nullptr) {
+                k.load_transposed({in.xs[i].data + x_at, pixels}, {across.get(), ld_x}, channels, cols);
+              } else {
+                load(in.xs[i], {channels, cols, true}, 0, x_at, {dx_tile.get(), kPanel});
+                kernels<A>().load_transposed({dx_tile.get(), kPanel}, {across.get(), ld_x}, channels, cols);
+              }
               const Segment<A> segment = {dz.get(), ld, cols};
               products.gemm({n, channels, &segment, 1, false, across.get(), ld_x, dw[slice] + in.xs[i].offset, depth,
                              tile > tiles * slice / slices});
@@ -260,6 +294,7 @@ struct Backward {
         }
       }
     });
+    through.finish();
   }
 };
 

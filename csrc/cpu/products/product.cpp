@@ -27,6 +27,18 @@ bool winograd_pays(const Inputs<T>& in, bool kept) {
 
 }  // namespace
 
+bool chains(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::float_pointwise:
+    case Arithmetic::winograd:
+    case Arithmetic::direct:
+    case Arithmetic::bf16x3_winograd:
+      return true;
+    default:
+      return false;
+  }
+}
+
 // Where the processor has instructions for bfloat16 they serve it, and where those are so fast that six products of
 // theirs take less than one of float, they serve float; else everything is multiplied as float or double.
 template <class T>

@@ -23,6 +23,8 @@ struct Input {
   int64_t height, width;
   int64_t factor = 1;            // what it is upsampled by on the way
   const T* up_weight = nullptr;  // [channels][2f][2f], where that is not 1
+  // Where data is z of the unit before: what is multiplied is formed of it on load. Products that chain() know of it.
+  const Ending<T>* ending = nullptr;
 };
 
 // The inputs and the weight of a node. Products of a 1x1 kernel know no stride and no dilation: they are given the
@@ -61,6 +63,14 @@ struct Piece {
 template <class A>
 using Epilogue = c10::function_ref<void(const Piece&, Strided<const A>)>;
 
+// The input whose gradient is to go on through the ending of the unit before: dx is dy', and its sums are taken.
+template <class T>
+struct Through {
+  int64_t input;
+  const Ending<T>& ending;
+  acc_t<T>*sum_dy, *sum_dy_xhat;  // of dy' and of dy' * x_hat, a value a channel
+};
+
 // What a backward is given, and where its results go: null for what is not needed.
 template <class T>
 struct Gradient {
@@ -73,6 +83,7 @@ struct Gradient {
   // the output, where dw is needed.
   const T *dz = nullptr, *du = nullptr;
   std::vector<const T*> full = {};
+  const Through<T>* through = nullptr;  // of products that chain()
 
   bool any_dx() const {
     for (const T* d : dx) {
@@ -149,6 +160,9 @@ enum class Arithmetic : int {
   bf16x3_direct,
   bf16_direct
 };
+
+// Whether its products form inputs on load, and take gradients through what they are formed by.
+bool chains(Arithmetic arithmetic);
 
 // The one that serves a node on this processor. kept: its weight is packed once for many calls.
 template <class T>

@@ -141,7 +141,7 @@ void winograd_weight_gradient(const Inputs<T>& in, const Gradient<T>& gradient, 
   const WeightSums<T> sums(in, gradient.dw, grid.count(), deep, wide);
   std::vector<Map<T>> maps;
   for (int64_t i = 0; i < in.count(); ++i) {
-    maps.push_back({gradient.full[i], in.xs[i].channels, in.height, in.width, in.channels_last});
+    maps.push_back({gradient.full[i], in.xs[i].channels, in.height, in.width, in.channels_last, in.xs[i].ending});
   }
   const Map<T> dz = {gradient.dz, in.out_channels, in.height, in.width, in.channels_last};
   const int64_t most = std::max<int64_t>(Products::tiles / grid.tiles(), 1);

@@ -1,6 +1,7 @@
 #include "norm.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "parallel.h"
 
@@ -24,6 +25,20 @@ void NormVectors<A>::repeat(int64_t times) {
 
 template struct NormVectors<float>;
 template struct NormVectors<double>;
+
+template <class A>
+void GradientSums::finalise(A* sum_dy, A* sum_dy_xhat) const {
+  for (const auto& [from, to] : {std::pair(&dy, sum_dy), std::pair(&dy_xhat, sum_dy_xhat)}) {
+    std::vector<double> sum(channels, 0.0);
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t c = 0; c < channels; ++c) sum[c] += (*from)[group * channels + c];
+    }
+    for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<A>(sum[c]);
+  }
+}
+
+template void GradientSums::finalise(float*, float*) const;
+template void GradientSums::finalise(double*, double*) const;
 
 template <class A>
 void MomentPartials<A>::finalise(A* mean_data, A* var_data) const {

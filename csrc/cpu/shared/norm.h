@@ -27,6 +27,20 @@ struct NormVectors {
   }
 };
 
+// What a unit's output is formed of, y = act(norm(z) + residual), by who reads it: maps in one layout.
+template <class T>
+struct Ending {
+  using A = acc_t<T>;
+
+  NormVectors<A> norm;
+  const T *z, *residual;  // residual: null where there is none
+
+  // y of a tile that begins with so many values before it and a channel, rows `ld` apart.
+  void form(const Shape& shape, int64_t channel, int64_t at, int64_t ld, Strided<A> y) const {
+    kernels<T>().form(shape, norm.from(channel), {z + at, ld}, {residual == nullptr ? nullptr : residual + at, ld}, y);
+  }
+};
+
 // What the gradient of z is formed from: maps in one layout, and what the batch's statistics take from it (zeros where
 // they are frozen).
 template <class T>
@@ -50,6 +64,19 @@ struct TailGradient {
     kernels<T>().apply(shape, norm.from(channel), mean_dy.data() + channel, mean_dy_xhat.data() + channel,
                        {dy + at, ld}, {z + at, ld}, {residual == nullptr ? nullptr : residual + at, ld}, dz, du);
   }
+};
+
+// Per group and channel the sums of dy' and of dy' * x_hat.
+struct GradientSums {
+  int64_t groups, channels;
+  std::vector<double> dy, dy_xhat;
+
+  GradientSums(int64_t groups, int64_t channels)
+      : groups(groups), channels(channels), dy(groups * channels), dy_xhat(groups * channels) {}
+
+  // The groups' in order.
+  template <class A>
+  void finalise(A* sum_dy, A* sum_dy_xhat) const;
 };
 
 // Per group and channel: mean, m2, delta of the tile kernels' moments, and how many values they stand for.
