@@ -80,7 +80,7 @@ asan: install ## run the kernels' tests under AddressSanitizer
 	  tests/test_strides.py tests/test_cpu_convolution.py tests/test_cpu_few_pixels.py tests/test_cpu_finish.py \
 	  tests/test_cpu_bf16.py tests/test_cpu_bf16_backward.py tests/test_cpu_bf16x3.py tests/test_cpu_bf16x3_convolution.py \
 	  tests/test_upsample.py \
-	  tests/test_cpu_norm.py tests/test_cuda_host.py -k "not compile and not vmap"
+	  tests/test_cpu_norm.py tests/test_cpu_prologue.py tests/test_cuda_host.py -k "not compile and not vmap"
 
 # Ten minutes at most on two cores: no case starts after the eighth, and what was left out is told.
 bench: install ## run the benchmarks; writes benchmarks/out/bench.json and bench.html

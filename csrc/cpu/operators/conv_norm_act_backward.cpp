@@ -1,7 +1,9 @@
 // Backward of the node, CPU. K = sum of the inputs' channels, N = output channels.
 //
 // Per output pixel: 3N + 2K values with a 1x1 kernel, whose dz is formed in cache; 6N + 2K with a 3x3 kernel, where it
-// is formed once. An upsampled input is upsampled again rather than kept, and no gradient of a concatenation exists.
+// is formed once, or 4N + 2K where it is formed whenever it is read. A gradient that goes on through the norm of the
+// unit before reads K more. An upsampled input is upsampled again rather than kept, and no gradient of a concatenation
+// exists.
 
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
@@ -90,9 +92,15 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
   if (product->forms_dz()) {
     g.dresidual = needs.residual ? out.dresidual.mutable_data_ptr<T>() : nullptr;
   } else {
-    dz = form(node, tail, needs, out);
-    g.dz = dz.const_data_ptr<T>();
-    if (out.dresidual.defined()) g.du = out.dresidual.const_data_ptr<T>();
+    const int64_t r = needs.residual_input;
+    const bool wants_du = needs.residual || (r >= 0 && needs.full[r]);
+    // The others cost more than a map.
+    const bool cheap = tail.norm.act != Act::silu && tail.norm.act != Act::hardswish;
+    if (wants_du || !cheap || !product.forms_dz_on_load()) {
+      dz = form(node, tail, needs, out);
+      g.dz = dz.const_data_ptr<T>();
+      if (out.dresidual.defined()) g.du = out.dresidual.const_data_ptr<T>();
+    }
     for (int64_t i = 0; needs.weight && i < node.count(); ++i) {
       const bool up = node.upsamples_on_the_way() && node.factors[i] > 1;
       full.push_back(up ? node.full(i) : product.maps()[i]);

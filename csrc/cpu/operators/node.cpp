@@ -161,6 +161,7 @@ NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Ar
   const Arithmetic way = arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false);
   if (node.prologue != nullptr) take_prologue(node, way);
   product_ = product_of(in_, way);
+  forms_dz_ = cpu::forms_dz_on_load(in_, way);
 }
 
 template <class T>
@@ -168,15 +169,12 @@ void NativeNode<T>::take_prologue(const Node& node, Arithmetic arithmetic) {
   const Prologue& given = *node.prologue;
   const int64_t i = given.input;
   z_ = maps_[i];
-  if (chains(arithmetic)) {
-    added_ = arranged(given.residual, node.channels_last);
-    ending_ = {given.norm().vectors<acc_t<T>>(), z_.const_data_ptr<T>(), data_or_null<T>(added_)};
-    // Where pixels are turned into rows, what is added would have to be turned beside them.
-    const bool turned = !node.channels_last && arithmetic != Arithmetic::float_pointwise;
-    if (!turned || !added_.has_value()) {
-      in_.xs[i].ending = &*ending_;
-      return;
-    }
+  added_ = arranged(given.residual, node.channels_last);
+  ending_ = {given.norm().vectors<acc_t<T>>(), z_.const_data_ptr<T>(), data_or_null<T>(added_)};
+  goes_through_ = goes_through(in_, arithmetic);
+  if (forms_on_load(in_, arithmetic, added_.has_value())) {
+    in_.xs[i].ending = &*ending_;
+    return;
   }
   maps_[i] = given.form(z_, node.channels_last);
   in_.xs[i].data = maps_[i].const_data_ptr<T>();

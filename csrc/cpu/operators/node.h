@@ -61,8 +61,10 @@ class NativeNode {
   // The maps that it multiplies: inputs upsampled, unless it does that on the way, and those pixels that a stride
   // takes; z of one that is formed on load.
   const std::vector<Tensor>& maps() const { return maps_; }
+  // Whether it needs no map of dz, where du is not needed either.
+  bool forms_dz_on_load() const { return forms_dz_; }
   // How the input with a prologue is formed, where gradients may go on through that; else null.
-  const Ending<T>* ending() const { return ending_.has_value() ? &*ending_ : nullptr; }
+  const Ending<T>* ending() const { return goes_through_ ? &*ending_ : nullptr; }
   // The best one where the weight is packed once for many calls.
   Arithmetic arithmetic_kept() const;
   // A new tensor for the gradient of the weight, laid out as the products write it.
@@ -75,6 +77,7 @@ class NativeNode {
   Tensor weight_, z_;
   OptionalTensor added_;
   std::optional<Ending<T>> ending_;
+  bool goes_through_ = false, forms_dz_ = false;
   Inputs<T> in_;
   ProductOf<T> product_;
 };

@@ -38,7 +38,8 @@ struct Map {
   const T* data;
   int64_t channels, height, width;
   bool channels_last;
-  const Ending<T>* ending = nullptr;  // what is read is formed of data; of a contiguous map, without a residual
+  const Ending<T>* ending = nullptr;          // what is read is formed of data; of a contiguous map, without a residual
+  const TailGradient<T>* gradient = nullptr;  // it is formed as dz, where data is null; of a channels_last map
 
   // Pixels [h, h + rows) x [w, w + cols) of `count` channels from `first` on as [rows][cols][count]: zero outside.
   template <class A>
@@ -68,7 +69,9 @@ struct Map {
       return;
     }
     const int64_t at = (image * pixels + pixel) * channels + first;
-    if (ending != nullptr) {
+    if (gradient != nullptr) {
+      gradient->form({cols, count, false}, first, at, channels, to, {nullptr, 0});
+    } else if (ending != nullptr) {
       ending->form({cols, count, false}, first, at, channels, to);
     } else if (count == channels && to.ld == count) {
       kernels<T>().load({data + at, cols * count}, {to.data, cols * count}, 1, cols * count);
@@ -86,7 +89,7 @@ class Blocks {
  public:
   Blocks(const Inputs<T>& in, const TileGrid& grid) : in_(in), grid_(grid) {
     for (const Input<T>& x : in.xs) {
-      maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last, x.ending});
+      maps_.push_back({x.data, x.channels, x.height, x.width, in.channels_last, x.ending, x.gradient});
       const bool up = x.factor > 1;
       ups_.push_back(up ? pack_up_weight<T, A>(x.up_weight, x.channels, x.factor, in.channels_last) : Scratch<A>(0));
       const int64_t channels = x.channels, width = x.width, cols = 2 * grid.cols + 2;

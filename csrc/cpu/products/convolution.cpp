@@ -25,6 +25,7 @@ void Convolution<T>::input_gradients(const Gradient<T>& g) const {
   from.packed = nullptr;
   std::swap(from.in_channels, from.out_channels);
   from.xs = {{g.dz, in_.out_channels, 0, in_.height, in_.width}};
+  from.xs[0].gradient = g.dz_on_load();
   const auto& k = kernels<T>();
   // Block by block, the rows of each one after the other.
   const TileGrid grid = grid_of(from);

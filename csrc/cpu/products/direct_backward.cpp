@@ -81,50 +81,21 @@ void put(const Inputs<T>& in, const Input<T>& x, Strided<const acc_t<T>> z, int6
   }
 }
 
-// The same through the ending of the unit before. work: of a contiguous map four tiles, one of A and three of T.
+// The same through the ending of the unit before. turned: of a contiguous map, as many values.
 template <class T>
-struct PutThrough {
-  using A = acc_t<T>;
-  const Inputs<T>& in;
-  ThroughTiles<T>& through;
-  Scratch<A> turned;
-  Scratch<T> tiles;
-  int64_t most;  // pixels
-
-  PutThrough(const Inputs<T>& in, ThroughTiles<T>& through, int64_t most)
-      : in(in),
-        through(through),
-        turned(in.channels_last ? 0 : kPanel * most),
-        tiles(in.channels_last ? 0 : 3 * kPanel * most),
-        most(most) {}
-
-  void operator()(const Input<T>& x, int64_t group, Strided<const A> dy, int64_t pixels, int64_t count, int64_t image,
-                  int64_t h, int64_t w, int64_t step, int64_t channel, T* dx) const {
-    const int64_t area = x.height * x.width, pixel = h * x.width + w;
-    if (in.channels_last) {
-      return through.put({pixels, count, false}, group, channel, (image * area + pixel) * x.channels + channel,
-                         step * x.channels, dy, dx);
-    }
-    const int64_t at = (image * x.channels + channel) * area + pixel;
-    kernels<A>().load_transposed(dy, {turned.get(), pixels}, pixels, count);
-    const Shape shape = {count, pixels, true};
-    const Strided<const A> rows = {turned.get(), pixels};
-    if (step == 1) return through.put(shape, group, channel, at, area, rows, dx);
-    // Pixels that the stride leaves apart are taken together.
-    const Ending<T>& ending = through.ending();
-    T *const z = tiles.get(), *const residual = z + kPanel * most, *const du = residual + kPanel * most;
-    const auto each = [&](auto f) {
-      for (int64_t c = 0; c < count; ++c) {
-        for (int64_t i = 0; i < pixels; ++i) f(c * pixels + i, at + c * area + i * step);
-      }
-    };
-    each([&](int64_t to, int64_t from) { z[to] = ending.z[from]; });
-    if (ending.residual != nullptr) each([&](int64_t to, int64_t from) { residual[to] = ending.residual[from]; });
-    through.put(shape, group, channel, rows, {z, pixels}, {ending.residual == nullptr ? nullptr : residual, pixels},
-                {du, pixels});
-    each([&](int64_t from, int64_t to) { dx[to] = du[from]; });
+void put_through(const Inputs<T>& in, const Input<T>& x, ThroughTiles<T>& through, int64_t group,
+                 Strided<const acc_t<T>> dy, int64_t pixels, int64_t count, int64_t image, int64_t h, int64_t w,
+                 int64_t step, int64_t channel, acc_t<T>* turned, T* dx) {
+  const int64_t area = x.height * x.width, pixel = h * x.width + w;
+  if (in.channels_last) {
+    through.put({pixels, count, false}, group, channel, (image * area + pixel) * x.channels + channel,
+                step * x.channels, dy, dx);
+    return;
   }
-};
+  kernels<acc_t<T>>().load_transposed(dy, {turned, pixels}, pixels, count);
+  through.put({count, pixels, true}, group, channel, (image * x.channels + channel) * area + pixel, area,
+              {turned, pixels}, dx);
+}
 
 }  // namespace
 
@@ -143,13 +114,13 @@ void Direct<T>::input_gradients(const Gradient<T>& g) const {
                      in_.in_channels);
   const int64_t rows = grid.rows + phases.span() - 1, cols = grid.cols + phases.span() - 1, area = rows * cols * n,
                 most = grid.together * grid.rows * grid.cols;
-  const Map<T> dz = {g.dz, n, in_.height, in_.width, in_.channels_last};
+  const Map<T> dz = {g.dz, n, in_.height, in_.width, in_.channels_last, nullptr, g.dz_on_load()};
   const Tasks tasks(grid.count(), static_cast<int64_t>(panels.size()));
   ThroughTiles<T> through(g, tasks.tiles);
   parallel_queue(
       tasks.count, most * taps * n * divide_up(tasks.panels, tasks.groups) * kPanel / 16, [&](const Take& take) {
         const Scratch<A> patch(grid.together * area), z(most * kPanel);
-        const PutThrough<T> put_through(in_, through, grid.cols);
+        const Scratch<A> turned(in_.channels_last ? 0 : grid.cols * kPanel);
         std::vector<Segment<A>> segments;
         for (int64_t task = take(); task >= 0; task = take()) {
           const RowGrid::Block block = grid[tasks.tile(task)];
@@ -182,7 +153,8 @@ void Direct<T>::input_gradients(const Gradient<T>& g) const {
                 const int64_t image = block.image + r / high, h = (block.h + r % high) * stride + y0,
                               w = block.w * stride + x0, channel = panels[p].channel - x.offset;
                 if (through.takes(i)) {
-                  put_through(x, tasks.tile(task), from, wide, panels[p].count, image, h, w, stride, channel, g.dx[i]);
+                  put_through<T>(in_, x, through, tasks.tile(task), from, wide, panels[p].count, image, h, w, stride,
+                                 channel, turned.get(), g.dx[i]);
                   continue;
                 }
                 put<T>(in_, x, from, wide, panels[p].count, image, h, w, stride, channel, g.adds(i) ? g.du : nullptr,
@@ -208,7 +180,7 @@ void Direct<T>::weight_gradient(const Gradient<T>& g) const {
     maps.push_back(
         {g.full[i], in_.xs[i].channels, in_.xs[i].height, in_.xs[i].width, in_.channels_last, in_.xs[i].ending});
   }
-  const Map<T> dz = {g.dz, in_.out_channels, in_.height, in_.width, in_.channels_last};
+  const Map<T> dz = {g.dz, in_.out_channels, in_.height, in_.width, in_.channels_last, nullptr, g.dz_on_load()};
   const int64_t rows = window_.side(grid.rows), cols = window_.side(grid.cols),
                 most = grid.together * grid.rows * grid.cols;
   parallel_queue(sums.tasks(), sums.blocks_per_task() * most * taps * deep * wide / 16, [&](const Take& take) {

@@ -275,7 +275,11 @@ struct Backward {
             const int64_t channels = in.xs[i].channels, x_at = image * channels * pixels + pixel;
             if (g.dx[i] != nullptr) {
               const Segment<A> segment = {w.get() + in.xs[i].offset, ld_w, n};
-              const Gemm<A> gemm = {channels, cols, &segment, 1, true, dz.get(), ld, nullptr, 0, false};
+              // What comes into the cache meanwhile lies a page apart, row by row.
+              Ahead x_ahead = need_dw() || through.takes(i)
+                                  ? Ahead::of<const T>({in.xs[i].data + x_at, pixels}, channels, cols)
+                                  : Ahead{};
+              const Gemm<A> gemm = {channels, cols, &segment, 1, true, dz.get(), ld, nullptr, 0, false, &x_ahead};
               write_dx({i, slice, 0, x_at}, gemm, g.adds(i) ? du.get() : nullptr, kPanel, dx_tile.get(), through);
             }
             if (need_dw()) {

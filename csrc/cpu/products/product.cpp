@@ -27,6 +27,8 @@ bool winograd_pays(const Inputs<T>& in, bool kept) {
 
 }  // namespace
 
+namespace {
+
 bool chains(Arithmetic arithmetic) {
   switch (arithmetic) {
     case Arithmetic::float_pointwise:
@@ -37,6 +39,30 @@ bool chains(Arithmetic arithmetic) {
     default:
       return false;
   }
+}
+
+}  // namespace
+
+template <class T>
+bool forms_on_load(const Inputs<T>& in, Arithmetic arithmetic, bool residual) {
+  return chains(arithmetic) && (in.channels_last || arithmetic == Arithmetic::float_pointwise || !residual);
+}
+
+// dW reads dz once for every 64 channels of an input, dx once. Formed as often as that it takes as long as a pass that
+// writes it, and a reading of what that has written.
+template <class T>
+bool forms_dz_on_load(const Inputs<T>& in, Arithmetic arithmetic) {
+  constexpr int64_t together = 64, most = 2;
+  int64_t times = 0;
+  for (const Input<T>& x : in.xs) times += (x.channels + together - 1) / together;
+  return chains(arithmetic) && in.kernel > 1 && in.channels_last && times <= most;
+}
+
+// Pixels of a contiguous map that lie a stride apart are no rows, and a pass over the map takes less than to gather and
+// scatter them.
+template <class T>
+bool goes_through(const Inputs<T>& in, Arithmetic arithmetic) {
+  return chains(arithmetic) && (in.channels_last || in.stride == 1);
 }
 
 // Where the processor has instructions for bfloat16 they serve it, and where those are so fast that six products of
@@ -101,8 +127,11 @@ ProductOf<T> product_of(const Inputs<T>& in, Arithmetic arithmetic) {
   return float_pointwise(in);
 }
 
-#define DLA_INSTANTIATE(T)                                   \
-  template Arithmetic arithmetic_of(const Inputs<T>&, bool); \
+#define DLA_INSTANTIATE(T)                                         \
+  template bool forms_on_load(const Inputs<T>&, Arithmetic, bool); \
+  template bool forms_dz_on_load(const Inputs<T>&, Arithmetic);    \
+  template bool goes_through(const Inputs<T>&, Arithmetic);        \
+  template Arithmetic arithmetic_of(const Inputs<T>&, bool);       \
   template ProductOf<T> product_of(const Inputs<T>&, Arithmetic);
 
 DLA_INSTANTIATE(float)

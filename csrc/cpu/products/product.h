@@ -23,8 +23,10 @@ struct Input {
   int64_t height, width;
   int64_t factor = 1;            // what it is upsampled by on the way
   const T* up_weight = nullptr;  // [channels][2f][2f], where that is not 1
-  // Where data is z of the unit before: what is multiplied is formed of it on load. Products that chain() know of it.
+  // Where data is z of the unit before: what is multiplied is formed of it on load (forms_on_load).
   const Ending<T>* ending = nullptr;
+  // Where data is null: what forms it on load, as the gradient of z.
+  const TailGradient<T>* gradient = nullptr;
 };
 
 // The inputs and the weight of a node. Products of a 1x1 kernel know no stride and no dilation: they are given the
@@ -79,12 +81,14 @@ struct Gradient {
   std::vector<T*> dx;      // at the size of the output
   T* dw;                   // laid out like the weight
   T* dresidual;
-  // For products that do not form dz themselves: dz and, where there is a residual input, du; the inputs at the size of
-  // the output, where dw is needed.
+  // For products that do not form dz themselves: dz (null where they form_dz_on_load) and, where there is a residual
+  // input, du; the inputs at the size of the output, where dw is needed.
   const T *dz = nullptr, *du = nullptr;
   std::vector<const T*> full = {};
-  const Through<T>* through = nullptr;  // of products that chain()
+  const Through<T>* through = nullptr;  // where the product goes_through()
 
+  // What dz is formed by on load, or null.
+  const TailGradient<T>* dz_on_load() const { return dz == nullptr ? &tail : nullptr; }
   bool any_dx() const {
     for (const T* d : dx) {
       if (d != nullptr) return true;
@@ -161,8 +165,16 @@ enum class Arithmetic : int {
   bf16_direct
 };
 
-// Whether its products form inputs on load, and take gradients through what they are formed by.
-bool chains(Arithmetic arithmetic);
+// Whether its products form inputs on load: those of contiguous maps that are turned into rows of channels, without a
+// residual, which would have to be turned beside them.
+template <class T>
+bool forms_on_load(const Inputs<T>& in, Arithmetic arithmetic, bool residual);
+// Whether they form dz on load, and no map of it is needed; where that is the faster way.
+template <class T>
+bool forms_dz_on_load(const Inputs<T>& in, Arithmetic arithmetic);
+// Whether they take gradients through what inputs are formed by.
+template <class T>
+bool goes_through(const Inputs<T>& in, Arithmetic arithmetic);
 
 // The one that serves a node on this processor. kept: its weight is packed once for many calls.
 template <class T>

@@ -41,7 +41,6 @@ class ThroughTiles {
     kernels<T>().reduce_accumulated(shape, through_->ending.norm.from(channel), dy, z, residual, dx, &sums_.dy[sums],
                                     &sums_.dy_xhat[sums]);
   }
-  const Ending<T>& ending() const { return through_->ending; }
 
   // Writes the sums, when every tile is put.
   void finish() const {

@@ -143,7 +143,8 @@ void winograd_weight_gradient(const Inputs<T>& in, const Gradient<T>& gradient, 
   for (int64_t i = 0; i < in.count(); ++i) {
     maps.push_back({gradient.full[i], in.xs[i].channels, in.height, in.width, in.channels_last, in.xs[i].ending});
   }
-  const Map<T> dz = {gradient.dz, in.out_channels, in.height, in.width, in.channels_last};
+  const Map<T> dz = {gradient.dz, in.out_channels,      in.height, in.width, in.channels_last,
+                     nullptr,     gradient.dz_on_load()};
   const int64_t most = std::max<int64_t>(Products::tiles / grid.tiles(), 1);
   parallel_queue(sums.tasks(), sums.blocks_per_task() * grid.tiles() * deep * wide, [&](const Take& take) {
     const int64_t rows = 2 * grid.rows, cols = 2 * grid.cols, plane = most * grid.tiles();
