@@ -359,3 +359,42 @@ def test_a_node_in_front_of_a_node():
         for node in (first, second):
             set_memory(node, memory)
         compare(found("auto"), expected)
+
+
+CARRYING = [
+    ((2, 8, 6, 7), 8, 3, 1, "contiguous"),
+    ((2, 40, 9, 8), 36, 3, 1, "channels_last"),
+    ((2, 40, 9, 8), 36, 3, 1, "contiguous"),
+    ((2, 8, 6, 7), 4, 3, 2, "channels_last"),
+    ((2, 24, 9, 9), 20, 1, 1, "channels_last"),
+    ((2, 24, 9, 9), 20, 1, 1, "contiguous"),
+    ((1, 512, 7, 7), 256, 1, 1, "channels_last"),
+    ((2, 24, 9, 9), 20, 1, 2, "channels_last"),
+    ((0, 8, 6, 7), 4, 3, 1, "contiguous"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size, out, kernel, stride, layout", CARRYING)
+def test_what_is_carried_is_added_to_the_first_gradient(size, out, kernel, stride, layout, dtype):
+    torch.manual_seed(0)
+    form = {"memory_format": LAYOUTS[layout]}
+    xs = [torch.randn(size, dtype=torch.float64).to(dtype).contiguous(**form) for _ in range(2)]
+    weight = (torch.randn(out, 2 * size[1], kernel, kernel, dtype=torch.float64) / size[1]).to(dtype)
+    op = torch.ops.dla_fast_cpu
+    z, mean, var = op.conv_norm_act_stage(xs, [], weight, None, None, None, [1, 1], stride, 1, 1, 0.1, True)
+    dy, v = torch.randn_like(z), torch.rand(out, dtype=mean.dtype) + 0.5
+    node = (dy, xs, [], weight, None, z, mean, var, v, v, mean, mean, [1, 1], stride, 1, 1, -1, float(z[:, :1].numel()))
+    node += (1e-5, "identity", 0.0, [True, True], [], True, False, *ending.NO_PROLOGUE, False)
+    carried = torch.randn(size, dtype=torch.float64).to(dtype)
+    (dx, other), _, dw, *_ = op.conv_norm_act_backward(*node, carried)
+    (alone, same), _, weights, *_ = op.conv_norm_act_backward(*node, None)
+    # In half precision the sum is rounded once.
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(dx, alone + carried, **near)
+    assert torch.equal(other, same)
+    assert torch.equal(dw, weights)
+    for wrong in (carried[:, 1:], torch.cat([carried, carried])[: size[0] + 1]):
+        if wrong.shape != carried.shape:
+            with pytest.raises(ValueError, match="carried"):
+                op.conv_norm_act_backward(*node, wrong)

@@ -148,11 +148,9 @@ def once(
         dxs, dups, dw, dresidual, through_sums = kernels.backward(
             dy, xs, flat[n:at], weight, residual, z, mean, var, bn_weight, bn_bias, *sums, *call.geometry,
             -1 if call.deferred else call.residual_input, float(images * height * width), eps, act, slope, need_dx,
-            need_dup, need_dw, need_residual, *pre, through,
+            need_dup, need_dw, need_residual, *pre, through, grads[6] if call.carries and need_dx[0] else None,
         )  # fmt: skip
         of_norm = through_sums if through else of_norm
-        if call.carries and grads[6] is not None and need_dx[0]:
-            dxs[0].add_(grads[6])
     dbias = torch.zeros_like(conv_bias) if need_bias and conv_bias is not None else None
     dgamma, dbeta = (None, None) if call.deferred else (sums[1], sums[0])
     du = dxs[call.first] if through else None

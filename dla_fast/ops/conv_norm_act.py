@@ -39,11 +39,12 @@ SCHEMAS = (
     f"conv_norm_act_stage({_NODE}, {_RUNNING}, {_GEOMETRY}, float momentum, bool moments, {_PROLOGUE}) "
     "-> (Tensor, Tensor, Tensor)",
     # through: the gradient of the input with a prologue is dy', that of what the prologue activates, and the last list
-    # has the sums of dy' and of dy' * x_hat; else it is that of y, and the list is empty.
+    # has the sums of dy' and of dy' * x_hat; else it is that of y, and the list is empty. carried: is added to the
+    # gradient of the first input.
     "conv_norm_act_backward(Tensor dy, Tensor[] xs, Tensor[] up_weights, Tensor weight, Tensor? residual, Tensor z, "
     f"Tensor mean, Tensor var, {_NORM}, Tensor? sum_dy, Tensor? sum_dy_xhat, {_GEOMETRY}, int residual_input, "
     f"float count, {_OPTIONS}, bool[] need_dx, bool[] need_dup, bool need_dw, bool need_dresidual, {_PROLOGUE}, "
-    "bool through=False) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor[])",
+    "bool through=False, Tensor? carried=None) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor[])",
     # The differentiable whole: y, then what its backward needs.
     f"conv_norm_act({_NODE}, Tensor? residual, {_NORM}, {_RUNNING}, {_GEOMETRY}, int residual_input, bool training, "
     f"float momentum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -188,7 +189,7 @@ class _ConvNormAct:
                 dy, xs, ups, weight, residual, z, mean, var, bn_weight, bn_bias,
                 *(sums if ctx.training else (None, None)), *geometry, residual_input,
                 float(images * height * width), *options, need_dx, need_dup, need_dw, need_residual, *NO_PROLOGUE,
-                False,
+                False, None,
             )  # fmt: skip
         dbias, dgamma, dbeta = norm_gradients(
             ctx, sums, var, conv_bias, bn_weight, bn_bias, (need_bias, need_gamma, need_beta)

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_act_stage(
 
 // Gradients of xs, up_weights, weight and residual, each where it is needed. Where `through` is said that of the input
 // with a prologue is dy', the gradient of what the prologue activates, and the last list has its sums, of dy' and of
-// dy' * x_hat; else it is the gradient of y, and there are none.
+// dy' * x_hat; else it is the gradient of y, and there are none. carried: is added to the gradient of the first input.
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>> conv_norm_act_backward(
     const Tensor& dy, at::TensorList xs, at::TensorList up_weights, const Tensor& weight,
     const OptionalTensor& residual, const Tensor& z, const Tensor& mean, const Tensor& var,
@@ -45,6 +45,6 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector
     const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw, bool need_dresidual,
     int64_t pre_input, const OptionalTensor& pre_residual, const OptionalTensor& pre_mean,
     const OptionalTensor& pre_var, const OptionalTensor& pre_weight, const OptionalTensor& pre_bias, double pre_eps,
-    std::string_view pre_act, double pre_slope, bool through);
+    std::string_view pre_act, double pre_slope, bool through, const OptionalTensor& carried);
 
 }  // namespace dla_fast::cpu

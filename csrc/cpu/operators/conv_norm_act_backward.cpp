@@ -30,13 +30,15 @@ struct Needs {
   std::vector<bool> full;  // of each input at the size of the convolution's: for dx, or for that of an up-weight
   bool weight, residual;
   int64_t residual_input;
-  bool through;  // the gradient of the input with a prologue goes on through that
+  bool through;            // the gradient of the input with a prologue goes on through that
+  OptionalTensor carried;  // what is added to the gradient of the first input
 };
 
 struct Results {
   std::vector<Tensor> dxs;  // of the inputs, upsampled; undefined where not needed
   Tensor dw, dresidual;
   std::vector<Tensor> through_sums;  // where the product has taken them
+  bool carried = false;              // it has added that
 };
 
 // The gradient that is added to that of the residual's input, or asked for by itself.
@@ -107,6 +109,17 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
       g.full.push_back(full.back().const_data_ptr<T>());
     }
   }
+  // A map of the first input's size, where that is the one the product reads.
+  if (needs.carried.has_value() && node.factors[0] == 1 && (node.kernel > 1 || node.stride == 1)) {
+    const T* const carried = needs.carried->const_data_ptr<T>();
+    out.carried = !product->forms_dz() || product->adds_carried();
+    if (product->forms_dz()) {
+      g.carried = product->adds_carried() ? carried : nullptr;
+    } else {
+      g.residual_input = 0;
+      g.du = carried;
+    }
+  }
   std::optional<Through<T>> through;
   if (needs.through && product.ending() != nullptr) {
     const int64_t i = node.prologue->input, channels = node.xs[i].size(1);
@@ -133,7 +146,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector
     const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw, bool need_dresidual,
     int64_t pre_input, const OptionalTensor& pre_residual, const OptionalTensor& pre_mean,
     const OptionalTensor& pre_var, const OptionalTensor& pre_weight, const OptionalTensor& pre_bias, double pre_eps,
-    std::string_view pre_act, double pre_slope, bool through_norm) {
+    std::string_view pre_act, double pre_slope, bool through_norm, const OptionalTensor& carried) {
   const Prologue prologue = {pre_input, pre_residual, pre_mean, pre_var,  pre_weight,
                              pre_bias,  pre_eps,      pre_act,  pre_slope};
   prologue.check(xs);
@@ -145,7 +158,14 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector
   const Tensor dy = arranged(dy_in, node.channels_last), z = arranged(z_in, node.channels_last);
   const std::vector<int64_t> sizes = {node.images, node.out_channels, node.height, node.width};
   TORCH_CHECK_VALUE(dy.sizes().equals(sizes) && z.sizes().equals(sizes), "dy, z: expected the output's shape");
-  Needs needs = {{}, need_dw, need_dresidual, residual_input, prologue.there() && through_norm};
+  TORCH_CHECK_VALUE(!carried.has_value() || (need_dx.get(0) && residual_input < 0 && carried->sizes() == xs[0].sizes()),
+                    "carried: expected the shape of xs[0], whose gradient is needed, and no residual_input");
+  Needs needs = {{},
+                 need_dw,
+                 need_dresidual,
+                 residual_input,
+                 prologue.there() && through_norm,
+                 arranged(carried, node.channels_last)};
   TORCH_CHECK_VALUE(!needs.through || need_dx.get(pre_input), "through: needs the gradient of input ", pre_input);
   std::vector<bool> need_up;
   for (int64_t i = 0, up = 0; i < node.count(); ++i) {
@@ -182,6 +202,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector
     }
     if (!need_dx.get(i)) out.dxs[i] = nothing(weight);
   }
+  if (needs.carried.has_value() && !out.carried) out.dxs[0].add_(*needs.carried);
   if (needs.through && out.through_sums.empty()) {
     out.through_sums = through(out.dxs[pre_input], node.channels_last, xs[pre_input], prologue);
   }

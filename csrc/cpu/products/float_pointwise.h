@@ -23,6 +23,7 @@ class FloatPointwise : public Product<T> {
   void forward(A* out, Epilogue<A> epilogue) const override;
   bool infer(const Norm<A>& norm, const T* residual, T* y) const override;
   bool forms_dz() const override { return true; }
+  bool adds_carried() const override { return true; }
   void backward(const Gradient<T>& gradient) const override;
 
  private:

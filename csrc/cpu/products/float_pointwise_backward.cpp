@@ -94,7 +94,7 @@ struct Backward {
     int64_t input, group, channel, at;
   };
 
-  // dx tile = (residual gradient) + product; written in place where dx is A and goes no further.
+  // dx tile = (residual gradient, or what is carried) + product; written in place where dx is A and goes no further.
   void write_dx(const Place& to, Gemm<A> gemm, const A* du, int64_t ld_du, A* scratch, ThroughTiles<T>& through) const {
     const auto& [i, group, channel, at] = to;
     const int64_t ld = in.ld(in.xs[i].channels);
@@ -107,7 +107,9 @@ struct Backward {
         gemm.ldc = ld;
       }
     }
-    gemm.add = du != nullptr;
+    const T* const carried = i == 0 ? g.carried : nullptr;
+    gemm.add = du != nullptr || carried != nullptr;
+    if (carried != nullptr) k.load({carried + at, ld}, {gemm.c, gemm.ldc}, gemm.m, gemm.n);
     if (du != nullptr) {
       for (int64_t r = 0; r < gemm.m; ++r) std::copy_n(du + r * ld_du, gemm.n, gemm.c + r * gemm.ldc);
     }

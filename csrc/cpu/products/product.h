@@ -86,6 +86,7 @@ struct Gradient {
   const T *dz = nullptr, *du = nullptr;
   std::vector<const T*> full = {};
   const Through<T>* through = nullptr;  // where the product goes_through()
+  const T* carried = nullptr;           // what is added to dx[0], of products that say so
 
   // What dz is formed by on load, or null.
   const TailGradient<T>* dz_on_load() const { return dz == nullptr ? &tail : nullptr; }
@@ -122,6 +123,8 @@ class Product {
   virtual bool infer(const Norm<A>& /*norm*/, const T* /*residual*/, T* /*y*/) const { return false; }
   // Whether backward forms dz itself, in cache.
   virtual bool forms_dz() const = 0;
+  // Whether one that does adds what is carried; others are given that as du.
+  virtual bool adds_carried() const { return false; }
   virtual void backward(const Gradient<T>& gradient) const = 0;
 };
 
