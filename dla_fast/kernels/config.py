@@ -269,6 +269,11 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     return cfg
 
 
+def with_prologue(cfg: TileConfig, residual: bool) -> TileConfig:
+    """The same for a kernel that also loads the residual of an input: a stage less, for as much shared memory."""
+    return replace(cfg, num_stages=max(1, min(cfg.num_stages, 2))) if residual else cfg
+
+
 @lru_cache(maxsize=1024)
 def merge(groups: int, channels: int, operands: int = 1) -> TileConfig:
     """For adding up partial results: block_m groups at once, all of them if they fit, and block_n channels.

@@ -1,13 +1,22 @@
-"""An input that is z of the unit before: y = act(norm(z) + residual), formed in a pass of its own."""
+"""An input that is z of the unit before: y = act(norm(z) + residual), formed as it is read or in a pass of its own.
+
+A pass of its own reads z (and the residual) and writes y, 2K values a pixel that a kernel which forms y on load does
+not move, and in the backward the gradient of y takes 3K more. So y is formed on load wherever a kernel of a 1 x 1 node
+multiplies; the library takes no such inputs. :meth:`Prologue.on_load` is where that is chosen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 
-from dla_fast.kernels.tail import tail, tail_backward_apply, tail_backward_reduce
+from dla_fast.kernels import config, host, launch
+from dla_fast.kernels.prologue_kernels import coefficients_kernel
+from dla_fast.kernels.tail import reduced, tail
+from dla_fast.ops.layout import is_channels_last
 
 
 class Prologue(NamedTuple):
@@ -35,18 +44,49 @@ class Prologue(NamedTuple):
     act: str = "identity"
     slope: float = 0.0
 
+    @property
+    def norm(self) -> host.Norm:
+        """Its vectors as the kernels read them."""
+        assert self.mean is not None
+        assert self.var is not None
+        return host.Norm.of(self.mean, self.var, self.weight, self.bias)
+
+    def on_load(
+        self, xs: Sequence[Tensor], weight: Tensor, factors: Sequence[int], stride: int, residual_input: int, library: bool
+    ) -> bool:
+        """Whether a kernel forms y as it loads z, and no pass before it: the one place where that is chosen.
+
+        Args:
+            xs: the node's inputs.
+            weight: the node's.
+            factors: per input, 1 where it is taken as it is.
+            stride: of the convolution.
+            residual_input: the input that is added before the node's activation, or -1: the tail reads it too.
+            library: whether the library multiplies.
+        """
+        flat = weight.shape[2] == stride == 1
+        own = self.input >= 0 and factors[self.input] == 1 and xs[self.input].shape[1] > 0
+        return flat and own and self.input != residual_input and not library
+
+    def coefficients(self) -> Tensor:
+        """Center, scale and shift of every channel, (3, C) in the accumulation dtype: one launch."""
+        norm = self.norm
+        channels = norm.mean.shape[0]
+        made = norm.mean.new_empty(3, channels)
+        cfg = config.TileConfig(config.power_of_two(channels, 16, 128), 1, 0, 1, 1)
+        constexprs: dict[str, Any] = {"B": cfg.block_m, "EPS": self.eps, "ACC": host.accumulator(made.dtype)}
+        grid = (triton.cdiv(channels, cfg.block_m),)
+        launch.launch(coefficients_kernel, grid, (*norm, made, channels), constexprs, cfg)
+        return made
+
     def formed(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs, y in the place of z."""
         if self.input < 0:
             return xs
-        _, residual, mean, var, weight, bias, *options = self
-        y = tail(xs[self.input], mean, var, weight, bias, residual, *options)
+        y = tail(xs[self.input], *self.norm, self.residual, self.eps, self.act, self.slope)
         return [y if i == self.input else x for i, x in enumerate(xs)]
 
     def through(self, dy: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """From the gradient of y: dy', that of what is activated, and its sums, alone and times x_hat."""
-        _, residual, mean, var, weight, bias, *options = self
-        norm = (mean, var, weight, bias, residual)
-        sums = tail_backward_reduce(dy, z, *norm, *options)
-        _, du = tail_backward_apply(dy, z, *norm, None, None, 0.0, *options, True)
-        return du, list(sums)
+        du = host.like(z, is_channels_last(z))
+        return du, list(reduced(dy, z, self.norm, self.residual, (self.eps, self.act, self.slope), du))
