@@ -202,7 +202,7 @@ def _plan(
     epilogue: tuple[Any, ...],
     pre: tuple[int, bool, str, float] | None = None,
 ) -> _Plan | None:
-    """The plan of a call; ``operands`` says of what kinds the kernel's other tensors are, ``pre`` as in ``_Plan.of``."""
+    """The plan of a call; ``operands`` says of what kinds the kernel's other tensors are, ``pre`` as for a plan."""
     dtype = weight.dtype
     key = (
         tuple([(x.shape, x.stride()) for x in xs]),

@@ -19,7 +19,7 @@ from torch import Tensor
 from dla_fast.kernels import config, examples, host, launch, library
 from dla_fast.kernels.product_backward import dx_kernel, fused_kernel, weight_kernel, weight_sum_kernel
 from dla_fast.kernels.prologue import Prologue
-from dla_fast.kernels.tail import tail_backward_apply
+from dla_fast.kernels.tail import add_up, tail_backward_apply
 from dla_fast.kernels.upsample import upsample_backward
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout
 
@@ -39,6 +39,51 @@ def _choose(kernel: str, node: host.Node) -> config.TileConfig:
     return config.choose(kernel, *sizes, node.dtype, node.arch, step, node.channels_last, node.exact)
 
 
+class _Before(NamedTuple):
+    """Of an input that is z of the unit before, what the kernels of a 1 x 1 node do to it.
+
+    Attributes:
+        pre: how y is formed of it; nothing, where it is formed already or there is none.
+        through: whether its gradient is to be that of what is activated.
+        sums: of that gradient, alone and times x_hat; written by the kernels.
+    """
+
+    pre: Prologue
+    through: bool
+    sums: tuple[Tensor, Tensor] | None
+
+    @staticmethod
+    def of(pre: Prologue, through: bool, channels_last: bool, like: Tensor) -> _Before:
+        """Of a prologue, its residual brought into the node's layout."""
+        pre = pre._replace(residual=host.optional(pre.residual, channels_last))
+        return _Before(pre, through, host.vectors(like, like.shape[1]) if through else None)
+
+    def arguments(
+        self, order: Sequence[int], z: Tensor | None, partial: Tensor | None, wanted: bool = True
+    ) -> tuple[tuple[Tensor | None, ...] | None, dict[str, Any]]:
+        """What kernels take of it, and their constexpr.
+
+        Args:
+            order: numbers of the inputs as the kernel takes them.
+            z: itself, of ``dx_kernel``.
+            partial: where its sums go.
+            wanted: whether the kernel does anything to it.
+        """
+        if self.pre.input < 0 or not wanted:
+            return None, {"PRE": None}
+        of_it = (list(order).index(self.pre.input), self.pre.act, self.pre.slope, self.pre.eps)
+        return (z, self.pre.residual, *self.pre.norm, partial), {"PRE": of_it}
+
+    def partial(self, groups: int) -> Tensor | None:
+        """A place for the sums of so many groups of pixels."""
+        return None if self.sums is None else self.sums[0].new_empty(2, self.sums[0].shape[0], groups)
+
+    def add_up(self, partial: Tensor | None) -> None:
+        """The sums from those of the groups, in order."""
+        if partial is not None and self.sums is not None:
+            add_up(partial, self.sums)
+
+
 class _Operands(NamedTuple):
     """What the kernels of a 1 x 1 node share.
 
@@ -49,6 +94,7 @@ class _Operands(NamedTuple):
         norm: the norm's vectors.
         sums: what the tail's reduction gave, and 1 / count.
         constexprs: those of the norm and the activation.
+        before: of the input that is z of the unit before.
     """
 
     node: host.Node
@@ -57,13 +103,16 @@ class _Operands(NamedTuple):
     norm: host.Norm
     sums: tuple[Any, ...]
     constexprs: dict[str, Any]
+    before: _Before
 
     def of_inputs(self, values: Sequence[Any], which: Sequence[int] | None = None) -> tuple[Any, ...]:
         """What belongs to some inputs, or to all, in their order."""
         return tuple([values[i] for i in self.order if which is None or i in which])
 
 
-def _dx(operands: _Operands, dxs: list[Tensor], need_dx: Sequence[bool], dz: Tensor | None) -> None:
+def _dx(
+    operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dz: Tensor | None
+) -> None:
     """The inputs' gradients, and dz where it is given."""
     node = operands.node
     cfg = _choose("dx", node)
@@ -71,10 +120,18 @@ def _dx(operands: _Operands, dxs: list[Tensor], need_dx: Sequence[bool], dz: Ten
     given, channels, starts = (operands.of_inputs(v, wanted) for v in (dxs, node.channels, node.starts))
     blocks = _blocks(channels, cfg.block_k)
     dy, z, residual, weight = operands.maps
-    args = (given, channels, starts, blocks, dy, z, dz, residual, weight, *operands.norm, *operands.sums)
+    tiles = triton.cdiv(node.total, cfg.block_m)
+    partial = operands.before.partial(tiles)
+    z_before = None if partial is None else xs[operands.before.pre.input]
+    before, pre = operands.before.arguments(
+        operands.of_inputs(range(len(xs)), wanted), z_before, partial, partial is not None
+    )
+    sums, inverse_count = operands.sums[:2], operands.sums[2]
+    args = (given, channels, starts, blocks, dy, z, dz, residual, weight, *operands.norm, *sums, before, inverse_count)
     sizes = (node.total, node.pixels, node.out_channels, node.depth, blocks[-1])
-    constexprs = node.tile(cfg) | {"CHUNKS": triton.cdiv(node.out_channels, cfg.block_n)} | operands.constexprs
-    launch.launch(dx_kernel, (triton.cdiv(node.total, cfg.block_m),), (*args, *sizes), constexprs, cfg)
+    constexprs = node.tile(cfg) | {"CHUNKS": triton.cdiv(node.out_channels, cfg.block_n)} | operands.constexprs | pre
+    launch.launch(dx_kernel, (tiles,), (*args, *sizes), constexprs, cfg)
+    operands.before.add_up(partial)
 
 
 class _Ranges(NamedTuple):
@@ -116,18 +173,19 @@ class _Ranges(NamedTuple):
             dw.copy_(rows)
 
 
-def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor) -> Tensor:
+def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor, of_input: _Before) -> Tensor:
     """dW, a product of dz and the inputs."""
     dw = torch.empty_like(weight)
     if node.total == 0:
         return dw.zero_()
-    cfg = _choose("dw", node)
+    cfg = config.with_prologue(_choose("dw", node), of_input.pre.residual is not None)
     blocks = _blocks(node.channels, cfg.block_k)
     programs = blocks[-1] * triton.cdiv(node.out_channels, cfg.block_n)
     ranges = _Ranges.of(node, cfg, programs, dw)
     sizes = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
-    args = (tuple(xs), node.channels, node.starts, blocks, dz, ranges.out, *sizes)
-    launch.launch(weight_kernel, (programs, ranges.number), args, node.tile(cfg), cfg)
+    before, pre = of_input.arguments(range(len(xs)), None, None)
+    args = (tuple(xs), node.channels, node.starts, blocks, dz, ranges.out, before, *sizes)
+    launch.launch(weight_kernel, (programs, ranges.number), args, node.tile(cfg) | pre, cfg)
     ranges.add_up(dw, node.acc)
     return dw
 
@@ -135,7 +193,7 @@ def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor) -
 def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dw: Tensor) -> None:
     """dW and the inputs' gradients in one launch."""
     node = operands.node
-    cfg = _choose("fused", node)
+    cfg = config.with_prologue(_choose("fused", node), operands.before.pre.residual is not None)
     channels, starts, needed = (operands.of_inputs(v) for v in (node.channels, node.starts, need_dx))
     blocks = _blocks(channels, cfg.block_k)
     # All blocks in one program, which then forms dz once, where its registers hold all of dW.
@@ -146,10 +204,14 @@ def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx
     targets = [dx if wanted else x for x, dx, wanted in zip(xs, dxs, need_dx, strict=True)]
     of_inputs = (operands.of_inputs(xs), operands.of_inputs(targets), channels, starts, blocks)
     integers = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
-    args = (*of_inputs, *operands.maps, ranges.out, *operands.norm, *operands.sums, *integers)
+    partial = operands.before.partial(ranges.number)
+    before, pre = operands.before.arguments(operands.order, None, partial)
+    sums, inverse_count = operands.sums[:2], operands.sums[2]
+    args = (*of_inputs, *operands.maps, ranges.out, *operands.norm, *sums, before, inverse_count, *integers)
     mask = sum(1 << i for i, wanted in enumerate(needed) if wanted)
-    constexprs = node.tile(cfg) | {"EACH": each, "DX": mask} | operands.constexprs
+    constexprs = node.tile(cfg) | {"EACH": each, "DX": mask} | operands.constexprs | pre
     launch.launch(fused_kernel, (programs, ranges.number), args, constexprs, cfg)
+    operands.before.add_up(partial)
     ranges.add_up(dw, node.acc)
 
 
@@ -165,12 +227,13 @@ def _products(
     if fused:
         dw = torch.empty_like(weight)
         if node.total == 0:
+            operands.before.add_up(operands.before.partial(0))
             return dxs, dw.zero_()
         _fused(operands, xs, dxs, need_dx, dw)
         return dxs, dw
     dz = empty_like_layout(weight, node.output_sizes, node.channels_last) if need_dw else None
-    _dx(operands, dxs, need_dx, dz)
-    return dxs, weight.new_empty(0) if dz is None else _weight(node, xs, dz, weight)
+    _dx(operands, xs, dxs, need_dx, dz)
+    return dxs, weight.new_empty(0) if dz is None else _weight(node, xs, dz, weight, operands.before)
 
 
 def conv_norm_act_backward(
@@ -241,7 +304,10 @@ def conv_norm_act_backward(
     """
     geometry = library.Geometry(stride, dilation, groups)
     pre, through = Prologue(*prologue[:9]), bool(prologue[9:]) and prologue[9]
-    given, xs = xs, pre.formed(xs)
+    given = xs
+    flat = pre.on_load(xs, weight, factors, stride, residual_input)
+    if not flat:
+        xs = pre.formed(xs)
     cl = host.Node.of(xs, weight, factors, *geometry).channels_last
     xs, dy, z = [host.arranged(x, cl) for x in xs], host.arranged(dy, cl), host.arranged(z, cl)
     # Of an input that is upsampled, the gradient at full resolution serves two.
@@ -256,6 +322,10 @@ def conv_norm_act_backward(
     node = host.Node.of(full, weight, None, *geometry)
     fused = need_dw and any(need) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
     served = need_dresidual or library.serves_backward(node, weight, geometry, fused)
+    on_load = flat and not served
+    if flat and not on_load and need_dw:
+        full = list(pre.formed(full))
+    before = _Before.of(pre, through, cl, full[pre.input]) if on_load else _Before(Prologue(), False, None)
     if any(need) and not served:
         first = max(residual_input, 0)
         operands = _Operands(
@@ -266,6 +336,7 @@ def conv_norm_act_backward(
             norm=norm,
             sums=(*host.dense(sum_dy, sum_dy_xhat), host.inverse(count)),
             constexprs={"ADD": adds} | host.epilogue(eps, act, slope),
+            before=before,
         )
         dxs, dw = _products(operands, full, weight, need, need_dw, fused)
     else:
@@ -275,7 +346,8 @@ def conv_norm_act_backward(
         if served:
             dxs, dw = library.gradients(dz, full, weight, geometry, need, need_dw, cl)
         else:
-            dxs, dw = [x.new_empty(0) for x in xs], _weight(node, full, dz, weight) if need_dw else weight.new_empty(0)
+            dxs = [x.new_empty(0) for x in xs]
+            dw = _weight(node, full, dz, weight, before) if need_dw else weight.new_empty(0)
         if adds:
             dxs[residual_input] += grad
         if need_dresidual:
@@ -288,8 +360,8 @@ def conv_norm_act_backward(
                 dx, dup = upsample_backward(dxs[i], xs[i], up[0], f, need_dx[i], up[1])
             dxs[i] = host.in_layout(dx, cl) if need_dx[i] else dx
             dups.append(dup)
-    sums: list[Tensor] = []
-    if through:
+    sums = [] if before.sums is None else list(before.sums)
+    if through and not on_load:
         du, sums = pre.through(dxs[pre.input], given[pre.input])
         dxs[pre.input] = host.in_layout(du, cl)
     return dxs, dups, dw, dresidual, sums

@@ -27,8 +27,8 @@ as H * W, 1.
 At stride 1 either kernel reads K values a pixel (an upsampled input counts C_i / F^2; a residual among the inputs is
 there once more, from cache, any other counts N) and writes N: (K + N) b bytes, and 2TKN flops. The stage adds up a
 program's moments in registers (CARRIED: a group is what a program takes) and writes 12 N bytes a group beside; where a
-tile leaves no registers for them, a group is a tile. A residual of an input's own adds C_i values. Programs of one tile of pixels are neighbours, so that an input
-which several of them read comes from memory once.
+tile leaves no registers for them, a group is a tile. A residual of an input's own adds C_i values. Programs of one tile
+of pixels are neighbours, so that an input which several of them read comes from memory once.
 """
 
 import triton

@@ -10,17 +10,26 @@ input channels: 2N read, N + K written, 2KN flops; ``weight_kernel`` is then a p
 into ranges of pixels: N + K read, 2KN flops. 4N + 2K together. A residual adds its read (N) to the pass that forms dz.
 ``weight_sum_kernel`` adds the ranges' dW in order.
 
+One input may be z of the unit before, with y = act(norm(z) + residual) of it: dW then takes y, formed from the z that
+is loaded anyway. Where its norm's backward is another's, the gradient that is written is that of what is activated, and
+its sums over a tile's or range's pixels are left beside it: ``dx_kernel`` reads z (C_i) for that, ``fused_kernel``
+nothing more. That input's own residual is one more read (C_i) of each kernel.
+
 - dy, z, dz, residual: (M, N) channels_last, or (images, N, pixels) contiguous, as CL says; xs[i], dxs[i] the same with
   C_i channels, in any order, starts[i] being the first of their columns of w; with ADD the first of them is the
   residual. Only inputs that need it are among the dxs of ``dx_kernel``
 - w, dw: (N, K), K contiguous; partial: (ranges, N, K), accumulation dtype
 - mean, var, gamma, beta, sum_dy, sum_dy_xhat: (N,); all but the first two may be None
+- before: of that input, PRE[0], (z, residual, mean, var, gamma, beta, partial), z for ``dx_kernel`` alone, partial
+  (2, C_i, tiles or ranges) or None where the gradient is to be y's; PRE[1:] are name, slope and eps. None, like PRE,
+  where there is no such input
 - blocks[i]: number of the first block of channels of input i; one more entry says how many blocks there are
 """
 
 import triton
 import triton.language as tl
 
+from dla_fast.kernels.prologue_kernels import formed_if, is_of, passed_back
 from dla_fast.kernels.tile import along, at, batch_terms, dz_of, fetch, gradient_of, inside, norm_of, pixel_range, tf32
 
 
@@ -48,12 +57,12 @@ def columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK: tl.constexpr
 
 @triton.jit
 def dx_kernel(
-    dxs, channels, starts, blocks, dy, z, dz, residual, w, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
+    dxs, channels, starts, blocks, dy, z, dz, residual, w, mean, var, gamma, beta, sum_dy, sum_dy_xhat, before,
     inverse_count: tl.float64, total, pixels, out_channels, depth, count,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
     ALIGN: tl.constexpr, CHUNKS: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
-    SLOPE: tl.constexpr,
+    SLOPE: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     m = pixel_range(tl.program_id(0), BM, I64)
     rows = m < total
@@ -89,16 +98,29 @@ def dx_kernel(
                 acc += gradient_of(
                     dy, z, residual, of_first, of_input, center_k, scale_k, shift_k, ACT, SLOPE, ACC
                 )[0]  # fmt: skip
-        to = dx + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
-        tl.store(to, acc.to(dx.dtype.element_ty), mask=of_input)
+        to = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+        if PRE is not None:  # noqa: SIM102, the inner condition is the device's
+            if is_of(block, blocks, PRE[0]):
+                center_k, rstd_k, scale_k, shift_k = norm_of(
+                    before[2], before[3], before[4], before[5], k, kin, PRE[3], ACC
+                )  # fmt: skip
+                acc, first_sum, second_sum = passed_back(
+                    acc, fetch(before[0] + to, of_input), before[1], to, of_input, center_k, rstd_k, scale_k, shift_k,
+                    PRE[1], PRE[2], ACC,
+                )  # fmt: skip
+                tiles = tl.num_programs(0)
+                of_tile = before[6] + k * tiles + tl.program_id(0)
+                tl.store(of_tile, first_sum, mask=kin)
+                tl.store(of_tile + own * tiles, second_sum, mask=kin)
+        tl.store(dx + to, acc.to(dx.dtype.element_ty), mask=of_input)
 
 
 @triton.jit
 def weight_kernel(
-    xs, channels, starts, blocks, dz, dw, total, pixels, out_channels, depth, tiles_per_range,
+    xs, channels, starts, blocks, dz, dw, before, total, pixels, out_channels, depth, tiles_per_range,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     outs_blocks = tl.cdiv(out_channels, BN)
     block = tl.program_id(0) // outs_blocks
@@ -106,15 +128,26 @@ def weight_kernel(
     outs = n < out_channels
     x, own, start, first = input_of(xs, channels, starts, blocks, block)
     k = (block - first) * BK + tl.arange(0, BK)
+    if PRE is not None:
+        formed_here = is_of(block, blocks, PRE[0])
+        center, _, scale, shift = norm_of(
+            before[2], before[3], before[4], before[5], k, (k < own) & formed_here, PRE[3], ACC
+        )  # fmt: skip
     acc = tl.zeros((BN, BK), ACC)
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
         rows = m < total
         left = dz + at(m, pixels, out_channels, CL, ALIGN)[:, None] + along(n, pixels, CL, I64, ALIGN)[None, :]
-        right = x + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+        right = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
         a = fetch(left, inside(rows, outs, EVEN_N, EVEN_M))
-        b = fetch(right, inside(rows, k < own, EVEN_K, EVEN_M))
+        there = inside(rows, k < own, EVEN_K, EVEN_M)
+        b = fetch(x + right, there)
+        if PRE is not None:
+            b = formed_if(
+                formed_here, b, before[1], right, there, rows, k < own, center, scale, shift,
+                EVEN_K, len(xs) == 1, PRE[1], PRE[2], ACC,
+            )  # fmt: skip
         a, b = tl.trans(tf32(a, PRECISION)), tf32(b, PRECISION)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth + n[:, None] * depth + (start + k)[None, :]
@@ -123,12 +156,12 @@ def weight_kernel(
 
 @triton.jit
 def fused_kernel(
-    xs, dxs, channels, starts, blocks, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
+    xs, dxs, channels, starts, blocks, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat, before,
     inverse_count: tl.float64, total, pixels, out_channels, depth, tiles_per_range,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
     ALIGN: tl.constexpr, EACH: tl.constexpr, DX: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr,
-    ACT: tl.constexpr, SLOPE: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     """A program takes EACH blocks of input channels: all there are, or one, chosen by its number. Bit i of DX says that
     input i needs its gradient."""
@@ -137,11 +170,23 @@ def fused_kernel(
     center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
     tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
     accs, weights = (), ()
+    centers, rstds, scales, shifts, firsts, seconds = (), (), (), (), (), ()
     for i in tl.static_range(EACH):
         columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         taken = fetch(w + columns, None if EVEN_N and EVEN_K else there_columns)
         accs = accs + (tl.zeros((BN, BK), ACC),)  # type: ignore[assignment]
         weights = weights + (tf32(taken, PRECISION),)  # type: ignore[assignment]
+        if PRE is not None:
+            block = tl.program_id(0) * EACH + i
+            _, own, _, first = input_of(xs, channels, starts, blocks, block)
+            k = (block - first) * BK + tl.arange(0, BK)
+            center_k, rstd_k, scale_k, shift_k = norm_of(
+                before[2], before[3], before[4], before[5], k, (k < own) & is_of(block, blocks, PRE[0]), PRE[3], ACC
+            )  # fmt: skip
+            centers, rstds = centers + (center_k,), rstds + (rstd_k,)  # type: ignore[assignment]
+            scales, shifts = scales + (scale_k,), shifts + (shift_k,)  # type: ignore[assignment]
+            zeros = (tl.zeros((BK,), ACC),)
+            firsts, seconds = firsts + zeros, seconds + zeros  # type: ignore[assignment]
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
@@ -155,14 +200,21 @@ def fused_kernel(
         if not EVEN_M:
             dz = tl.where(rows[:, None], dz, 0.0)
         dz = tf32(dz.to(w.dtype.element_ty), PRECISION)
-        sums = ()
+        sums, new_firsts, new_seconds = (), (), ()
         for i in tl.static_range(EACH):
             block = tl.program_id(0) * EACH + i
             x, own, _, first = input_of(xs, channels, starts, blocks, block)
             k = (block - first) * BK + tl.arange(0, BK)
             there = inside(rows, k < own, EVEN_K, EVEN_M)
             at_input = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
-            right = tf32(fetch(x + at_input, there), PRECISION)
+            loaded = fetch(x + at_input, there)
+            right = loaded
+            if PRE is not None:
+                right = formed_if(
+                    is_of(block, blocks, PRE[0]), loaded, before[1], at_input, there, rows, k < own,
+                    centers[i], scales[i], shifts[i], EVEN_K, len(xs) == 1, PRE[1], PRE[2], ACC,
+                )  # fmt: skip
+            right = tf32(right, PRECISION)
             added = tl.dot(tl.trans(dz), right, accs[i], input_precision=PRECISION, out_dtype=ACC)
             sums = sums + (added,)  # type: ignore[assignment]
             if DX:
@@ -177,6 +229,18 @@ def fused_kernel(
                         inside(rows, k < of_first, False), center_k, scale_k, shift_k, ACT, SLOPE, ACC,
                     )  # fmt: skip
                     made += passed
+                if PRE is not None:  # noqa: SIM102, before[6] is None of other kernels alone
+                    if before[6] is not None:
+                        first_sum, second_sum = firsts[i], seconds[i]
+                        if is_of(block, blocks, PRE[0]):
+                            made, of_tile, with_xhat = passed_back(
+                                made, loaded, before[1], at_input, there, centers[i], rstds[i], scales[i], shifts[i],
+                                PRE[1], PRE[2], ACC,
+                            )  # fmt: skip
+                            first_sum += of_tile
+                            second_sum += with_xhat
+                        new_firsts = new_firsts + (first_sum,)  # type: ignore[assignment]
+                        new_seconds = new_seconds + (second_sum,)  # type: ignore[assignment]
                 if (1 << len(xs)) - 1 == DX:
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=there)
                 else:
@@ -185,10 +249,22 @@ def fused_kernel(
                         wanted |= (block >= blocks[j]) & (block < blocks[j + 1]) & (((DX >> j) & 1) != 0)
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=inside(rows, k < own, False) & wanted)
         accs = sums
+        if PRE is not None:  # noqa: SIM102
+            if before[6] is not None:
+                firsts, seconds = new_firsts, new_seconds
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth
     for i in tl.static_range(EACH):
         columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         tl.store(to + columns, accs[i].to(dw.dtype.element_ty), mask=there_columns)
+        if PRE is not None:  # noqa: SIM102
+            if before[6] is not None:
+                block = tl.program_id(0) * EACH + i
+                _, own, _, first = input_of(xs, channels, starts, blocks, block)
+                k = (block - first) * BK + tl.arange(0, BK)
+                kin, ranges = (k < own) & is_of(block, blocks, PRE[0]), tl.num_programs(1)
+                of_range = before[6] + k * ranges + tl.program_id(1)
+                tl.store(of_range, firsts[i], mask=kin)
+                tl.store(of_range + own * ranges, seconds[i], mask=kin)
 
 
 @triton.jit

@@ -52,7 +52,13 @@ class Prologue(NamedTuple):
         return host.Norm.of(self.mean, self.var, self.weight, self.bias)
 
     def on_load(
-        self, xs: Sequence[Tensor], weight: Tensor, factors: Sequence[int], stride: int, residual_input: int, library: bool
+        self,
+        xs: Sequence[Tensor],
+        weight: Tensor,
+        factors: Sequence[int],
+        stride: int,
+        residual_input: int,
+        library: bool = False,
     ) -> bool:
         """Whether a kernel forms y as it loads z, and no pass before it: the one place where that is chosen.
 
