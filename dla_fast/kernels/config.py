@@ -269,9 +269,15 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     return cfg
 
 
-def with_prologue(cfg: TileConfig, residual: bool) -> TileConfig:
-    """The same for a kernel that also loads the residual of an input: a stage less, for as much shared memory."""
-    return replace(cfg, num_stages=max(1, min(cfg.num_stages, 2))) if residual else cfg
+def with_prologue(cfg: TileConfig, residual: bool, backward: bool = False) -> TileConfig:
+    """The same for a kernel that forms an input on load: what compiles without spilling, as :func:`_fitted`.
+
+    An input's residual is loaded beside it: a stage less, for as much shared memory. In the backward more threads share
+    a tile, which is there in several forms at a time.
+    """
+    if backward and cfg.block_m * cfg.block_k >= 64 * 64:
+        cfg = replace(cfg, num_warps=8)
+    return replace(cfg, num_stages=min(cfg.num_stages, 2)) if residual else cfg
 
 
 @lru_cache(maxsize=1024)

@@ -23,6 +23,7 @@ from dla_fast.kernels import config, examples, host, launch, library, moments
 from dla_fast.kernels.library import Geometry
 from dla_fast.kernels.product import inference_kernel, stage_kernel
 from dla_fast.kernels.prologue import Prologue
+from dla_fast.kernels.prologue_kernels import coefficients_kernel
 from dla_fast.kernels.tail import tail
 from dla_fast.ops.autograd import frozen_statistics
 
@@ -379,19 +380,23 @@ def conv_norm_act_stage(
 def specialisations() -> Iterable[launch.Specialisation]:
     """What ships of the forward: the networks' roots, blocks and ladders, and the variants of the epilogue."""
     found = []
-    for example in (*examples.roots(), *examples.blocks(), *examples.ladders()):
+    for example in (*examples.roots(), *examples.blocks(), *examples.ladders(), *examples.chains()):
         xs, ups, weight, z = examples.tensors(example)
         v = torch.empty(example.out_channels, device="meta")
         geometry = (example.factors, example.stride, example.dilation, 1)
         with examples.recording(example) as launches:
             for act, residual in itertools.product(example.acts, example.residuals):
+                if example.pre >= 0:
+                    before = Prologue(example.pre, *examples.before(example, residual), 1e-5, act)
+                    conv_norm_act_stage(xs, ups, weight, None, v, v, *geometry, 0.1, True, *before)
+                    continue
                 added = z if residual and example.kernel > 1 else None
                 index = 0 if residual and example.kernel == 1 else -1
                 conv_norm_act_inference(xs, ups, weight, None, added, v, v, v, v, *geometry, index, 1e-5, act, 0.0)
-            for wanted in (True, False) if example.frozen else (True,):
+            for wanted in (True, False) if example.frozen else (True,) if example.pre < 0 else ():
                 conv_norm_act_stage(xs, ups, weight, None, v, v, *geometry, 0.1, wanted)
         for one in launches:
-            if one.kernel in (inference_kernel, stage_kernel):
+            if one.kernel in (inference_kernel, stage_kernel, coefficients_kernel):
                 op = "conv_norm_act_inference" if one.kernel is inference_kernel else "conv_norm_act_stage"
                 found.append(launch.specialisation(op, example.dtype, one, example.label))
     return launch.distinct(found)

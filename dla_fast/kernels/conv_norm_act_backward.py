@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,20 +47,22 @@ class _Before(NamedTuple):
         pre: how y is formed of it; nothing, where it is formed already or there is none.
         through: whether its gradient is to be that of what is activated.
         sums: of that gradient, alone and times x_hat; written by the kernels.
+        norm: the coefficients of its norm, or None.
     """
 
     pre: Prologue
     through: bool
     sums: tuple[Tensor, Tensor] | None
+    norm: Tensor | None
 
     @staticmethod
     def of(pre: Prologue, through: bool, channels_last: bool, like: Tensor) -> _Before:
         """Of a prologue, its residual brought into the node's layout."""
         pre = pre._replace(residual=host.optional(pre.residual, channels_last))
-        return _Before(pre, through, host.vectors(like, like.shape[1]) if through else None)
+        return _Before(pre, through, host.vectors(like, like.shape[1]) if through else None, pre.coefficients())
 
     def arguments(
-        self, order: Sequence[int], z: Tensor | None, partial: Tensor | None, wanted: bool = True
+        self, order: Sequence[int], z: Tensor | None, partial: Tensor | None
     ) -> tuple[tuple[Tensor | None, ...] | None, dict[str, Any]]:
         """What kernels take of it, and their constexpr.
 
@@ -67,12 +70,17 @@ class _Before(NamedTuple):
             order: numbers of the inputs as the kernel takes them.
             z: itself, of ``dx_kernel``.
             partial: where its sums go.
-            wanted: whether the kernel does anything to it.
         """
-        if self.pre.input < 0 or not wanted:
+        if self.pre.input < 0:
             return None, {"PRE": None}
-        of_it = (list(order).index(self.pre.input), self.pre.act, self.pre.slope, self.pre.eps)
-        return (z, self.pre.residual, *self.pre.norm, partial), {"PRE": of_it}
+        of_it = (list(order).index(self.pre.input), self.pre.act, self.pre.slope)
+        return (z, self.pre.residual, self.norm, partial), {"PRE": of_it}
+
+    def fitted(self, cfg: config.TileConfig) -> config.TileConfig:
+        """The configuration of a kernel that does something to it."""
+        if self.pre.input < 0:
+            return cfg
+        return config.with_prologue(cfg, self.pre.residual is not None, True)
 
     def partial(self, groups: int) -> Tensor | None:
         """A place for the sums of so many groups of pixels."""
@@ -116,16 +124,18 @@ def _dx(
     """The inputs' gradients, and dz where it is given."""
     node = operands.node
     cfg = _choose("dx", node)
-    wanted = [i for i, needed in enumerate(need_dx) if needed]
-    given, channels, starts = (operands.of_inputs(v, wanted) for v in (dxs, node.channels, node.starts))
+    if operands.before.sums is not None:
+        cfg = operands.before.fitted(cfg)
+    tiles = triton.cdiv(node.total, cfg.block_m)
+    partial, last = operands.before.partial(tiles), operands.before.pre.input
+    # The one whose gradient goes on through its norm's activation comes last.
+    order = sorted((i for i in operands.order if need_dx[i]), key=lambda i: partial is not None and i == last)
+    given, channels, starts = (tuple([v[i] for i in order]) for v in (dxs, node.channels, node.starts))
     blocks = _blocks(channels, cfg.block_k)
     dy, z, residual, weight = operands.maps
-    tiles = triton.cdiv(node.total, cfg.block_m)
-    partial = operands.before.partial(tiles)
-    z_before = None if partial is None else xs[operands.before.pre.input]
-    before, pre = operands.before.arguments(
-        operands.of_inputs(range(len(xs)), wanted), z_before, partial, partial is not None
-    )
+    before, pre = (None, {"PRE": None})
+    if partial is not None:
+        before, pre = operands.before.arguments(order, xs[last], partial)
     sums, inverse_count = operands.sums[:2], operands.sums[2]
     args = (given, channels, starts, blocks, dy, z, dz, residual, weight, *operands.norm, *sums, before, inverse_count)
     sizes = (node.total, node.pixels, node.out_channels, node.depth, blocks[-1])
@@ -178,7 +188,7 @@ def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor, o
     dw = torch.empty_like(weight)
     if node.total == 0:
         return dw.zero_()
-    cfg = config.with_prologue(_choose("dw", node), of_input.pre.residual is not None)
+    cfg = of_input.fitted(_choose("dw", node))
     blocks = _blocks(node.channels, cfg.block_k)
     programs = blocks[-1] * triton.cdiv(node.out_channels, cfg.block_n)
     ranges = _Ranges.of(node, cfg, programs, dw)
@@ -193,11 +203,15 @@ def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor, o
 def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dw: Tensor) -> None:
     """dW and the inputs' gradients in one launch."""
     node = operands.node
-    cfg = config.with_prologue(_choose("fused", node), operands.before.pre.residual is not None)
+    through = operands.before.sums is not None
+    cfg = operands.before.fitted(_choose("fused", node))
+    if through:
+        cfg = replace(cfg, block_k=min(cfg.block_k, 64))
     channels, starts, needed = (operands.of_inputs(v) for v in (node.channels, node.starts, need_dx))
     blocks = _blocks(channels, cfg.block_k)
-    # All blocks in one program, which then forms dz once, where its registers hold all of dW.
-    each = blocks[-1] if blocks[-1] * cfg.block_k * cfg.block_n <= config.fused_values(node.arch) else 1
+    # All blocks in one program, which then forms dz once, where its registers hold all of dW and no sums beside it.
+    together = blocks[-1] * cfg.block_k * cfg.block_n <= config.fused_values(node.arch) and not through
+    each = blocks[-1] if together else 1
     programs = blocks[-1] // each
     ranges = _Ranges.of(node, cfg, programs, dw)
     # Something must stand where no gradient is written.
@@ -325,7 +339,7 @@ def conv_norm_act_backward(
     on_load = flat and not served
     if flat and not on_load and need_dw:
         full = list(pre.formed(full))
-    before = _Before.of(pre, through, cl, full[pre.input]) if on_load else _Before(Prologue(), False, None)
+    before = _Before.of(pre, through, cl, full[pre.input]) if on_load else _Before(Prologue(), False, None, None)
     if any(need) and not served:
         first = max(residual_input, 0)
         operands = _Operands(
@@ -385,4 +399,16 @@ def specialisations() -> Iterable[launch.Specialisation]:
             needed, options = [False] * len(xs), (example.factors, 1, 1, 1, -1, 4.0, 1e-5, "relu", 0.0)
             conv_norm_act_backward(z, xs, [], weight, None, z, v, v, v, v, v, v, *options, needed, [], True, False)
         found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in launches]
+    for example in examples.chains():
+        xs, _, weight, z = examples.tensors(example)
+        v = host.vectors(z, example.out_channels)[0]
+        options = (example.factors, 1, 1, 1, -1, 4.0, 1e-5, "relu", 0.0, [True] * len(xs), [], True, False)
+        with examples.recording(example) as launches:
+            # Its norm's backward left to the unit before, or a map that is formed again for dW alone.
+            for act, residual, through in itertools.product(example.acts, example.residuals, (True, False)):
+                pre = Prologue(example.pre, *examples.before(example, residual), 1e-5, act)
+                conv_norm_act_backward(z, xs, [], weight, None, z, v, v, v, v, v, v, *options, *pre, through)
+        kernels = (dx_kernel, fused_kernel, weight_kernel)
+        ours = [o for o in launches if o.kernel in kernels]
+        found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in ours]
     return launch.distinct(found)

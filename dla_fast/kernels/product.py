@@ -14,7 +14,7 @@ value.
 - y, z, residual: like a plain input, with N channels and the sides (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1
 - mean, var, gamma, beta, bias: (N,) each, any dtype; the last three may be None, like the residual
 - partial: (3, N, groups), accumulation dtype
-- norm, added: of input PRE[0], where it is z of the unit before: its coefficients (3, C_i), accumulation dtype, and its
+- norm, added: of input PRE[0], where it is z of the unit before: its coefficients (4, C_i), accumulation dtype, and its
   residual, shape of z, or None; PRE[1:] are name and slope of the activation. PRE is None where no input is
 
 An implicit product, persistent: a program keeps its block of output channels and walks tiles of pixels in one loop,
@@ -34,7 +34,7 @@ of pixels are neighbours, so that an input which several of them read comes from
 import triton
 import triton.language as tl
 
-from dla_fast.kernels.prologue_kernels import formed_if
+from dla_fast.kernels.prologue_kernels import coefficients_of, formed_if
 from dla_fast.kernels.tile import (
     activate,
     along,
@@ -130,16 +130,18 @@ def add_step(
         row = image * (own * pixels) + place
         column = (k.to(tl.int64) if I64 else k) * pixels
     offset = row[:, None] + column[None, :]
+    address = x + offset
     rows = ((taps >> tap) & 1) != 0
     mask = inside(rows, kin, EVEN_K, EVEN_M and KERNEL == 1)
-    values = fetch(x + offset, mask)
+    values = fetch(address, mask)
     if PRE is not None:
+        ACT: tl.constexpr = PRE[1]
+        SLOPE: tl.constexpr = PRE[2]
         given = kin & (i == PRE[0])
-        center = fetch(norm + k, given)
-        scale, shift = fetch(norm + own + k, given), fetch(norm + 2 * own + k, given)
+        center, scale, shift = coefficients_of(norm, own, k, given)
         values = formed_if(
             i == PRE[0], values, added, offset, mask, rows, kin, center, scale, shift,
-            EVEN_K, PLAIN == 1, PRE[1], PRE[2], ACC,
+            EVEN_K, PLAIN == 1, ACT, SLOPE, ACC,
         )  # fmt: skip
     right = load_weights(
         w, n, start + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N, KERNEL

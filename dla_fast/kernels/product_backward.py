@@ -20,16 +20,16 @@ nothing more. That input's own residual is one more read (C_i) of each kernel.
   residual. Only inputs that need it are among the dxs of ``dx_kernel``
 - w, dw: (N, K), K contiguous; partial: (ranges, N, K), accumulation dtype
 - mean, var, gamma, beta, sum_dy, sum_dy_xhat: (N,); all but the first two may be None
-- before: of that input, PRE[0], (z, residual, mean, var, gamma, beta, partial), z for ``dx_kernel`` alone, partial
-  (2, C_i, tiles or ranges) or None where the gradient is to be y's; PRE[1:] are name, slope and eps. None, like PRE,
-  where there is no such input
+- before: of that input, PRE[0], (z, residual, norm, partial): z for ``dx_kernel`` alone, norm its coefficients
+  (4, C_i), accumulation dtype, partial (2, C_i, tiles or ranges) or None where the gradient is to be y's; PRE[1:] are
+  name and slope of the activation. None, like PRE, where there is no such input
 - blocks[i]: number of the first block of channels of input i; one more entry says how many blocks there are
 """
 
 import triton
 import triton.language as tl
 
-from dla_fast.kernels.prologue_kernels import formed_if, is_of, passed_back
+from dla_fast.kernels.prologue_kernels import coefficients_of, formed_if, is_of, passed_back
 from dla_fast.kernels.tile import along, at, batch_terms, dz_of, fetch, gradient_of, inside, norm_of, pixel_range, tf32
 
 
@@ -53,6 +53,52 @@ def columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK: tl.constexpr
     _, own, start, first = input_of(xs, channels, starts, blocks, block)
     k = (block - first) * BK + tl.arange(0, BK)
     return n[:, None] * depth + (start + k)[None, :], outs[:, None] & (k < own)[None, :]
+
+
+@triton.jit
+def dx_block(
+    block, parts, dxs, channels, starts, blocks, dy, z, residual, w, mean, var, gamma, beta, before, m, row, rows,
+    pixels, out_channels, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    ALIGN: tl.constexpr, CHUNKS: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    SLOPE: tl.constexpr, PRE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block of input channels, from all channels of dz; of the input with a prologue on through
+    that, where PRE is given."""
+    if PRE is not None:
+        ACT_BEFORE: tl.constexpr = PRE[1]
+        SLOPE_BEFORE: tl.constexpr = PRE[2]
+    dx, own, start, first = input_of(dxs, channels, starts, blocks, block)
+    k = (block - first) * BK + tl.arange(0, BK)
+    kin = k < own
+    acc = tl.zeros((BM, BK), ACC)
+    for chunk in tl.static_range(CHUNKS):
+        weights = w + (chunk * BN + tl.arange(0, BN))[:, None] * depth + (start + k)[None, :]
+        there = (chunk * BN + tl.arange(0, BN))[:, None] < out_channels
+        right = fetch(weights, None if EVEN_N and EVEN_K else there & kin[None, :])
+        acc = tl.dot(parts[chunk], tf32(right, PRECISION), acc, input_precision=PRECISION, out_dtype=ACC)
+    of_input = inside(rows, kin, EVEN_K, EVEN_M)
+    if ADD:  # noqa: SIM102, the inner condition is the device's
+        if block < blocks[1]:
+            center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, kin, EPS, ACC)
+            of_first = row + along(k, pixels, CL, I64, ALIGN)[None, :]
+            acc += gradient_of(
+                dy, z, residual, of_first, of_input, center_k, scale_k, shift_k, ACT, SLOPE, ACC
+            )[0]  # fmt: skip
+    to = dx + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+    if PRE is not None:
+        center_k, scale_k, shift_k = coefficients_of(before[2], own, k, kin)
+        of_before = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+        acc, first_sum, second_sum = passed_back(
+            acc, fetch(before[0] + of_before, of_input), before[1], of_before, of_input,
+            center_k, scale_k, shift_k, ACT_BEFORE, SLOPE_BEFORE, ACC,
+        )  # fmt: skip
+        tiles = tl.num_programs(0)
+        of_tile = before[3] + k * tiles + tl.program_id(0)
+        tl.store(of_tile, first_sum, mask=kin)
+        tl.store(of_tile + own * tiles, second_sum * fetch(before[2] + 3 * own + k, kin), mask=kin)
+    tl.store(to, acc.to(dx.dtype.element_ty), mask=of_input)
 
 
 @triton.jit
@@ -80,39 +126,24 @@ def dx_kernel(
         if dz is not None:
             tl.store(dz + offset, part, mask=mask)
         parts = parts + (tf32(part, PRECISION),)  # type: ignore[assignment]
-    for block in range(0, count):
-        dx, own, start, first = input_of(dxs, channels, starts, blocks, block)
-        k = (block - first) * BK + tl.arange(0, BK)
-        kin = k < own
-        acc = tl.zeros((BM, BK), ACC)
-        for chunk in tl.static_range(CHUNKS):
-            weights = w + (chunk * BN + tl.arange(0, BN))[:, None] * depth + (start + k)[None, :]
-            there = (chunk * BN + tl.arange(0, BN))[:, None] < out_channels
-            right = fetch(weights, None if EVEN_N and EVEN_K else there & kin[None, :])
-            acc = tl.dot(parts[chunk], tf32(right, PRECISION), acc, input_precision=PRECISION, out_dtype=ACC)
-        of_input = inside(rows, kin, EVEN_K, EVEN_M)
-        if ADD:  # noqa: SIM102, the inner condition is the device's
-            if block < blocks[1]:
-                center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, kin, EPS, ACC)
-                of_first = row + along(k, pixels, CL, I64, ALIGN)[None, :]
-                acc += gradient_of(
-                    dy, z, residual, of_first, of_input, center_k, scale_k, shift_k, ACT, SLOPE, ACC
-                )[0]  # fmt: skip
-        to = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
-        if PRE is not None:  # noqa: SIM102, the inner condition is the device's
-            if is_of(block, blocks, PRE[0]):
-                center_k, rstd_k, scale_k, shift_k = norm_of(
-                    before[2], before[3], before[4], before[5], k, kin, PRE[3], ACC
-                )  # fmt: skip
-                acc, first_sum, second_sum = passed_back(
-                    acc, fetch(before[0] + to, of_input), before[1], to, of_input, center_k, rstd_k, scale_k, shift_k,
-                    PRE[1], PRE[2], ACC,
-                )  # fmt: skip
-                tiles = tl.num_programs(0)
-                of_tile = before[6] + k * tiles + tl.program_id(0)
-                tl.store(of_tile, first_sum, mask=kin)
-                tl.store(of_tile + own * tiles, second_sum, mask=kin)
-        tl.store(dx + to, acc.to(dx.dtype.element_ty), mask=of_input)
+    # The input whose gradient goes on is the last.
+    plain = count
+    if PRE is not None:
+        plain = blocks[PRE[0]]
+    if PRE is None or len(dxs) > 1:
+        for block in range(0, plain):
+            dx_block(
+                block, parts, dxs, channels, starts, blocks, dy, z, residual, w, mean, var, gamma, beta, None, m, row,
+                rows, pixels, out_channels, depth,
+                BM, BN, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, CHUNKS, ADD, EPS, ACT, SLOPE, None,
+            )  # fmt: skip
+    if PRE is not None:
+        for block in range(plain, count):
+            dx_block(
+                block, parts, dxs, channels, starts, blocks, dy, z, residual, w, mean, var, gamma, beta, before, m, row,
+                rows, pixels, out_channels, depth,
+                BM, BN, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, CHUNKS, False, EPS, ACT, SLOPE, PRE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -122,6 +153,9 @@ def weight_kernel(
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
     ALIGN: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
+    if PRE is not None:
+        ACT_BEFORE: tl.constexpr = PRE[1]
+        SLOPE_BEFORE: tl.constexpr = PRE[2]
     outs_blocks = tl.cdiv(out_channels, BN)
     block = tl.program_id(0) // outs_blocks
     n = tl.program_id(0) % outs_blocks * BN + tl.arange(0, BN)
@@ -130,23 +164,22 @@ def weight_kernel(
     k = (block - first) * BK + tl.arange(0, BK)
     if PRE is not None:
         formed_here = is_of(block, blocks, PRE[0])
-        center, _, scale, shift = norm_of(
-            before[2], before[3], before[4], before[5], k, (k < own) & formed_here, PRE[3], ACC
-        )  # fmt: skip
+        center, scale, shift = coefficients_of(before[2], own, k, (k < own) & formed_here)
     acc = tl.zeros((BN, BK), ACC)
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
         rows = m < total
         left = dz + at(m, pixels, out_channels, CL, ALIGN)[:, None] + along(n, pixels, CL, I64, ALIGN)[None, :]
-        right = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+        right = x + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
         a = fetch(left, inside(rows, outs, EVEN_N, EVEN_M))
         there = inside(rows, k < own, EVEN_K, EVEN_M)
-        b = fetch(x + right, there)
+        b = fetch(right, there)
         if PRE is not None:
+            of_before = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
             b = formed_if(
-                formed_here, b, before[1], right, there, rows, k < own, center, scale, shift,
-                EVEN_K, len(xs) == 1, PRE[1], PRE[2], ACC,
+                formed_here, b, before[1], of_before, there, rows, k < own, center, scale, shift,
+                EVEN_K, len(xs) == 1, ACT_BEFORE, SLOPE_BEFORE, ACC,
             )  # fmt: skip
         a, b = tl.trans(tf32(a, PRECISION)), tf32(b, PRECISION)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -165,26 +198,21 @@ def fused_kernel(
 ):  # fmt: skip
     """A program takes EACH blocks of input channels: all there are, or one, chosen by its number. Bit i of DX says that
     input i needs its gradient."""
+    if PRE is not None:
+        ACT_BEFORE: tl.constexpr = PRE[1]
+        SLOPE_BEFORE: tl.constexpr = PRE[2]
     n = tl.arange(0, BN)
     outs = n < out_channels
     center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
     tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
     accs, weights = (), ()
-    centers, rstds, scales, shifts, firsts, seconds = (), (), (), (), (), ()
+    firsts, seconds = (), ()  # type: ignore[var-annotated]
     for i in tl.static_range(EACH):
         columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         taken = fetch(w + columns, None if EVEN_N and EVEN_K else there_columns)
         accs = accs + (tl.zeros((BN, BK), ACC),)  # type: ignore[assignment]
         weights = weights + (tf32(taken, PRECISION),)  # type: ignore[assignment]
         if PRE is not None:
-            block = tl.program_id(0) * EACH + i
-            _, own, _, first = input_of(xs, channels, starts, blocks, block)
-            k = (block - first) * BK + tl.arange(0, BK)
-            center_k, rstd_k, scale_k, shift_k = norm_of(
-                before[2], before[3], before[4], before[5], k, (k < own) & is_of(block, blocks, PRE[0]), PRE[3], ACC
-            )  # fmt: skip
-            centers, rstds = centers + (center_k,), rstds + (rstd_k,)  # type: ignore[assignment]
-            scales, shifts = scales + (scale_k,), shifts + (shift_k,)  # type: ignore[assignment]
             zeros = (tl.zeros((BK,), ACC),)
             firsts, seconds = firsts + zeros, seconds + zeros  # type: ignore[assignment]
     begin = tl.program_id(1) * tiles_per_range
@@ -210,9 +238,11 @@ def fused_kernel(
             loaded = fetch(x + at_input, there)
             right = loaded
             if PRE is not None:
+                here = is_of(block, blocks, PRE[0])
+                center_b, scale_b, shift_b = coefficients_of(before[2], own, k, (k < own) & here)
                 right = formed_if(
-                    is_of(block, blocks, PRE[0]), loaded, before[1], at_input, there, rows, k < own,
-                    centers[i], scales[i], shifts[i], EVEN_K, len(xs) == 1, PRE[1], PRE[2], ACC,
+                    here, loaded, before[1], at_input, there, rows, k < own, center_b, scale_b, shift_b,
+                    EVEN_K, len(xs) == 1, ACT_BEFORE, SLOPE_BEFORE, ACC,
                 )  # fmt: skip
             right = tf32(right, PRECISION)
             added = tl.dot(tl.trans(dz), right, accs[i], input_precision=PRECISION, out_dtype=ACC)
@@ -229,18 +259,17 @@ def fused_kernel(
                         inside(rows, k < of_first, False), center_k, scale_k, shift_k, ACT, SLOPE, ACC,
                     )  # fmt: skip
                     made += passed
-                if PRE is not None:  # noqa: SIM102, before[6] is None of other kernels alone
-                    if before[6] is not None:
-                        first_sum, second_sum = firsts[i], seconds[i]
-                        if is_of(block, blocks, PRE[0]):
-                            made, of_tile, with_xhat = passed_back(
-                                made, loaded, before[1], at_input, there, centers[i], rstds[i], scales[i], shifts[i],
-                                PRE[1], PRE[2], ACC,
-                            )  # fmt: skip
-                            first_sum += of_tile
-                            second_sum += with_xhat
-                        new_firsts = new_firsts + (first_sum,)  # type: ignore[assignment]
-                        new_seconds = new_seconds + (second_sum,)  # type: ignore[assignment]
+                if PRE is not None:  # noqa: SIM102, before[3] is None of other kernels alone
+                    if before[3] is not None:
+                        # No condition of its own: the compiler's pipeline takes no sums inside one.
+                        of_it = there if len(xs) == 1 else inside(rows & here, k < own, EVEN_K)
+                        back, first_sum, second_sum = passed_back(
+                            made, loaded, before[1], at_input, of_it, center_b, scale_b, shift_b,
+                            ACT_BEFORE, SLOPE_BEFORE, ACC,
+                        )  # fmt: skip
+                        made = back if len(xs) == 1 else tl.where(here, back, made)
+                        new_firsts = new_firsts + (firsts[i] + first_sum,)  # type: ignore[assignment]
+                        new_seconds = new_seconds + (seconds[i] + second_sum,)  # type: ignore[assignment]
                 if (1 << len(xs)) - 1 == DX:
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=there)
                 else:
@@ -250,21 +279,21 @@ def fused_kernel(
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=inside(rows, k < own, False) & wanted)
         accs = sums
         if PRE is not None:  # noqa: SIM102
-            if before[6] is not None:
+            if before[3] is not None:
                 firsts, seconds = new_firsts, new_seconds
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth
     for i in tl.static_range(EACH):
         columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         tl.store(to + columns, accs[i].to(dw.dtype.element_ty), mask=there_columns)
         if PRE is not None:  # noqa: SIM102
-            if before[6] is not None:
+            if before[3] is not None:
                 block = tl.program_id(0) * EACH + i
                 _, own, _, first = input_of(xs, channels, starts, blocks, block)
                 k = (block - first) * BK + tl.arange(0, BK)
                 kin, ranges = (k < own) & is_of(block, blocks, PRE[0]), tl.num_programs(1)
-                of_range = before[6] + k * ranges + tl.program_id(1)
+                of_range = before[3] + k * ranges + tl.program_id(1)
                 tl.store(of_range, firsts[i], mask=kin)
-                tl.store(of_range + own * ranges, seconds[i], mask=kin)
+                tl.store(of_range + own * ranges, seconds[i] * fetch(before[2] + 3 * own + k, kin), mask=kin)
 
 
 @triton.jit

@@ -75,10 +75,10 @@ class Prologue(NamedTuple):
         return flat and own and self.input != residual_input and not library
 
     def coefficients(self) -> Tensor:
-        """Center, scale and shift of every channel, (3, C) in the accumulation dtype: one launch."""
+        """Mean, scale, shift and 1 / sigma of every channel, (4, C) in the accumulation dtype: one launch."""
         norm = self.norm
         channels = norm.mean.shape[0]
-        made = norm.mean.new_empty(3, channels)
+        made = norm.mean.new_empty(4, channels)
         cfg = config.TileConfig(config.power_of_two(channels, 16, 128), 1, 0, 1, 1)
         constexprs: dict[str, Any] = {"B": cfg.block_m, "EPS": self.eps, "ACC": host.accumulator(made.dtype)}
         grid = (triton.cdiv(channels, cfg.block_m),)

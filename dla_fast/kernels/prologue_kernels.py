@@ -1,8 +1,9 @@
 """An input that is z of the unit before, on the device: y = act(norm(z) + residual) as it is loaded, and its way back.
 
-``coefficients_kernel`` writes mean, gamma / sigma and beta of C channels one behind another: 12 C bytes, so that a loop
-over blocks of channels neither roots nor divides. The rest are parts of the kernels of a 1 x 1 node, where z and the
-residual lie as the input does; about 10 flops a value, and no bytes but the residual's.
+``coefficients_kernel`` writes mean, gamma / sigma, beta and 1 / sigma of C channels one behind another: 16 C bytes, so
+that a loop over blocks of channels neither roots nor divides, and none keeps them in registers. The rest are parts of
+the kernels of a 1 x 1 node, where z and the residual lie as the input does; about 10 flops a value, and no bytes but
+the residual's.
 
 y is rounded as the tail would store it, and zero where z is not there.
 """
@@ -10,7 +11,7 @@ y is rounded as the tail would store it, and zero where z is not there.
 import triton
 import triton.language as tl
 
-from dla_fast.kernels.tile import activate, activate_backward, inside, norm_of, read
+from dla_fast.kernels.tile import activate, activate_backward, fetch, inside, norm_of, read
 
 
 @triton.jit
@@ -19,10 +20,17 @@ def coefficients_kernel(
 ):  # fmt: skip
     c = tl.program_id(0) * B + tl.arange(0, B)
     cols = c < channels
-    center, _, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
+    center, rstd, scale, shift = norm_of(mean, var, gamma, beta, c, cols, EPS, ACC)
     tl.store(norm + c, center, mask=cols)
     tl.store(norm + channels + c, scale, mask=cols)
     tl.store(norm + 2 * channels + c, shift, mask=cols)
+    tl.store(norm + 3 * channels + c, rstd, mask=cols)
+
+
+@triton.jit
+def coefficients_of(norm, channels, c, mask):
+    """Center, scale and shift of a block of channels, zero outside the mask; 1 / sigma follows them."""
+    return fetch(norm + c, mask), fetch(norm + channels + c, mask), fetch(norm + 2 * channels + c, mask)
 
 
 @triton.jit
@@ -64,15 +72,15 @@ def formed_if(
 
 @triton.jit
 def passed_back(
-    grad, z, residual, offset, mask, center, rstd, scale, shift,
+    grad, z, residual, offset, mask, center, scale, shift,
     ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of y that of what is activated, and its sums over the tile's pixels, alone and times x_hat."""
+    """From the gradient of y that of what is activated, and its sums over the tile, alone and times z - mean."""
     off, u = raised(z, residual, offset, mask, center, scale, shift, ACC)
     grad = activate_backward(u, grad, ACT, SLOPE)
     if mask is not None:
         grad = tl.where(mask, grad, 0.0)
-    return grad, tl.sum(grad, 0), tl.sum(grad * off, 0) * rstd
+    return grad, tl.sum(grad, 0), tl.sum(grad * off, 0)
 
 
 @triton.jit
