@@ -387,7 +387,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
         with examples.recording(example) as launches:
             for act, residual in itertools.product(example.acts, example.residuals):
                 if example.pre >= 0:
-                    before = Prologue(example.pre, *examples.before(example, residual), 1e-5, act)
+                    before = examples.prologue(example, act, residual)
                     conv_norm_act_stage(xs, ups, weight, None, v, v, *geometry, 0.1, True, *before)
                     continue
                 added = z if residual and example.kernel > 1 else None

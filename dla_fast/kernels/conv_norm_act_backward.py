@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dla_fast.kernels import config, examples, host, launch, library
 from dla_fast.kernels.product_backward import dx_kernel, fused_kernel, weight_kernel, weight_sum_kernel
-from dla_fast.kernels.prologue import Prologue
-from dla_fast.kernels.tail import add_up, tail_backward_apply
+from dla_fast.kernels.prologue import Before, Prologue
+from dla_fast.kernels.tail import tail_backward_apply
 from dla_fast.kernels.upsample import upsample_backward
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout
 
@@ -38,58 +38,6 @@ def _choose(kernel: str, node: host.Node) -> config.TileConfig:
     # Where a block of channels is a program's, one that is not full costs less than many small ones.
     step = node.step if kernel == "dx" else node.widest
     return config.choose(kernel, *sizes, node.dtype, node.arch, step, node.channels_last, node.exact)
-
-
-class _Before(NamedTuple):
-    """Of an input that is z of the unit before, what the kernels of a 1 x 1 node do to it.
-
-    Attributes:
-        pre: how y is formed of it; nothing, where it is formed already or there is none.
-        through: whether its gradient is to be that of what is activated.
-        sums: of that gradient, alone and times x_hat; written by the kernels.
-        norm: the coefficients of its norm, or None.
-    """
-
-    pre: Prologue
-    through: bool
-    sums: tuple[Tensor, Tensor] | None
-    norm: Tensor | None
-
-    @staticmethod
-    def of(pre: Prologue, through: bool, channels_last: bool, like: Tensor) -> _Before:
-        """Of a prologue, its residual brought into the node's layout."""
-        pre = pre._replace(residual=host.optional(pre.residual, channels_last))
-        return _Before(pre, through, host.vectors(like, like.shape[1]) if through else None, pre.coefficients())
-
-    def arguments(
-        self, order: Sequence[int], z: Tensor | None, partial: Tensor | None
-    ) -> tuple[tuple[Tensor | None, ...] | None, dict[str, Any]]:
-        """What kernels take of it, and their constexpr.
-
-        Args:
-            order: numbers of the inputs as the kernel takes them.
-            z: itself, of ``dx_kernel``.
-            partial: where its sums go.
-        """
-        if self.pre.input < 0:
-            return None, {"PRE": None}
-        of_it = (list(order).index(self.pre.input), self.pre.act, self.pre.slope)
-        return (z, self.pre.residual, self.norm, partial), {"PRE": of_it}
-
-    def fitted(self, cfg: config.TileConfig) -> config.TileConfig:
-        """The configuration of a kernel that does something to it."""
-        if self.pre.input < 0:
-            return cfg
-        return config.with_prologue(cfg, self.pre.residual is not None, True)
-
-    def partial(self, groups: int) -> Tensor | None:
-        """A place for the sums of so many groups of pixels."""
-        return None if self.sums is None else self.sums[0].new_empty(2, self.sums[0].shape[0], groups)
-
-    def add_up(self, partial: Tensor | None) -> None:
-        """The sums from those of the groups, in order."""
-        if partial is not None and self.sums is not None:
-            add_up(partial, self.sums)
 
 
 class _Operands(NamedTuple):
@@ -111,11 +59,11 @@ class _Operands(NamedTuple):
     norm: host.Norm
     sums: tuple[Any, ...]
     constexprs: dict[str, Any]
-    before: _Before
+    before: Before
 
-    def of_inputs(self, values: Sequence[Any], which: Sequence[int] | None = None) -> tuple[Any, ...]:
-        """What belongs to some inputs, or to all, in their order."""
-        return tuple([values[i] for i in self.order if which is None or i in which])
+    def of_inputs(self, values: Sequence[Any], order: Sequence[int] | None = None) -> tuple[Any, ...]:
+        """What belongs to the inputs, in their order or another."""
+        return tuple([values[i] for i in (self.order if order is None else order)])
 
 
 def _dx(
@@ -130,7 +78,7 @@ def _dx(
     partial, last = operands.before.partial(tiles), operands.before.pre.input
     # The one whose gradient goes on through its norm's activation comes last.
     order = sorted((i for i in operands.order if need_dx[i]), key=lambda i: partial is not None and i == last)
-    given, channels, starts = (tuple([v[i] for i in order]) for v in (dxs, node.channels, node.starts))
+    given, channels, starts = (operands.of_inputs(v, order) for v in (dxs, node.channels, node.starts))
     blocks = _blocks(channels, cfg.block_k)
     dy, z, residual, weight = operands.maps
     before, pre = (None, {"PRE": None})
@@ -183,7 +131,7 @@ class _Ranges(NamedTuple):
             dw.copy_(rows)
 
 
-def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor, of_input: _Before) -> Tensor:
+def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor, of_input: Before) -> Tensor:
     """dW, a product of dz and the inputs."""
     dw = torch.empty_like(weight)
     if node.total == 0:
@@ -318,7 +266,7 @@ def conv_norm_act_backward(
     """
     geometry = library.Geometry(stride, dilation, groups)
     pre, through = Prologue(*prologue[:9]), bool(prologue[9:]) and prologue[9]
-    given = xs
+    before_norm = xs
     flat = pre.on_load(xs, weight, factors, stride, residual_input)
     if not flat:
         xs = pre.formed(xs)
@@ -337,9 +285,11 @@ def conv_norm_act_backward(
     fused = need_dw and any(need) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
     served = need_dresidual or library.serves_backward(node, weight, geometry, fused)
     on_load = flat and not served
-    if flat and not on_load and need_dw:
+    if flat and served and need_dw:
         full = list(pre.formed(full))
-    before = _Before.of(pre, through, cl, full[pre.input]) if on_load else _Before(Prologue(), False, None, None)
+    # What is asked of y alone is dW, and the way back through the norm.
+    given = pre if on_load and (need_dw or through) else Prologue()
+    before = Before.of(given, through, cl)
     if any(need) and not served:
         first = max(residual_input, 0)
         operands = _Operands(
@@ -376,7 +326,7 @@ def conv_norm_act_backward(
             dups.append(dup)
     sums = [] if before.sums is None else list(before.sums)
     if through and not on_load:
-        du, sums = pre.through(dxs[pre.input], given[pre.input])
+        du, sums = pre.through(dxs[pre.input], before_norm[pre.input])
         dxs[pre.input] = host.in_layout(du, cl)
     return dxs, dups, dw, dresidual, sums
 
@@ -402,12 +352,14 @@ def specialisations() -> Iterable[launch.Specialisation]:
     for example in examples.chains():
         xs, _, weight, z = examples.tensors(example)
         v = host.vectors(z, example.out_channels)[0]
-        options = (example.factors, 1, 1, 1, -1, 4.0, 1e-5, "relu", 0.0, [True] * len(xs), [], True, False)
+        geometry, every = (example.factors, 1, 1, 1, -1), [True] * len(xs)
         with examples.recording(example) as launches:
             # Its norm's backward left to the unit before, or a map that is formed again for dW alone.
             for act, residual, through in itertools.product(example.acts, example.residuals, (True, False)):
-                pre = Prologue(example.pre, *examples.before(example, residual), 1e-5, act)
-                conv_norm_act_backward(z, xs, [], weight, None, z, v, v, v, v, v, v, *options, *pre, through)
+                conv_norm_act_backward(
+                    z, xs, [], weight, None, z, v, v, v, v, v, v, *geometry, 4.0, 1e-5, "relu", 0.0, every, [], True,
+                    False, *examples.prologue(example, act, residual), through,
+                )  # fmt: skip
         kernels = (dx_kernel, fused_kernel, weight_kernel)
         ours = [o for o in launches if o.kernel in kernels]
         found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in ours]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,8 +196,8 @@ def tensors(example: Example) -> tuple[list[Tensor], list[Tensor], Tensor, Tenso
     return xs, ups, weight, tensor(example, example.out_channels)
 
 
-def before(example: Example, residual: bool) -> tuple[Tensor | None, ...]:
-    """Of the input that is z of the unit before its residual, or None, and its norm's vectors, on meta."""
+def prologue(example: Example, act: str, residual: bool) -> tuple[Any, ...]:
+    """What the operators take of the input that is z of the unit before, on meta."""
     channels = example.channels[example.pre]
     vector = torch.empty(channels, dtype=accumulation_dtype(example.dtype), device="meta")
-    return (tensor(example, channels) if residual else None, *[vector] * 4)
+    return example.pre, tensor(example, channels) if residual else None, *[vector] * 4, 1e-5, act, 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dla_fast.kernels import config, host, launch
 from dla_fast.kernels.prologue_kernels import coefficients_kernel
-from dla_fast.kernels.tail import reduced, tail
+from dla_fast.kernels.tail import add_up, reduced, tail
 from dla_fast.ops.layout import is_channels_last
 
 
@@ -96,3 +96,56 @@ class Prologue(NamedTuple):
         """From the gradient of y: dy', that of what is activated, and its sums, alone and times x_hat."""
         du = host.like(z, is_channels_last(z))
         return du, list(reduced(dy, z, self.norm, self.residual, (self.eps, self.act, self.slope), du))
+
+
+class Before(NamedTuple):
+    """Of an input that is z of the unit before, what the kernels of a 1 x 1 node do to it.
+
+    Attributes:
+        pre: how y is formed of it; nothing, where it is formed already or there is none.
+        sums: of the gradient of what is activated, alone and times x_hat, which the kernels write; None where the
+            gradient is to be y's.
+        norm: the coefficients of its norm, or None.
+    """
+
+    pre: Prologue
+    sums: tuple[Tensor, Tensor] | None
+    norm: Tensor | None
+
+    @staticmethod
+    def of(pre: Prologue, through: bool, channels_last: bool) -> Before:
+        """Of a prologue, its residual brought into the node's layout; ``through``: with sums."""
+        if pre.input < 0:
+            return Before(pre, None, None)
+        pre, norm = pre._replace(residual=host.optional(pre.residual, channels_last)), pre.coefficients()
+        return Before(pre, host.vectors(norm, norm.shape[1]) if through else None, norm)
+
+    def arguments(
+        self, order: Sequence[int], z: Tensor | None, partial: Tensor | None
+    ) -> tuple[tuple[Tensor | None, ...] | None, dict[str, Any]]:
+        """What kernels take of it, and their constexpr.
+
+        Args:
+            order: numbers of the inputs as the kernel takes them.
+            z: itself, of ``dx_kernel``.
+            partial: where its sums go.
+        """
+        if self.pre.input < 0:
+            return None, {"PRE": None}
+        of_it = (list(order).index(self.pre.input), self.pre.act, self.pre.slope)
+        return (z, self.pre.residual, self.norm, partial), {"PRE": of_it}
+
+    def fitted(self, cfg: config.TileConfig) -> config.TileConfig:
+        """The configuration of a kernel that does something to it."""
+        if self.pre.input < 0:
+            return cfg
+        return config.with_prologue(cfg, self.pre.residual is not None, True)
+
+    def partial(self, groups: int) -> Tensor | None:
+        """A place for the sums of so many groups of pixels."""
+        return None if self.sums is None else self.sums[0].new_empty(2, self.sums[0].shape[0], groups)
+
+    def add_up(self, partial: Tensor | None) -> None:
+        """The sums from those of the groups, in order."""
+        if partial is not None and self.sums is not None:
+            add_up(partial, self.sums)
