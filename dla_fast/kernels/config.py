@@ -269,13 +269,28 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     return cfg
 
 
-def with_prologue(cfg: TileConfig, residual: bool, backward: bool = False) -> TileConfig:
-    """The same for a kernel that forms an input on load: what compiles without spilling, as :func:`_fitted`.
+def forms_on_load(arch: int) -> bool:
+    """Whether kernels there form an input as they load it: AMD's spill with it, so that a pass before them is less."""
+    return arch != _CDNA3
+
+
+def with_prologue(kernel: str, cfg: TileConfig, arch: int, residual: bool) -> TileConfig:
+    """The configuration of a kernel that forms an input on load, from that of the same without: as :func:`_fitted`.
 
     An input's residual is loaded beside it: a stage less, for as much shared memory. In the backward more threads share
     a tile, which is there in several forms at a time.
+
+    Args:
+        kernel: "stage", "fused", "dx" or "dw".
+        cfg: its configuration.
+        arch: see :func:`arch_of`.
+        residual: whether the input has one.
     """
-    if backward and cfg.block_m * cfg.block_k >= 64 * 64:
+    if arch < 90 and (kernel == "fused" or (kernel == "stage" and cfg.block_n >= 128)):
+        cfg = replace(cfg, block_m=min(cfg.block_m, 32 if kernel == "fused" else 64))
+    if kernel == "fused":
+        cfg = replace(cfg, block_k=min(cfg.block_k, 64))
+    if kernel != "stage" and cfg.block_m * cfg.block_k >= 64 * 64:
         cfg = replace(cfg, num_warps=8)
     return replace(cfg, num_stages=min(cfg.num_stages, 2)) if residual else cfg
 

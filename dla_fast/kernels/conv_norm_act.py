@@ -113,7 +113,8 @@ class _Plan:
             kind = "merge" if upsamples else f"conv_{kind}".removesuffix("_forward")
         sizes = (node.total, depth, node.out_channels)
         cfg = config.choose(kind, *sizes, node.dtype, node.arch, node.step, node.channels_last)
-        cfg = config.with_prologue(cfg, pre is not None and pre[1])
+        if pre is not None:
+            cfg = config.with_prologue("stage", cfg, node.arch, pre[1])
         arranged = _even_taps(weight)
         # An input without channels is none.
         there = [i for i in range(len(xs)) if node.channels[i] > 0]

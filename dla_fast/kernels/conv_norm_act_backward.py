@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +70,7 @@ def _dx(
 ) -> None:
     """The inputs' gradients, and dz where it is given."""
     node = operands.node
-    cfg = _choose("dx", node)
-    if operands.before.sums is not None:
-        cfg = operands.before.fitted(cfg)
+    cfg = operands.before.fitted("dx", _choose("dx", node), node.arch)
     tiles = triton.cdiv(node.total, cfg.block_m)
     partial, last = operands.before.partial(tiles), operands.before.pre.input
     # The one whose gradient goes on through its norm's activation comes last.
@@ -136,7 +133,7 @@ def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor, o
     dw = torch.empty_like(weight)
     if node.total == 0:
         return dw.zero_()
-    cfg = of_input.fitted(_choose("dw", node))
+    cfg = of_input.fitted("dw", _choose("dw", node), node.arch)
     blocks = _blocks(node.channels, cfg.block_k)
     programs = blocks[-1] * triton.cdiv(node.out_channels, cfg.block_n)
     ranges = _Ranges.of(node, cfg, programs, dw)
@@ -152,9 +149,7 @@ def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx
     """dW and the inputs' gradients in one launch."""
     node = operands.node
     through = operands.before.sums is not None
-    cfg = operands.before.fitted(_choose("fused", node))
-    if through:
-        cfg = replace(cfg, block_k=min(cfg.block_k, 64))
+    cfg = operands.before.fitted("fused", _choose("fused", node), node.arch)
     channels, starts, needed = (operands.of_inputs(v) for v in (node.channels, node.starts, need_dx))
     blocks = _blocks(channels, cfg.block_k)
     # All blocks in one program, which then forms dz once, where its registers hold all of dW and no sums beside it.

@@ -2,7 +2,8 @@
 
 A pass of its own reads z (and the residual) and writes y, 2K values a pixel that a kernel which forms y on load does
 not move, and in the backward the gradient of y takes 3K more. So y is formed on load wherever a kernel of a 1 x 1 node
-multiplies; the library takes no such inputs. :meth:`Prologue.on_load` is where that is chosen.
+multiplies and does not spill with it; the library takes no such inputs. :meth:`Prologue.on_load` is where that is
+chosen.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Prologue(NamedTuple):
         """
         flat = weight.shape[2] == stride == 1
         own = self.input >= 0 and factors[self.input] == 1 and xs[self.input].shape[1] > 0
-        return flat and own and self.input != residual_input and not library
+        ours = flat and not library and config.forms_on_load(config.arch_of(weight.device))
+        return ours and own and self.input != residual_input
 
     def coefficients(self) -> Tensor:
         """Mean, scale, shift and 1 / sigma of every channel, (4, C) in the accumulation dtype: one launch."""
@@ -135,11 +137,11 @@ class Before(NamedTuple):
         of_it = (list(order).index(self.pre.input), self.pre.act, self.pre.slope)
         return (z, self.pre.residual, self.norm, partial), {"PRE": of_it}
 
-    def fitted(self, cfg: config.TileConfig) -> config.TileConfig:
-        """The configuration of a kernel that does something to it."""
-        if self.pre.input < 0:
+    def fitted(self, kernel: str, cfg: config.TileConfig, arch: int) -> config.TileConfig:
+        """The configuration of a kernel of the backward, see :func:`config.with_prologue`."""
+        if self.pre.input < 0 or (kernel == "dx" and self.sums is None):
             return cfg
-        return config.with_prologue(cfg, self.pre.residual is not None, True)
+        return config.with_prologue(kernel, cfg, arch, self.pre.residual is not None)
 
     def partial(self, groups: int) -> Tensor | None:
         """A place for the sums of so many groups of pixels."""
