@@ -1,10 +1,10 @@
 """``python -m benchmarks.gates.traffic``: the kernels' bytes, counted in Triton's interpreter, beside the floor.
 
 For every root of the networks, links of chains, every step of the dense-prediction ladders at 512x512 and every other
-batch norm of dla34, in inference, training forward and backward: per kernel the bytes moved (each distinct byte of an operand once
-per launch that reads or writes it), the floor of the design and their ratio, the bytes of weights, which the floor
-leaves out, and the bytes issued, re-reads by other tiles included, which a GPU's L2 cache has to absorb. Exits 1 where
-a pass moves more than 1.05 times its floor. Needs no GPU.
+batch norm of dla34, in inference, training forward and backward: per kernel the bytes moved (each distinct byte of an
+operand once per launch that reads or writes it), the floor of the design and their ratio, the bytes of weights, which
+the floor leaves out, and the bytes issued, re-reads by other tiles included, which a GPU's L2 cache has to absorb.
+Exits 1 where a pass moves more than 1.05 times its floor. Needs no GPU.
 """
 
 from __future__ import annotations

@@ -278,7 +278,8 @@ def with_prologue(kernel: str, cfg: TileConfig, arch: int, residual: bool) -> Ti
     """The configuration of a kernel that forms an input on load, from that of the same without: as :func:`_fitted`.
 
     An input's residual is loaded beside it: a stage less, for as much shared memory. In the backward more threads share
-    a tile, which is there in several forms at a time.
+    a tile, which is there in several forms at a time; in the forward they do a wide one, so that moments are carried:
+    no pass follows beside whose bytes those of a group for each tile, 6 % of a link's, would be few.
 
     Args:
         kernel: "stage", "fused", "dx" or "dw".
@@ -288,6 +289,8 @@ def with_prologue(kernel: str, cfg: TileConfig, arch: int, residual: bool) -> Ti
     """
     if arch < 90 and (kernel == "fused" or (kernel == "stage" and cfg.block_n >= 128)):
         cfg = replace(cfg, block_m=min(cfg.block_m, 32 if kernel == "fused" else 64))
+    if kernel == "stage" and cfg.block_m * cfg.block_n >= 128 * 128:
+        cfg = replace(cfg, num_warps=8, resident=1)
     if kernel == "fused":
         cfg = replace(cfg, block_k=min(cfg.block_k, 64))
     if kernel != "stage" and cfg.block_m * cfg.block_k >= 64 * 64:
