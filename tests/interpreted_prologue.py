@@ -100,6 +100,15 @@ class Chain:
         return [*dxs, *dups, dw, dresidual, *sums]
 
 
+@pytest.fixture(autouse=True, params=["chosen", "on load"])
+def ways(request, monkeypatch):
+    """As it is chosen, and with everything on load that can be."""
+    if request.param == "on load":
+        monkeypatch.setattr(config, "forms_in_backward", lambda *args: True)
+        monkeypatch.setattr(config, "passes_back", lambda *args: True)
+    return request.param
+
+
 def flat(found: Any) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else [t for part in found for t in flat(part)]
 
@@ -135,19 +144,19 @@ ON_LOAD = {"coefficients_kernel", "stage_kernel"}
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("residual", [True, False])
-def test_any_input_is_normalised_on_load(residual, dtype, layout):
+def test_any_input_is_normalised_on_load(residual, dtype, layout, ways):
     """One input to four, channels that fill blocks and that do not, an odd number of pixels."""
     for channels in ((32,), (24, 5), (8, 16, 8, 3)):
         for index in range(len(channels)):
             options = {"residual": residual, "dtype": dtype, "layout": layout, "sides": (3, 5)}
             names = check(Chain(channels, index=index, **options), ways=(True,) if index % 2 else (True, False))
             assert set(names) >= ON_LOAD
-            assert "tail_kernel" not in names
+            assert ("tail_kernel" in names) == (ways == "chosen" and len(channels) > 1)
 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("act", ACTS)
-def test_every_activation(monkeypatch, act, split):
+def test_every_activation(monkeypatch, act, split, ways):
     """With every kernel of the backward."""
     if split:
         monkeypatch.setattr(config, "fits_fused", lambda *args: False)
@@ -155,7 +164,12 @@ def test_every_activation(monkeypatch, act, split):
         chain = Chain((24, 16), index=residual, residual=residual, act=act, dtype=dtype, affine=residual)
         names = check(chain)
         assert {"dx_kernel", "weight_kernel"} <= set(names) if split else "fused_kernel" in names
-        assert not {"tail_kernel", "reduce_kernel"} & set(names)
+        if ways == "on load":
+            assert not {"tail_kernel", "reduce_kernel"} & set(names)
+        else:
+            # By a pass of its own: y before all gradients at once, and the way back.
+            assert ("tail_kernel" in names) == (not split)
+            assert names.count("reduce_kernel") == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -171,7 +185,7 @@ def test_few_pixels_and_whole_tiles(monkeypatch, split, sides, images, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("split", [False, True])
-def test_beside_a_residual_of_the_node(monkeypatch, split, layout):
+def test_beside_a_residual_of_the_node(monkeypatch, split, layout, ways):
     """Which is an input, another or this one, or a tensor of its own; and with frozen statistics."""
     if split:
         monkeypatch.setattr(config, "fits_fused", lambda *args: False)
@@ -179,7 +193,8 @@ def test_beside_a_residual_of_the_node(monkeypatch, split, layout):
         chain = Chain((17, 8, 17), index=index, added=added, layout=layout, frozen=index == 1, sides=(3, 5))
         names = check(chain, ways=(True,))
         # The tail reads what it adds.
-        assert ("tail_kernel" in names) == (index == added and added is not True)
+        if ways == "on load":
+            assert ("tail_kernel" in names) == (index == added and added is not True)
 
 
 @pytest.mark.parametrize("through", [True, False])

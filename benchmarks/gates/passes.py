@@ -119,8 +119,13 @@ class Unit:
             found = {"moments_kernel": n, "tail_kernel": 2 * n + again}
             found |= {"reduce_kernel": 2 * n + again, "apply_kernel": 3 * n + 2 * again}
         elif case.op == "chain":
-            found = {"stage_kernel": k + n + added, "fused_kernel": 2 * n + 2 * k + added}
-            found |= {"dx_kernel": 3 * n + k + first + added, "weight_kernel": n + k + added}
+            # What is not done on load is a pass of its own: y before, and its gradient's way back behind.
+            found = {"tail_kernel": 2 * first + added, "reduce_kernel": 3 * first + added}
+            on_load = 0 if "tail_kernel" in kernels else added
+            found |= {"stage_kernel": k + n + on_load, "fused_kernel": 2 * n + 2 * k + on_load}
+            found |= {"weight_kernel": n + k + on_load, "dx_kernel": 3 * n + k}
+            if "reduce_kernel" not in kernels:
+                found["dx_kernel"] += first + added
         elif case.op == "merge":
             if "upsample_kernel" not in kernels:
                 k -= case.in_channels[-1] * pixels - low

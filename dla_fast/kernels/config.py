@@ -274,6 +274,24 @@ def forms_on_load(arch: int) -> bool:
     return arch != _CDNA3
 
 
+def forms_in_backward(inputs: int, fused: bool) -> bool:
+    """Whether dW takes an input that is formed on load, and no pass before it.
+
+    By the model of benchmarks.gates.predict, not by measuring: a pass that makes all gradients of several inputs at
+    once waits for it longer than a pass before takes.
+    """
+    return inputs == 1 or not fused
+
+
+def passes_back(inputs: int, fused: bool) -> bool:
+    """Whether the kernel of dx also takes that input's gradient back through the norm's activation.
+
+    By the same model only beside dW of one input, where nothing more is read: its sums wait, and in ``dx_kernel`` the
+    loads of z do.
+    """
+    return inputs == 1 and fused
+
+
 def with_prologue(kernel: str, cfg: TileConfig, arch: int, residual: bool) -> TileConfig:
     """The configuration of a kernel that forms an input on load, from that of the same without: as :func:`_fitted`.
 

@@ -279,12 +279,13 @@ def conv_norm_act_backward(
     node = host.Node.of(full, weight, None, *geometry)
     fused = need_dw and any(need) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
     served = need_dresidual or library.serves_backward(node, weight, geometry, fused)
-    on_load = flat and not served
-    if flat and served and need_dw:
+    on_load = flat and not served and config.forms_in_backward(len(xs), fused)
+    back = through and flat and not served and config.passes_back(len(xs), fused)
+    if flat and not on_load and need_dw:
         full = list(pre.formed(full))
     # What is asked of y alone is dW, and the way back through the norm.
-    given = pre if on_load and (need_dw or through) else Prologue()
-    before = Before.of(given, through, cl)
+    given = pre if back or (on_load and need_dw) else Prologue()
+    before = Before.of(given, back, cl)
     if any(need) and not served:
         first = max(residual_input, 0)
         operands = _Operands(
@@ -320,7 +321,7 @@ def conv_norm_act_backward(
             dxs[i] = host.in_layout(dx, cl) if need_dx[i] else dx
             dups.append(dup)
     sums = [] if before.sums is None else list(before.sums)
-    if through and not on_load:
+    if through and not back:
         du, sums = pre.through(dxs[pre.input], before_norm[pre.input])
         dxs[pre.input] = host.in_layout(du, cl)
     return dxs, dups, dw, dresidual, sums

@@ -3,7 +3,7 @@
 A pass of its own reads z (and the residual) and writes y, 2K values a pixel that a kernel which forms y on load does
 not move, and in the backward the gradient of y takes 3K more. So y is formed on load wherever a kernel of a 1 x 1 node
 multiplies and does not spill with it; the library takes no such inputs. :meth:`Prologue.on_load` is where that is
-chosen.
+chosen, and of the backward config's ``forms_in_backward`` and ``passes_back``.
 """
 
 from __future__ import annotations
