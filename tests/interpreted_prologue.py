@@ -100,13 +100,17 @@ class Chain:
         return [*dxs, *dups, dw, dresidual, *sums]
 
 
-@pytest.fixture(autouse=True, params=["chosen", "on load"])
+both = pytest.mark.parametrize("ways", ["chosen", "on load"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
 def ways(request, monkeypatch):
-    """As it is chosen, and with everything on load that can be."""
-    if request.param == "on load":
+    """With everything on load that can be; of tests with :data:`both` also as it is chosen."""
+    way = getattr(request, "param", "on load")
+    if way == "on load":
         monkeypatch.setattr(config, "forms_in_backward", lambda *args: True)
         monkeypatch.setattr(config, "passes_back", lambda *args: True)
-    return request.param
+    return way
 
 
 def flat(found: Any) -> list[Tensor]:
@@ -144,16 +148,17 @@ ON_LOAD = {"coefficients_kernel", "stage_kernel"}
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("residual", [True, False])
-def test_any_input_is_normalised_on_load(residual, dtype, layout, ways):
+def test_any_input_is_normalised_on_load(residual, dtype, layout):
     """One input to four, channels that fill blocks and that do not, an odd number of pixels."""
     for channels in ((32,), (24, 5), (8, 16, 8, 3)):
         for index in range(len(channels)):
             options = {"residual": residual, "dtype": dtype, "layout": layout, "sides": (3, 5)}
             names = check(Chain(channels, index=index, **options), ways=(True,) if index % 2 else (True, False))
             assert set(names) >= ON_LOAD
-            assert ("tail_kernel" in names) == (ways == "chosen" and len(channels) > 1)
+            assert "tail_kernel" not in names
 
 
+@both
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("act", ACTS)
 def test_every_activation(monkeypatch, act, split, ways):
@@ -183,6 +188,7 @@ def test_few_pixels_and_whole_tiles(monkeypatch, split, sides, images, layout):
         check(Chain(channels, out, dtype=dtype, sides=sides, images=images, layout=layout))
 
 
+@both
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("split", [False, True])
 def test_beside_a_residual_of_the_node(monkeypatch, split, layout, ways):
@@ -197,6 +203,7 @@ def test_beside_a_residual_of_the_node(monkeypatch, split, layout, ways):
             assert ("tail_kernel" in names) == (index == added and added is not True)
 
 
+@both
 @pytest.mark.parametrize("through", [True, False])
 def test_what_is_wanted_alone(through):
     for index in (0, 1):
@@ -250,6 +257,7 @@ def test_the_library_takes_y(monkeypatch, layout):
     config.install({})
 
 
+@both
 def test_launches():
     chain = Chain((16,), 16, dtype=torch.float32, act="relu")
     with launch.count() as names:
@@ -274,6 +282,7 @@ def test_the_same_bits_every_time(kernel):
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+@both
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_strides_of_every_kind(kernel, layout):
