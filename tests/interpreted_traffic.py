@@ -97,6 +97,10 @@ def test_an_aggregation_node_moves_its_floor(mode, layout):
         (Case("up", (8,), 8, 16, 16, op="upsample"), "backward", (2 + 4) * 8 / 4),
         (Case("add", (8,), 8, 16, 16, op="upsample_add"), "forward", (1 + 8) * 8 / 4),
         (Case("norm", (8,), 8, 16, 16, op="batch_norm_act"), "backward", 5 * 8),
+        (Case("link", (32,), 16, 16, 16, op="chain"), "forward", 32 + 16),
+        (Case("link", (32, 16), 16, 16, 16, op="chain", residual=True), "forward", 32 + 16 + 16 + 32),
+        (Case("link", (32, 16), 16, 16, 16, op="chain", residual=True), "backward", 3 * 32 + 2 * 16 + 2 * 48 + 4 * 32),
+        (Case("link", (32,), 16, 16, 16, op="chain", residual=True), "backward", 2 * 16 + 2 * 32 + 32),
         (Case("norm", (8,), 8, 16, 16, op="batch_norm_act", residual=True), "forward", 4 * 8),
         (Case("ida", (8, 8), 8, 16, 16, op="merge", kernel=3), "inference", 8 + 8 / 4 + 8),
     ],
@@ -148,5 +152,12 @@ def test_the_command(capsys):
     assert "1 of 1 passes of 1 ops within 1.05 of the floor; worst 1.000" in out
     assert traffic.main(["--only", "no such op"]) == 2
     everything = traffic.units(traffic.SUITES, traffic.NETWORKS, ["channels_last"], "bfloat16")
-    assert {u.case.op for u in everything} == {"aggregate", "merge", "upsample", "upsample_add", "batch_norm_act"}
+    assert {u.case.op for u in everything} == {
+        "aggregate",
+        "merge",
+        "upsample",
+        "upsample_add",
+        "batch_norm_act",
+        "chain",
+    }
     assert len(everything) > 60

@@ -33,6 +33,7 @@ INTERPRETED = (
     ("interpreted_gpu", "test_compiled", "test_ops", "test_strides"),
     ("interpreted_ida", "interpreted_strides", "interpreted_tune", "interpreted_traffic"),
     ("interpreted_tf32", "interpreted_node", "test_batch_norm_act"),
+    ("interpreted_prologue",),
     ("interpreted", "test_aggregate", "test_conv_norm_act"),
 )
 
@@ -87,9 +88,9 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     done = run("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [
-        "apply_kernel", "backward_kernel", "dx_kernel", "finalise_kernel", "fused_kernel", "inference_kernel",
-        "moments_kernel", "reduce_kernel", "reduce_sum_kernel", "stage_kernel", "tail_kernel", "upsample_kernel",
-        "weight_gradient_kernel", "weight_kernel", "weight_sum_kernel",
+        "apply_kernel", "backward_kernel", "coefficients_kernel", "dx_kernel", "finalise_kernel", "fused_kernel",
+        "inference_kernel", "moments_kernel", "reduce_kernel", "reduce_sum_kernel", "stage_kernel", "tail_kernel",
+        "upsample_kernel", "weight_gradient_kernel", "weight_kernel", "weight_sum_kernel",
     ]  # fmt: skip
 
 

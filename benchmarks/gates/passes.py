@@ -108,6 +108,9 @@ class Unit:
         k, n = sum(case.in_channels) * pixels, case.out_channels * pixels
         low = case.in_channels[-1] * pixels // case.factor**2
         again = n if case.residual else 0
+        # Of a link of a chain the first input is z of the unit before; its residual is read wherever y is formed.
+        first = case.in_channels[0] * pixels
+        added = first if case.residual else 0
         up = {"upsample_kernel": low * (1 + case.factor**2), "backward_kernel": low * (2 + case.factor**2)}
         if case.op in ("upsample", "upsample_add"):
             skip = low * case.factor**2 if case.op == "upsample_add" else 0
@@ -115,6 +118,14 @@ class Unit:
         elif case.op == "batch_norm_act":
             found = {"moments_kernel": n, "tail_kernel": 2 * n + again}
             found |= {"reduce_kernel": 2 * n + again, "apply_kernel": 3 * n + 2 * again}
+        elif case.op == "chain":
+            # What is not done on load is a pass of its own: y before, and its gradient's way back behind.
+            found = {"tail_kernel": 2 * first + added, "reduce_kernel": 3 * first + added}
+            on_load = 0 if "tail_kernel" in kernels else added
+            found |= {"stage_kernel": k + n + on_load, "fused_kernel": 2 * n + 2 * k + on_load}
+            found |= {"weight_kernel": n + k + on_load, "dx_kernel": 3 * n + k}
+            if "reduce_kernel" not in kernels:
+                found["dx_kernel"] += first + added
         elif case.op == "merge":
             if "upsample_kernel" not in kernels:
                 k -= case.in_channels[-1] * pixels - low
@@ -190,6 +201,23 @@ def work_of(unit: Unit, mode: str, sizes: tuple[int, int, int], device: str) -> 
         xs[-1] = some(images, case.in_channels[-1], height // factor, width // factor)
     # A residual is the first input.
     geometry, index = (factors, 1, 1, 1), 0 if case.residual else -1
+
+    if case.op == "chain":
+        own, c = some(images, case.in_channels[0], height, width) if case.residual else None, case.in_channels[0]
+        pre = (0, own, *[some(c, of=torch.float32) for _ in range(4)], *act)
+
+        def link() -> None:
+            if mode == "forward":
+                conv_norm_act.conv_norm_act_stage(
+                    xs, ups, weight, None, vector, vector, *geometry, _MOMENTUM, True, *pre
+                )
+                return
+            conv_norm_act_backward.conv_norm_act_backward(
+                y, xs, ups, weight, None, z, *norm, *sums, factors, 1, 1, 1, -1, count, _EPS, "identity", 0.0,
+                [True] * len(xs), [], True, False, *pre, True,
+            )  # fmt: skip
+
+        return link
 
     def gather() -> None:
         added = xs[0] if case.residual else None

@@ -1,10 +1,10 @@
 """``python -m benchmarks.gates.traffic``: the kernels' bytes, counted in Triton's interpreter, beside the floor.
 
-For every root of the networks, every step of the dense-prediction ladders at 512x512 and every other batch norm of
-dla34, in inference, training forward and backward: per kernel the bytes moved (each distinct byte of an operand once
-per launch that reads or writes it), the floor of the design and their ratio, the bytes of weights, which the floor
-leaves out, and the bytes issued, re-reads by other tiles included, which a GPU's L2 cache has to absorb. Exits 1 where
-a pass moves more than 1.05 times its floor. Needs no GPU.
+For every root of the networks, links of chains, every step of the dense-prediction ladders at 512x512 and every other
+batch norm of dla34, in inference, training forward and backward: per kernel the bytes moved (each distinct byte of an
+operand once per launch that reads or writes it), the floor of the design and their ratio, the bytes of weights, which
+the floor leaves out, and the bytes issued, re-reads by other tiles included, which a GPU's L2 cache has to absorb.
+Exits 1 where a pass moves more than 1.05 times its floor. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ LIMIT = 1.05
 NETWORKS = ("dla34", "dla60", "dla102", "dla169")
 # Channels of the levels that the ladders of the dense-prediction networks join.
 LADDERS = {"dla34up": (64, 128, 256, 512), "dla60up and dla102up": (128, 256, 512, 1024)}
-SUITES = ("roots", "ida", "norms")
+SUITES = ("roots", "ida", "norms", "chains")
+# 1 x 1 units whose first input is z of the unit before: inputs, outputs, side of the map, whether it has a residual.
+CHAINS = (
+    ((64,), 128, 56, False),
+    ((128,), 256, 28, False),
+    ((64, 64), 64, 56, True),
+    ((128, 128, 64), 128, 28, True),
+    ((128, 128, 64, 128), 128, 28, False),
+)
 
 
 def norms(network: str, size: int = 224) -> list[Case]:
@@ -66,6 +74,8 @@ def units(suites: Iterable[str], networks: Iterable[str], layouts: Iterable[str]
     for suite in suites:
         if suite == "roots":
             cases += [(case, 256) for network in networks for case in network_cases(network, 224)]
+        elif suite == "chains":
+            cases += [(Case("link", i, n, side, side, residual, op="chain"), 256) for i, n, side, residual in CHAINS]
         elif suite == "norms":
             cases += [(case, 256) for case in norms("dla34")]
         else:

@@ -269,6 +269,53 @@ def _fitted(kernel: str, cfg: TileConfig, dtype: torch.dtype, arch: int) -> Tile
     return cfg
 
 
+def forms_on_load(arch: int) -> bool:
+    """Whether kernels there form an input as they load it: AMD's spill with it, so that a pass before them is less."""
+    return arch != _CDNA3
+
+
+def forms_in_backward(inputs: int, fused: bool) -> bool:
+    """Whether dW takes an input that is formed on load, and no pass before it.
+
+    By the model of benchmarks.gates.predict, not by measuring: a pass that makes all gradients of several inputs at
+    once waits for it longer than a pass before takes.
+    """
+    return inputs == 1 or not fused
+
+
+def passes_back(inputs: int, fused: bool) -> bool:
+    """Whether the kernel of dx also takes that input's gradient back through the norm's activation.
+
+    By the same model only beside dW of one input, where nothing more is read: its sums wait, and in ``dx_kernel`` the
+    loads of z do.
+    """
+    return inputs == 1 and fused
+
+
+def with_prologue(kernel: str, cfg: TileConfig, arch: int, residual: bool) -> TileConfig:
+    """The configuration of a kernel that forms an input on load, from that of the same without: as :func:`_fitted`.
+
+    An input's residual is loaded beside it: a stage less, for as much shared memory. In the backward more threads share
+    a tile, which is there in several forms at a time; in the forward they do a wide one, so that moments are carried:
+    no pass follows beside whose bytes those of a group for each tile, 6 % of a link's, would be few.
+
+    Args:
+        kernel: "stage", "fused", "dx" or "dw".
+        cfg: its configuration.
+        arch: see :func:`arch_of`.
+        residual: whether the input has one.
+    """
+    if arch < 90 and (kernel == "fused" or (kernel == "stage" and cfg.block_n >= 128)):
+        cfg = replace(cfg, block_m=min(cfg.block_m, 32 if kernel == "fused" else 64))
+    if kernel == "stage" and cfg.block_m * cfg.block_n >= 128 * 128:
+        cfg = replace(cfg, num_warps=8, resident=1)
+    if kernel == "fused":
+        cfg = replace(cfg, block_k=min(cfg.block_k, 64))
+    if kernel != "stage" and cfg.block_m * cfg.block_k >= 64 * 64:
+        cfg = replace(cfg, num_warps=8)
+    return replace(cfg, num_stages=min(cfg.num_stages, 2)) if residual else cfg
+
+
 @lru_cache(maxsize=1024)
 def merge(groups: int, channels: int, operands: int = 1) -> TileConfig:
     """For adding up partial results: block_m groups at once, all of them if they fit, and block_n channels.

@@ -23,6 +23,7 @@ from dla_fast.kernels import config, examples, host, launch, library, moments
 from dla_fast.kernels.library import Geometry
 from dla_fast.kernels.product import inference_kernel, stage_kernel
 from dla_fast.kernels.prologue import Prologue
+from dla_fast.kernels.prologue_kernels import coefficients_kernel
 from dla_fast.kernels.tail import tail
 from dla_fast.ops.autograd import frozen_statistics
 
@@ -77,8 +78,21 @@ class _Plan:
         epilogue: dict[str, Any],
         moments: bool | None,
         added: bool,
+        pre: tuple[int, bool, str, float] | None,
     ) -> _Plan:
         """Plan a node: its stage, with moments or without, or with None for them its inference.
+
+        Args:
+            xs: the inputs.
+            up_weights: see :func:`conv_norm_act_inference`.
+            weight: likewise.
+            factors: likewise.
+            geometry: of the convolution.
+            epilogue: constexprs of the inference.
+            moments: whether moments are computed; None for inference.
+            added: whether a residual is.
+            pre: of the input that is z of the unit before its number, whether it has a residual, and the name and
+                slope of its activation; or None.
 
         Raises:
             ValueError: no inputs, or channels that do not add up to the weight's.
@@ -99,6 +113,8 @@ class _Plan:
             kind = "merge" if upsamples else f"conv_{kind}".removesuffix("_forward")
         sizes = (node.total, depth, node.out_channels)
         cfg = config.choose(kind, *sizes, node.dtype, node.arch, node.step, node.channels_last)
+        if pre is not None:
+            cfg = config.with_prologue("stage", cfg, node.arch, pre[1])
         arranged = _even_taps(weight)
         # An input without channels is none.
         there = [i for i in range(len(xs)) if node.channels[i] > 0]
@@ -137,7 +153,8 @@ class _Plan:
             constexprs=node.tile(cfg)
             | {"FACTORS": tuple(on_load[i] for i in order), "PLAIN": len(taken), "KERNEL": kernel, "STRIDE": stride}
             | {"DILATION": geometry.dilation if kernel > 1 else 1}
-            | (epilogue or {"WARPS": min(cfg.num_warps, max(1, cfg.block_m // 16)) if carried else 0}),
+            | (epilogue or {"WARPS": min(cfg.num_warps, max(1, cfg.block_m // 16)) if carried else 0})
+            | ({} if epilogue else {"PRE": pre and (order.index(pre[0]), *pre[2:])}),
         )
 
     def launch(
@@ -185,8 +202,9 @@ def _plan(
     geometry: tuple[int, int, int],
     operands: Any,
     epilogue: tuple[Any, ...],
+    pre: tuple[int, bool, str, float] | None = None,
 ) -> _Plan | None:
-    """The plan of a call; ``operands`` says of what kinds the kernel's other tensors are."""
+    """The plan of a call; ``operands`` says of what kinds the kernel's other tensors are, ``pre`` as for a plan."""
     dtype = weight.dtype
     key = (
         tuple([(x.shape, x.stride()) for x in xs]),
@@ -201,6 +219,7 @@ def _plan(
         geometry,
         operands,
         epilogue,
+        pre,
     )
     try:
         return _plans[key]
@@ -213,7 +232,7 @@ def _plan(
     plan = None
     if served:
         wanted, added = (None, operands[0] is not None) if epilogue else (operands, False)
-        plan = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options, wanted, added)
+        plan = _Plan.of(xs, up_weights, weight, tuple(factors), steps, options, wanted, added, pre)
     _plans[key] = plan
     return plan
 
@@ -312,6 +331,8 @@ def conv_norm_act_stage(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z without the bias and the moments of its channels: two launches, and one before per input upsampled first.
 
+    One more where an input is z of the unit before: of its coefficients, or else of the whole map.
+
     Args:
         xs: as in :func:`conv_norm_act_inference`, like what is not named here.
         up_weights: see ``xs``.
@@ -334,9 +355,14 @@ def conv_norm_act_stage(
         ValueError: channels that do not fit the weight.
     """
     geometry = (stride, dilation, groups)
-    xs = Prologue(*prologue).formed(xs)
+    given, pre, norm, added = Prologue(*prologue), None, None, None
+    if given.input >= 0:
+        if given.on_load(xs, weight, factors, stride, -1, library.serves(weight, Geometry(*geometry), False)):
+            pre = given.input, given.residual is not None, given.act, given.slope
+        else:
+            xs = given.formed(xs)
     running = host.Running(conv_bias, running_mean, running_var, momentum)
-    plan = _plan(xs, up_weights, weight, factors, geometry, moments_wanted, ())
+    plan = _plan(xs, up_weights, weight, factors, geometry, moments_wanted, (), pre)
     if plan is None:
         z = _convolved(xs, up_weights, weight, factors, geometry)
         return (z, *(moments.of(z, running) if moments_wanted else host.vectors(z, 0)))
@@ -344,7 +370,9 @@ def conv_norm_act_stage(
     z = node.output(weight)
     mean, var = host.vectors(z, node.out_channels if moments_wanted else 0)
     partial = mean.new_empty(3, node.out_channels, plan.groups) if moments_wanted else None
-    plan.launch(stage_kernel, xs, up_weights, weight, (z, partial))
+    if pre is not None:
+        norm, added = given.coefficients(), host.optional(given.residual, node.channels_last)
+    plan.launch(stage_kernel, xs, up_weights, weight, (z, partial, norm, added))
     if partial is not None:
         moments.finalise(partial, node.total, plan.group_size, mean, var, running)
     return z, mean, var
@@ -353,19 +381,23 @@ def conv_norm_act_stage(
 def specialisations() -> Iterable[launch.Specialisation]:
     """What ships of the forward: the networks' roots, blocks and ladders, and the variants of the epilogue."""
     found = []
-    for example in (*examples.roots(), *examples.blocks(), *examples.ladders()):
+    for example in (*examples.roots(), *examples.blocks(), *examples.ladders(), *examples.chains()):
         xs, ups, weight, z = examples.tensors(example)
         v = torch.empty(example.out_channels, device="meta")
         geometry = (example.factors, example.stride, example.dilation, 1)
         with examples.recording(example) as launches:
             for act, residual in itertools.product(example.acts, example.residuals):
+                if example.pre >= 0:
+                    before = examples.prologue(example, act, residual)
+                    conv_norm_act_stage(xs, ups, weight, None, v, v, *geometry, 0.1, True, *before)
+                    continue
                 added = z if residual and example.kernel > 1 else None
                 index = 0 if residual and example.kernel == 1 else -1
                 conv_norm_act_inference(xs, ups, weight, None, added, v, v, v, v, *geometry, index, 1e-5, act, 0.0)
-            for wanted in (True, False) if example.frozen else (True,):
+            for wanted in (True, False) if example.frozen else (True,) if example.pre < 0 else ():
                 conv_norm_act_stage(xs, ups, weight, None, v, v, *geometry, 0.1, wanted)
         for one in launches:
-            if one.kernel in (inference_kernel, stage_kernel):
+            if one.kernel in (inference_kernel, stage_kernel, coefficients_kernel):
                 op = "conv_norm_act_inference" if one.kernel is inference_kernel else "conv_norm_act_stage"
                 found.append(launch.specialisation(op, example.dtype, one, example.label))
     return launch.distinct(found)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dla_fast.kernels import config, examples, host, launch, library
 from dla_fast.kernels.product_backward import dx_kernel, fused_kernel, weight_kernel, weight_sum_kernel
-from dla_fast.kernels.prologue import Prologue
+from dla_fast.kernels.prologue import Before, Prologue
 from dla_fast.kernels.tail import tail_backward_apply
 from dla_fast.kernels.upsample import upsample_backward
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout
@@ -49,6 +49,7 @@ class _Operands(NamedTuple):
         norm: the norm's vectors.
         sums: what the tail's reduction gave, and 1 / count.
         constexprs: those of the norm and the activation.
+        before: of the input that is z of the unit before.
     """
 
     node: host.Node
@@ -57,24 +58,35 @@ class _Operands(NamedTuple):
     norm: host.Norm
     sums: tuple[Any, ...]
     constexprs: dict[str, Any]
+    before: Before
 
-    def of_inputs(self, values: Sequence[Any], which: Sequence[int] | None = None) -> tuple[Any, ...]:
-        """What belongs to some inputs, or to all, in their order."""
-        return tuple([values[i] for i in self.order if which is None or i in which])
+    def of_inputs(self, values: Sequence[Any], order: Sequence[int] | None = None) -> tuple[Any, ...]:
+        """What belongs to the inputs, in their order or another."""
+        return tuple([values[i] for i in (self.order if order is None else order)])
 
 
-def _dx(operands: _Operands, dxs: list[Tensor], need_dx: Sequence[bool], dz: Tensor | None) -> None:
+def _dx(
+    operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dz: Tensor | None
+) -> None:
     """The inputs' gradients, and dz where it is given."""
     node = operands.node
-    cfg = _choose("dx", node)
-    wanted = [i for i, needed in enumerate(need_dx) if needed]
-    given, channels, starts = (operands.of_inputs(v, wanted) for v in (dxs, node.channels, node.starts))
+    cfg = operands.before.fitted("dx", _choose("dx", node), node.arch)
+    tiles = triton.cdiv(node.total, cfg.block_m)
+    partial, last = operands.before.partial(tiles), operands.before.pre.input
+    # The one whose gradient goes on through its norm's activation comes last.
+    order = sorted((i for i in operands.order if need_dx[i]), key=lambda i: partial is not None and i == last)
+    given, channels, starts = (operands.of_inputs(v, order) for v in (dxs, node.channels, node.starts))
     blocks = _blocks(channels, cfg.block_k)
     dy, z, residual, weight = operands.maps
-    args = (given, channels, starts, blocks, dy, z, dz, residual, weight, *operands.norm, *operands.sums)
+    before, pre = (None, {"PRE": None})
+    if partial is not None:
+        before, pre = operands.before.arguments(order, xs[last], partial)
+    sums, inverse_count = operands.sums[:2], operands.sums[2]
+    args = (given, channels, starts, blocks, dy, z, dz, residual, weight, *operands.norm, *sums, before, inverse_count)
     sizes = (node.total, node.pixels, node.out_channels, node.depth, blocks[-1])
-    constexprs = node.tile(cfg) | {"CHUNKS": triton.cdiv(node.out_channels, cfg.block_n)} | operands.constexprs
-    launch.launch(dx_kernel, (triton.cdiv(node.total, cfg.block_m),), (*args, *sizes), constexprs, cfg)
+    constexprs = node.tile(cfg) | {"CHUNKS": triton.cdiv(node.out_channels, cfg.block_n)} | operands.constexprs | pre
+    launch.launch(dx_kernel, (tiles,), (*args, *sizes), constexprs, cfg)
+    operands.before.add_up(partial)
 
 
 class _Ranges(NamedTuple):
@@ -116,18 +128,19 @@ class _Ranges(NamedTuple):
             dw.copy_(rows)
 
 
-def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor) -> Tensor:
+def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor, of_input: Before) -> Tensor:
     """dW, a product of dz and the inputs."""
     dw = torch.empty_like(weight)
     if node.total == 0:
         return dw.zero_()
-    cfg = _choose("dw", node)
+    cfg = of_input.fitted("dw", _choose("dw", node), node.arch)
     blocks = _blocks(node.channels, cfg.block_k)
     programs = blocks[-1] * triton.cdiv(node.out_channels, cfg.block_n)
     ranges = _Ranges.of(node, cfg, programs, dw)
     sizes = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
-    args = (tuple(xs), node.channels, node.starts, blocks, dz, ranges.out, *sizes)
-    launch.launch(weight_kernel, (programs, ranges.number), args, node.tile(cfg), cfg)
+    before, pre = of_input.arguments(range(len(xs)), None, None)
+    args = (tuple(xs), node.channels, node.starts, blocks, dz, ranges.out, before, *sizes)
+    launch.launch(weight_kernel, (programs, ranges.number), args, node.tile(cfg) | pre, cfg)
     ranges.add_up(dw, node.acc)
     return dw
 
@@ -135,21 +148,27 @@ def _weight(node: host.Node, xs: Sequence[Tensor], dz: Tensor, weight: Tensor) -
 def _fused(operands: _Operands, xs: Sequence[Tensor], dxs: list[Tensor], need_dx: Sequence[bool], dw: Tensor) -> None:
     """dW and the inputs' gradients in one launch."""
     node = operands.node
-    cfg = _choose("fused", node)
+    through = operands.before.sums is not None
+    cfg = operands.before.fitted("fused", _choose("fused", node), node.arch)
     channels, starts, needed = (operands.of_inputs(v) for v in (node.channels, node.starts, need_dx))
     blocks = _blocks(channels, cfg.block_k)
-    # All blocks in one program, which then forms dz once, where its registers hold all of dW.
-    each = blocks[-1] if blocks[-1] * cfg.block_k * cfg.block_n <= config.fused_values(node.arch) else 1
+    # All blocks in one program, which then forms dz once, where its registers hold all of dW and no sums beside it.
+    together = blocks[-1] * cfg.block_k * cfg.block_n <= config.fused_values(node.arch) and not through
+    each = blocks[-1] if together else 1
     programs = blocks[-1] // each
     ranges = _Ranges.of(node, cfg, programs, dw)
     # Something must stand where no gradient is written.
     targets = [dx if wanted else x for x, dx, wanted in zip(xs, dxs, need_dx, strict=True)]
     of_inputs = (operands.of_inputs(xs), operands.of_inputs(targets), channels, starts, blocks)
     integers = (node.total, node.pixels, node.out_channels, node.depth, ranges.tiles)
-    args = (*of_inputs, *operands.maps, ranges.out, *operands.norm, *operands.sums, *integers)
+    partial = operands.before.partial(ranges.number)
+    before, pre = operands.before.arguments(operands.order, None, partial)
+    sums, inverse_count = operands.sums[:2], operands.sums[2]
+    args = (*of_inputs, *operands.maps, ranges.out, *operands.norm, *sums, before, inverse_count, *integers)
     mask = sum(1 << i for i, wanted in enumerate(needed) if wanted)
-    constexprs = node.tile(cfg) | {"EACH": each, "DX": mask} | operands.constexprs
+    constexprs = node.tile(cfg) | {"EACH": each, "DX": mask} | operands.constexprs | pre
     launch.launch(fused_kernel, (programs, ranges.number), args, constexprs, cfg)
+    operands.before.add_up(partial)
     ranges.add_up(dw, node.acc)
 
 
@@ -165,12 +184,13 @@ def _products(
     if fused:
         dw = torch.empty_like(weight)
         if node.total == 0:
+            operands.before.add_up(operands.before.partial(0))
             return dxs, dw.zero_()
         _fused(operands, xs, dxs, need_dx, dw)
         return dxs, dw
     dz = empty_like_layout(weight, node.output_sizes, node.channels_last) if need_dw else None
-    _dx(operands, dxs, need_dx, dz)
-    return dxs, weight.new_empty(0) if dz is None else _weight(node, xs, dz, weight)
+    _dx(operands, xs, dxs, need_dx, dz)
+    return dxs, weight.new_empty(0) if dz is None else _weight(node, xs, dz, weight, operands.before)
 
 
 def conv_norm_act_backward(
@@ -230,7 +250,8 @@ def conv_norm_act_backward(
         need_dw: whether the weight's is.
         need_dresidual: whether the residual's is.
         prologue: of one of the inputs, see :class:`dla_fast.kernels.prologue.Prologue`, and behind it whether that
-            input's gradient is dy' of the prologue, and not that of y; none where nothing is given.
+            input's gradient is dy' of the prologue, and not that of y; none where nothing is given. Last what is added
+            to the gradient of the first input, or None.
 
     Returns:
         The inputs' gradients in the node's layout, the up-weights', the weight's and the residual's; an empty tensor
@@ -241,7 +262,11 @@ def conv_norm_act_backward(
     """
     geometry = library.Geometry(stride, dilation, groups)
     pre, through = Prologue(*prologue[:9]), bool(prologue[9:]) and prologue[9]
-    given, xs = xs, pre.formed(xs)
+    carried = prologue[10] if prologue[10:] else None
+    before_norm = xs
+    flat = pre.on_load(xs, weight, factors, stride, residual_input)
+    if not flat:
+        xs = pre.formed(xs)
     cl = host.Node.of(xs, weight, factors, *geometry).channels_last
     xs, dy, z = [host.arranged(x, cl) for x in xs], host.arranged(dy, cl), host.arranged(z, cl)
     # Of an input that is upsampled, the gradient at full resolution serves two.
@@ -256,6 +281,13 @@ def conv_norm_act_backward(
     node = host.Node.of(full, weight, None, *geometry)
     fused = need_dw and any(need) and config.fits_fused(node.depth, node.out_channels, node.dtype, node.exact)
     served = need_dresidual or library.serves_backward(node, weight, geometry, fused)
+    on_load = flat and not served and config.forms_in_backward(len(xs), fused)
+    back = through and flat and not served and config.passes_back(len(xs), fused)
+    if flat and not on_load and need_dw:
+        full = list(pre.formed(full))
+    # What is asked of y alone is dW, and the way back through the norm.
+    given = pre if back or (on_load and need_dw) else Prologue()
+    before = Before.of(given, back, cl)
     if any(need) and not served:
         first = max(residual_input, 0)
         operands = _Operands(
@@ -266,6 +298,7 @@ def conv_norm_act_backward(
             norm=norm,
             sums=(*host.dense(sum_dy, sum_dy_xhat), host.inverse(count)),
             constexprs={"ADD": adds} | host.epilogue(eps, act, slope),
+            before=before,
         )
         dxs, dw = _products(operands, full, weight, need, need_dw, fused)
     else:
@@ -275,7 +308,8 @@ def conv_norm_act_backward(
         if served:
             dxs, dw = library.gradients(dz, full, weight, geometry, need, need_dw, cl)
         else:
-            dxs, dw = [x.new_empty(0) for x in xs], _weight(node, full, dz, weight) if need_dw else weight.new_empty(0)
+            dxs = [x.new_empty(0) for x in xs]
+            dw = _weight(node, full, dz, weight, before) if need_dw else weight.new_empty(0)
         if adds:
             dxs[residual_input] += grad
         if need_dresidual:
@@ -288,10 +322,12 @@ def conv_norm_act_backward(
                 dx, dup = upsample_backward(dxs[i], xs[i], up[0], f, need_dx[i], up[1])
             dxs[i] = host.in_layout(dx, cl) if need_dx[i] else dx
             dups.append(dup)
-    sums: list[Tensor] = []
-    if through:
-        du, sums = pre.through(dxs[pre.input], given[pre.input])
+    sums = [] if before.sums is None else list(before.sums)
+    if through and not back:
+        du, sums = pre.through(dxs[pre.input], before_norm[pre.input])
         dxs[pre.input] = host.in_layout(du, cl)
+    if carried is not None:
+        dxs[0] += carried
     return dxs, dups, dw, dresidual, sums
 
 
@@ -313,4 +349,18 @@ def specialisations() -> Iterable[launch.Specialisation]:
             needed, options = [False] * len(xs), (example.factors, 1, 1, 1, -1, 4.0, 1e-5, "relu", 0.0)
             conv_norm_act_backward(z, xs, [], weight, None, z, v, v, v, v, v, v, *options, needed, [], True, False)
         found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in launches]
+    for example in examples.chains():
+        xs, _, weight, z = examples.tensors(example)
+        v = host.vectors(z, example.out_channels)[0]
+        geometry, every = (example.factors, 1, 1, 1, -1), [True] * len(xs)
+        with examples.recording(example) as launches:
+            # Its norm's backward left to the unit before, or a map that is formed again for dW alone.
+            for act, residual, through in itertools.product(example.acts, example.residuals, (True, False)):
+                conv_norm_act_backward(
+                    z, xs, [], weight, None, z, v, v, v, v, v, v, *geometry, 4.0, 1e-5, "relu", 0.0, every, [], True,
+                    False, *examples.prologue(example, act, residual), through,
+                )  # fmt: skip
+        kernels = (dx_kernel, fused_kernel, weight_kernel)
+        ours = [o for o in launches if o.kernel in kernels]
+        found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in ours]
     return launch.distinct(found)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_fast.kernels import launch
+from dla_fast.ops.layout import accumulation_dtype
 from dla_fast.ops.precision import fp32_precision
 
 # Inputs, outputs, side of the map at 224x224: from one input to seven, and every width that the ten networks have.
@@ -44,6 +46,7 @@ class Example:
         factor: by which the last input is upsampled; 1 for none.
         stride: of the convolution.
         dilation: of the convolution.
+        pre: the input that is z of the unit before, or -1; ``residuals`` and ``acts`` are that unit's then.
     """
 
     channels: tuple[int, ...]
@@ -60,6 +63,7 @@ class Example:
     factor: int = 1
     stride: int = 1
     dilation: int = 1
+    pre: int = -1
 
     @property
     def label(self) -> str:
@@ -67,6 +71,7 @@ class Example:
         layout = "nhwc" if self.channels_last else "nchw"
         options = {"f": self.factor, "k": self.kernel, "s": self.stride, "d": self.dilation}
         more = "".join(f" {name}{value}" for name, value in options.items() if value > 1)
+        more += f" z{self.pre}" if self.pre >= 0 else ""
         return f"{'+'.join(map(str, self.channels))}to{self.out_channels}@{self.batch}x{self.side} {layout}{more}"
 
     @property
@@ -113,6 +118,27 @@ def blocks() -> Iterator[Example]:
     # Masked in every direction, and float64.
     yield Example((24,), 17, 9, 2, torch.float16, True, kernel=3, stride=2, dilation=2)
     yield Example((16,), 16, 8, 2, torch.float64, False, ("relu",), both, kernel=3, stride=2)
+
+
+def chains() -> Iterator[Example]:
+    """1 x 1 nodes of whose inputs one is z of the unit before: a bottleneck's last convolution, and roots."""
+    bf16, both = torch.bfloat16, (False, True)
+    for channels, out_channels, side in (((64,), 128, 56), ((128,), 256, 28), ((256,), 512, 14)):
+        yield Example(channels, out_channels, side, 256, bf16, True, pre=0)
+    yield Example((64, 64), 64, 56, 256, bf16, True, ("relu",), both, pre=0)
+    yield Example((128, 128, 64), 128, 28, 256, bf16, True, ("relu",), both, pre=0)
+    yield Example((256, 256, 128, 256, 256), 256, 14, 256, bf16, True, ("relu",), (True,), pre=0)
+    yield Example((64,), 128, 56, 32, bf16, False, pre=0)
+    yield Example((128, 128), 128, 28, 32, bf16, False, ("relu",), (True,), pre=1)
+    others = ("identity", "silu", "leaky_relu", "hardswish")
+    yield Example((64,), 64, 56, 32, bf16, True, others, pre=0)
+    for channels_last in (True, False):
+        yield Example((64, 64), 64, 56, 32, torch.float32, channels_last, ("relu",), both, pre=0)
+    yield Example((64, 64), 64, 56, 32, torch.float16, True, ("relu",), (True,), pre=1)
+    yield Example((64, 64), 64, 56, 32, torch.float32, True, ("relu",), (True,), strict=True, pre=0)
+    # Masked in every direction, and float64.
+    yield Example((24, 5), 17, 9, 2, torch.float16, False, ("relu",), (True,), pre=1)
+    yield Example((64, 64), 64, 14, 2, torch.float64, True, ("relu",), (True,), pre=0)
 
 
 # Channels of either input and the output, side of the output at 512 x 512: the nodes of the IDA ladders.
@@ -168,3 +194,10 @@ def tensors(example: Example) -> tuple[list[Tensor], list[Tensor], Tensor, Tenso
     if example.channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last)
     return xs, ups, weight, tensor(example, example.out_channels)
+
+
+def prologue(example: Example, act: str, residual: bool) -> tuple[Any, ...]:
+    """What the operators take of the input that is z of the unit before, on meta."""
+    channels = example.channels[example.pre]
+    vector = torch.empty(channels, dtype=accumulation_dtype(example.dtype), device="meta")
+    return example.pre, tensor(example, channels) if residual else None, *[vector] * 4, 1e-5, act, 0.0

@@ -238,7 +238,9 @@ def specialisation(op: str, dtype: torch.dtype, launched: Launch, label: str = "
     kernel = launched.kernel
     kind = _TYPES[dtype].removeprefix("*")
     constants = "-".join(
-        f"{k.lower()}{v}" for k, v in launched.constexprs.items() if not k.startswith("B") and v is not False
+        f"{k.lower()}{v}"
+        for k, v in launched.constexprs.items()
+        if not k.startswith("B") and v is not False and v is not None
     )
     out = Specialisation(
         name=" ".join(filter(None, (_name(kernel), kind, str(launched.config), constants, label))),

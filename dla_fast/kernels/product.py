@@ -14,6 +14,8 @@ value.
 - y, z, residual: like a plain input, with N channels and the sides (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1
 - mean, var, gamma, beta, bias: (N,) each, any dtype; the last three may be None, like the residual
 - partial: (3, N, groups), accumulation dtype
+- norm, added: of input PRE[0], where it is z of the unit before: its coefficients (4, C_i), accumulation dtype, and its
+  residual, shape of z, or None; PRE[1:] are name and slope of the activation. PRE is None where no input is
 
 An implicit product, persistent: a program keeps its block of output channels and walks tiles of pixels in one loop,
 flat over (tile, input, block of channels, tap), so that the loads of the next steps, of another input or the next tile,
@@ -25,13 +27,14 @@ as H * W, 1.
 At stride 1 either kernel reads K values a pixel (an upsampled input counts C_i / F^2; a residual among the inputs is
 there once more, from cache, any other counts N) and writes N: (K + N) b bytes, and 2TKN flops. The stage adds up a
 program's moments in registers (CARRIED: a group is what a program takes) and writes 12 N bytes a group beside; where a
-tile leaves no registers for them, a group is a tile. Programs of one tile of pixels are neighbours, so that an input
-which several of them read comes from memory once.
+tile leaves no registers for them, a group is a tile. A residual of an input's own adds C_i values. Programs of one tile
+of pixels are neighbours, so that an input which several of them read comes from memory once.
 """
 
 import triton
 import triton.language as tl
 
+from dla_fast.kernels.prologue_kernels import coefficients_of, formed_if
 from dla_fast.kernels.tile import (
     activate,
     along,
@@ -108,10 +111,11 @@ def load_weights(
 
 @triton.jit
 def add_step(
-    acc, x, own, start, first, tap, image, place, taps, w, n, height, width, out_channels, stride_n, stride_k, stride_t,
+    acc, x, own, start, i, first, tap, image, place, taps, w, n, norm, added, height, width, out_channels,
+    stride_n, stride_k, stride_t,
     BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    DILATION: tl.constexpr, ALIGN: tl.constexpr,
+    DILATION: tl.constexpr, ALIGN: tl.constexpr, PLAIN: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     """The product of one plain input's channels from ``first`` on and one tap, added to a tile of z."""
     k = first + tl.arange(0, BK)
@@ -125,8 +129,20 @@ def add_step(
     if not CL:
         row = image * (own * pixels) + place
         column = (k.to(tl.int64) if I64 else k) * pixels
-    address = x + (row[:, None] + column[None, :])
-    values = fetch(address, inside(((taps >> tap) & 1) != 0, kin, EVEN_K, EVEN_M and KERNEL == 1))
+    offset = row[:, None] + column[None, :]
+    address = x + offset
+    rows = ((taps >> tap) & 1) != 0
+    mask = inside(rows, kin, EVEN_K, EVEN_M and KERNEL == 1)
+    values = fetch(address, mask)
+    if PRE is not None:
+        ACT: tl.constexpr = PRE[1]
+        SLOPE: tl.constexpr = PRE[2]
+        given = kin & (i == PRE[0])
+        center, scale, shift = coefficients_of(norm, own, k, given)
+        values = formed_if(
+            i == PRE[0], values, added, offset, mask, rows, kin, center, scale, shift,
+            EVEN_K, PLAIN == 1, ACT, SLOPE, ACC,
+        )  # fmt: skip
     right = load_weights(
         w, n, start + k, tap, kin, n < out_channels, stride_n, stride_k, stride_t, EVEN_K, EVEN_N, KERNEL
     )  # fmt: skip
@@ -206,10 +222,11 @@ def advance(i, first, tap, own, BK: tl.constexpr, PLAIN: tl.constexpr, KERNEL: t
 @triton.jit
 def next_step(
     acc, i, first, tap, last, tile, image, place, taps, xs, ups, heights, widths, channels, starts, w, n,
-    total, height, width, out_channels, stride_n, stride_k, stride_t,
+    norm, added, total, height, width, out_channels, stride_n, stride_k, stride_t,
     BM: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr, ALIGN: tl.constexpr,
     FACTORS: tl.constexpr, PLAIN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    PRE: tl.constexpr,
 ):  # fmt: skip
     """One step of the flat loop: what it leaves behind, whether it was its tile's last, and the tile's pixels."""
     m = pixel_range(tile, BM, I64)
@@ -222,9 +239,9 @@ def next_step(
     if PLAIN > 0:
         x, own, start = chosen(xs, channels, starts, i, PLAIN)
         acc = add_step(
-            acc, x, own, start, first, tap, image, place, taps, w, n, height, width, out_channels,
+            acc, x, own, start, i, first, tap, image, place, taps, w, n, norm, added, height, width, out_channels,
             stride_n, stride_k, stride_t,
-            BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, KERNEL, STRIDE, DILATION, ALIGN,
+            BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, KERNEL, STRIDE, DILATION, ALIGN, PLAIN, PRE,
         )  # fmt: skip
     i, first, tap, last = advance(i, first, tap, own, BK, PLAIN, KERNEL)
     if len(xs) > PLAIN:  # noqa: SIM102, the inner condition is the device's
@@ -280,8 +297,9 @@ def inference_kernel(
     for _ in range(0, mine * steps):
         acc, i, first, tap, last, m, image, place, taps = next_step(
             acc, i, first, tap, last, tile, image, place, taps, xs, ups, heights, widths, channels, starts, w, n,
-            total, height, width, out_channels, stride_n, stride_k, stride_t,
+            None, None, total, height, width, out_channels, stride_n, stride_k, stride_t,
             BM, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
+            None,
         )  # fmt: skip
         if last:
             offset = output_of(m, n, pixels, out_channels, CL, I64, ALIGN)
@@ -296,12 +314,12 @@ def inference_kernel(
 
 @triton.jit
 def stage_kernel(
-    xs, ups, heights, widths, channels, starts, w, z, partial, total, height, width, out_channels,
-    stride_n, stride_k, stride_t, steps, per_program,
+    xs, ups, heights, widths, channels, starts, w, z, partial, norm, added, total, height, width,
+    out_channels, stride_n, stride_k, stride_t, steps, per_program,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
     ALIGN: tl.constexpr, FACTORS: tl.constexpr, PLAIN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    DILATION: tl.constexpr, WARPS: tl.constexpr,
+    DILATION: tl.constexpr, WARPS: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     """WARPS: over how many of them a tile's rows are spread, where moments are carried from tile to tile; else 0."""
     blocks = tl.cdiv(out_channels, BN)
@@ -324,8 +342,9 @@ def stage_kernel(
     for _ in range(0, mine * steps):
         acc, i, first, tap, last, m, image, place, taps = next_step(
             acc, i, first, tap, last, tile, image, place, taps, xs, ups, heights, widths, channels, starts, w, n,
-            total, height, width, out_channels, stride_n, stride_k, stride_t,
+            norm, added, total, height, width, out_channels, stride_n, stride_k, stride_t,
             BM, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, FACTORS, PLAIN, KERNEL, STRIDE, DILATION,
+            PRE,
         )  # fmt: skip
         if last:
             written = acc.to(z.dtype.element_ty)

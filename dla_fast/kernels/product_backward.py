@@ -10,17 +10,26 @@ input channels: 2N read, N + K written, 2KN flops; ``weight_kernel`` is then a p
 into ranges of pixels: N + K read, 2KN flops. 4N + 2K together. A residual adds its read (N) to the pass that forms dz.
 ``weight_sum_kernel`` adds the ranges' dW in order.
 
+One input may be z of the unit before, with y = act(norm(z) + residual) of it: dW then takes y, formed from the z that
+is loaded anyway. Where its norm's backward is another's, the gradient that is written is that of what is activated, and
+its sums over a tile's or range's pixels are left beside it: ``dx_kernel`` reads z (C_i) for that, ``fused_kernel``
+nothing more. That input's own residual is one more read (C_i) of each kernel.
+
 - dy, z, dz, residual: (M, N) channels_last, or (images, N, pixels) contiguous, as CL says; xs[i], dxs[i] the same with
   C_i channels, in any order, starts[i] being the first of their columns of w; with ADD the first of them is the
   residual. Only inputs that need it are among the dxs of ``dx_kernel``
 - w, dw: (N, K), K contiguous; partial: (ranges, N, K), accumulation dtype
 - mean, var, gamma, beta, sum_dy, sum_dy_xhat: (N,); all but the first two may be None
+- before: of that input, PRE[0], (z, residual, norm, partial): z for ``dx_kernel`` alone, norm its coefficients
+  (4, C_i), accumulation dtype, partial (2, C_i, tiles or ranges) or None where the gradient is to be y's; PRE[1:] are
+  name and slope of the activation. None, like PRE, where there is no such input
 - blocks[i]: number of the first block of channels of input i; one more entry says how many blocks there are
 """
 
 import triton
 import triton.language as tl
 
+from dla_fast.kernels.prologue_kernels import coefficients_of, formed_if, is_of, passed_back
 from dla_fast.kernels.tile import along, at, batch_terms, dz_of, fetch, gradient_of, inside, norm_of, pixel_range, tf32
 
 
@@ -47,13 +56,59 @@ def columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK: tl.constexpr
 
 
 @triton.jit
+def dx_block(
+    block, parts, dxs, channels, starts, blocks, dy, z, residual, w, mean, var, gamma, beta, before, m, row, rows,
+    pixels, out_channels, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
+    ALIGN: tl.constexpr, CHUNKS: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    SLOPE: tl.constexpr, PRE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block of input channels, from all channels of dz; of the input with a prologue on through
+    that, where PRE is given."""
+    if PRE is not None:
+        ACT_BEFORE: tl.constexpr = PRE[1]
+        SLOPE_BEFORE: tl.constexpr = PRE[2]
+    dx, own, start, first = input_of(dxs, channels, starts, blocks, block)
+    k = (block - first) * BK + tl.arange(0, BK)
+    kin = k < own
+    acc = tl.zeros((BM, BK), ACC)
+    for chunk in tl.static_range(CHUNKS):
+        weights = w + (chunk * BN + tl.arange(0, BN))[:, None] * depth + (start + k)[None, :]
+        there = (chunk * BN + tl.arange(0, BN))[:, None] < out_channels
+        right = fetch(weights, None if EVEN_N and EVEN_K else there & kin[None, :])
+        acc = tl.dot(parts[chunk], tf32(right, PRECISION), acc, input_precision=PRECISION, out_dtype=ACC)
+    of_input = inside(rows, kin, EVEN_K, EVEN_M)
+    if ADD:  # noqa: SIM102, the inner condition is the device's
+        if block < blocks[1]:
+            center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, kin, EPS, ACC)
+            of_first = row + along(k, pixels, CL, I64, ALIGN)[None, :]
+            acc += gradient_of(
+                dy, z, residual, of_first, of_input, center_k, scale_k, shift_k, ACT, SLOPE, ACC
+            )[0]  # fmt: skip
+    to = dx + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+    if PRE is not None:
+        center_k, scale_k, shift_k = coefficients_of(before[2], own, k, kin)
+        of_before = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+        acc, first_sum, second_sum = passed_back(
+            acc, fetch(before[0] + of_before, of_input), before[1], of_before, of_input,
+            center_k, scale_k, shift_k, ACT_BEFORE, SLOPE_BEFORE, ACC,
+        )  # fmt: skip
+        tiles = tl.num_programs(0)
+        of_tile = before[3] + k * tiles + tl.program_id(0)
+        tl.store(of_tile, first_sum, mask=kin)
+        tl.store(of_tile + own * tiles, second_sum * fetch(before[2] + 3 * own + k, kin), mask=kin)
+    tl.store(to, acc.to(dx.dtype.element_ty), mask=of_input)
+
+
+@triton.jit
 def dx_kernel(
-    dxs, channels, starts, blocks, dy, z, dz, residual, w, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
+    dxs, channels, starts, blocks, dy, z, dz, residual, w, mean, var, gamma, beta, sum_dy, sum_dy_xhat, before,
     inverse_count: tl.float64, total, pixels, out_channels, depth, count,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
     ALIGN: tl.constexpr, CHUNKS: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
-    SLOPE: tl.constexpr,
+    SLOPE: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     m = pixel_range(tl.program_id(0), BM, I64)
     rows = m < total
@@ -71,41 +126,45 @@ def dx_kernel(
         if dz is not None:
             tl.store(dz + offset, part, mask=mask)
         parts = parts + (tf32(part, PRECISION),)  # type: ignore[assignment]
-    for block in range(0, count):
-        dx, own, start, first = input_of(dxs, channels, starts, blocks, block)
-        k = (block - first) * BK + tl.arange(0, BK)
-        kin = k < own
-        acc = tl.zeros((BM, BK), ACC)
-        for chunk in tl.static_range(CHUNKS):
-            weights = w + (chunk * BN + tl.arange(0, BN))[:, None] * depth + (start + k)[None, :]
-            there = (chunk * BN + tl.arange(0, BN))[:, None] < out_channels
-            right = fetch(weights, None if EVEN_N and EVEN_K else there & kin[None, :])
-            acc = tl.dot(parts[chunk], tf32(right, PRECISION), acc, input_precision=PRECISION, out_dtype=ACC)
-        of_input = inside(rows, kin, EVEN_K, EVEN_M)
-        if ADD:  # noqa: SIM102, the inner condition is the device's
-            if block < blocks[1]:
-                center_k, _, scale_k, shift_k = norm_of(mean, var, gamma, beta, k, kin, EPS, ACC)
-                of_first = row + along(k, pixels, CL, I64, ALIGN)[None, :]
-                acc += gradient_of(
-                    dy, z, residual, of_first, of_input, center_k, scale_k, shift_k, ACT, SLOPE, ACC
-                )[0]  # fmt: skip
-        to = dx + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
-        tl.store(to, acc.to(dx.dtype.element_ty), mask=of_input)
+    # The input whose gradient goes on is the last.
+    plain = count
+    if PRE is not None:
+        plain = blocks[PRE[0]]
+    if PRE is None or len(dxs) > 1:
+        for block in range(0, plain):
+            dx_block(
+                block, parts, dxs, channels, starts, blocks, dy, z, residual, w, mean, var, gamma, beta, None, m, row,
+                rows, pixels, out_channels, depth,
+                BM, BN, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, CHUNKS, ADD, EPS, ACT, SLOPE, None,
+            )  # fmt: skip
+    if PRE is not None:
+        for block in range(plain, count):
+            dx_block(
+                block, parts, dxs, channels, starts, blocks, dy, z, residual, w, mean, var, gamma, beta, before, m, row,
+                rows, pixels, out_channels, depth,
+                BM, BN, BK, CL, EVEN_M, EVEN_K, EVEN_N, PRECISION, ACC, I64, ALIGN, CHUNKS, False, EPS, ACT, SLOPE, PRE,
+            )  # fmt: skip
 
 
 @triton.jit
 def weight_kernel(
-    xs, channels, starts, blocks, dz, dw, total, pixels, out_channels, depth, tiles_per_range,
+    xs, channels, starts, blocks, dz, dw, before, total, pixels, out_channels, depth, tiles_per_range,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
+    if PRE is not None:
+        ACT_BEFORE: tl.constexpr = PRE[1]
+        SLOPE_BEFORE: tl.constexpr = PRE[2]
     outs_blocks = tl.cdiv(out_channels, BN)
     block = tl.program_id(0) // outs_blocks
     n = tl.program_id(0) % outs_blocks * BN + tl.arange(0, BN)
     outs = n < out_channels
     x, own, start, first = input_of(xs, channels, starts, blocks, block)
     k = (block - first) * BK + tl.arange(0, BK)
+    if PRE is not None:
+        formed_here = is_of(block, blocks, PRE[0])
+        center, scale, shift = coefficients_of(before[2], own, k, (k < own) & formed_here)
     acc = tl.zeros((BN, BK), ACC)
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
@@ -114,7 +173,14 @@ def weight_kernel(
         left = dz + at(m, pixels, out_channels, CL, ALIGN)[:, None] + along(n, pixels, CL, I64, ALIGN)[None, :]
         right = x + at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
         a = fetch(left, inside(rows, outs, EVEN_N, EVEN_M))
-        b = fetch(right, inside(rows, k < own, EVEN_K, EVEN_M))
+        there = inside(rows, k < own, EVEN_K, EVEN_M)
+        b = fetch(right, there)
+        if PRE is not None:
+            of_before = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
+            b = formed_if(
+                formed_here, b, before[1], of_before, there, rows, k < own, center, scale, shift,
+                EVEN_K, len(xs) == 1, ACT_BEFORE, SLOPE_BEFORE, ACC,
+            )  # fmt: skip
         a, b = tl.trans(tf32(a, PRECISION)), tf32(b, PRECISION)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth + n[:, None] * depth + (start + k)[None, :]
@@ -123,25 +189,32 @@ def weight_kernel(
 
 @triton.jit
 def fused_kernel(
-    xs, dxs, channels, starts, blocks, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat,
+    xs, dxs, channels, starts, blocks, dy, z, residual, w, dw, mean, var, gamma, beta, sum_dy, sum_dy_xhat, before,
     inverse_count: tl.float64, total, pixels, out_channels, depth, tiles_per_range,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
     ALIGN: tl.constexpr, EACH: tl.constexpr, DX: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr,
-    ACT: tl.constexpr, SLOPE: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     """A program takes EACH blocks of input channels: all there are, or one, chosen by its number. Bit i of DX says that
     input i needs its gradient."""
+    if PRE is not None:
+        ACT_BEFORE: tl.constexpr = PRE[1]
+        SLOPE_BEFORE: tl.constexpr = PRE[2]
     n = tl.arange(0, BN)
     outs = n < out_channels
     center, rstd, scale, shift = norm_of(mean, var, gamma, beta, n, outs, EPS, ACC)
     tilt, drop = batch_terms(sum_dy, sum_dy_xhat, inverse_count, rstd, scale, n, outs, ACC)
     accs, weights = (), ()
+    firsts, seconds = (), ()  # type: ignore[var-annotated]
     for i in tl.static_range(EACH):
         columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         taken = fetch(w + columns, None if EVEN_N and EVEN_K else there_columns)
         accs = accs + (tl.zeros((BN, BK), ACC),)  # type: ignore[assignment]
         weights = weights + (tf32(taken, PRECISION),)  # type: ignore[assignment]
+        if PRE is not None:
+            zeros = (tl.zeros((BK,), ACC),)
+            firsts, seconds = firsts + zeros, seconds + zeros  # type: ignore[assignment]
     begin = tl.program_id(1) * tiles_per_range
     for tile in range(begin, tl.minimum(begin + tiles_per_range, tl.cdiv(total, BM))):
         m = pixel_range(tile, BM, I64)
@@ -155,14 +228,23 @@ def fused_kernel(
         if not EVEN_M:
             dz = tl.where(rows[:, None], dz, 0.0)
         dz = tf32(dz.to(w.dtype.element_ty), PRECISION)
-        sums = ()
+        sums, new_firsts, new_seconds = (), (), ()
         for i in tl.static_range(EACH):
             block = tl.program_id(0) * EACH + i
             x, own, _, first = input_of(xs, channels, starts, blocks, block)
             k = (block - first) * BK + tl.arange(0, BK)
             there = inside(rows, k < own, EVEN_K, EVEN_M)
             at_input = at(m, pixels, own, CL, ALIGN)[:, None] + along(k, pixels, CL, I64, ALIGN)[None, :]
-            right = tf32(fetch(x + at_input, there), PRECISION)
+            loaded = fetch(x + at_input, there)
+            right = loaded
+            if PRE is not None:
+                here = is_of(block, blocks, PRE[0])
+                center_b, scale_b, shift_b = coefficients_of(before[2], own, k, (k < own) & here)
+                right = formed_if(
+                    here, loaded, before[1], at_input, there, rows, k < own, center_b, scale_b, shift_b,
+                    EVEN_K, len(xs) == 1, ACT_BEFORE, SLOPE_BEFORE, ACC,
+                )  # fmt: skip
+            right = tf32(right, PRECISION)
             added = tl.dot(tl.trans(dz), right, accs[i], input_precision=PRECISION, out_dtype=ACC)
             sums = sums + (added,)  # type: ignore[assignment]
             if DX:
@@ -177,6 +259,17 @@ def fused_kernel(
                         inside(rows, k < of_first, False), center_k, scale_k, shift_k, ACT, SLOPE, ACC,
                     )  # fmt: skip
                     made += passed
+                if PRE is not None:  # noqa: SIM102, before[3] is None of other kernels alone
+                    if before[3] is not None:
+                        # No condition of its own: the compiler's pipeline takes no sums inside one.
+                        of_it = there if len(xs) == 1 else inside(rows & here, k < own, EVEN_K)
+                        back, first_sum, second_sum = passed_back(
+                            made, loaded, before[1], at_input, of_it, center_b, scale_b, shift_b,
+                            ACT_BEFORE, SLOPE_BEFORE, ACC,
+                        )  # fmt: skip
+                        made = back if len(xs) == 1 else tl.where(here, back, made)
+                        new_firsts = new_firsts + (firsts[i] + first_sum,)  # type: ignore[assignment]
+                        new_seconds = new_seconds + (seconds[i] + second_sum,)  # type: ignore[assignment]
                 if (1 << len(xs)) - 1 == DX:
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=there)
                 else:
@@ -185,10 +278,22 @@ def fused_kernel(
                         wanted |= (block >= blocks[j]) & (block < blocks[j + 1]) & (((DX >> j) & 1) != 0)
                     tl.store(dx + at_input, made.to(dx.dtype.element_ty), mask=inside(rows, k < own, False) & wanted)
         accs = sums
+        if PRE is not None:  # noqa: SIM102
+            if before[3] is not None:
+                firsts, seconds = new_firsts, new_seconds
     to = dw + tl.program_id(1).to(tl.int64) * out_channels * depth
     for i in tl.static_range(EACH):
         columns, there_columns = columns_of(xs, channels, starts, blocks, i, n, outs, depth, BK, EACH)
         tl.store(to + columns, accs[i].to(dw.dtype.element_ty), mask=there_columns)
+        if PRE is not None:  # noqa: SIM102
+            if before[3] is not None:
+                block = tl.program_id(0) * EACH + i
+                _, own, _, first = input_of(xs, channels, starts, blocks, block)
+                k = (block - first) * BK + tl.arange(0, BK)
+                kin, ranges = (k < own) & is_of(block, blocks, PRE[0]), tl.num_programs(1)
+                of_range = before[3] + k * ranges + tl.program_id(1)
+                tl.store(of_range, firsts[i], mask=kin)
+                tl.store(of_range + own * ranges, seconds[i] * fetch(before[2] + 3 * own + k, kin), mask=kin)
 
 
 @triton.jit

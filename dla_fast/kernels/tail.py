@@ -5,7 +5,8 @@ pass is bound by memory:
 
 ``tail_kernel`` reads z (and the residual), writes y: (2 + R) MCb bytes.
 ``reduce_kernel`` reads dy and z (and the residual): (2 + R) MCb bytes; per group of tiles and channel it writes
-sum(g) and sum(g * x_hat), g the gradient before the activation. ``reduce_sum_kernel`` adds the groups in double.
+sum(g) and sum(g * x_hat), g the gradient before the activation. ``reduce_sum_kernel`` adds the groups in double. Where
+the norm's own backward is left to another pass it writes g: (3 + R) MCb bytes.
 ``apply_kernel`` reads dy and z (and the residual), writes dz (and g, the residual's gradient): (3 + R + R) MCb bytes.
 
 A program forms the coefficients of its channels once and takes several tiles, whole ones without masks; a thread has up
@@ -92,7 +93,7 @@ def tail_kernel(
 
 @triton.jit
 def reduce_kernel(
-    dy, z, residual, partial, mean, var, gamma, beta, total, pixels, channels, groups, each,
+    dy, z, residual, du, partial, mean, var, gamma, beta, total, pixels, channels, groups, each,
     BM: tl.constexpr, BN: tl.constexpr, CL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, I64: tl.constexpr,
     ALIGN: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -113,6 +114,8 @@ def reduce_kernel(
             offset = at(m, pixels, channels, CL, ALIGN)[:, None] + column
             mask = inside(m < total, cols, EVEN, True)
             grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
+            if du is not None:
+                tl.store(du + offset, grad.to(du.dtype.element_ty), mask=mask)
             first += grad
             second += grad * off
     # The last tile of all, where it is not a whole one.
@@ -122,6 +125,8 @@ def reduce_kernel(
             offset = at(m, pixels, channels, CL, ALIGN)[:, None] + column
             mask = inside(m < total, cols, EVEN)
             grad, off = gradient_of(dy, z, residual, offset, mask, center, scale, shift, ACT, SLOPE, ACC)
+            if du is not None:
+                tl.store(du + offset, grad.to(du.dtype.element_ty), mask=mask)
             first += grad
             second += grad * off
     # Once a group: what hundreds of values add up to keeps the digits that each of them had.
@@ -261,24 +266,49 @@ def tail_backward_reduce(
     Returns:
         Two (C,) tensors in the accumulation dtype.
     """
+    return reduced(dy, z, host.Norm.of(mean, var, bn_weight, bn_bias), residual, (eps, act, slope), None)
+
+
+def reduced(
+    dy: Tensor,
+    z: Tensor,
+    norm: host.Norm,
+    residual: Tensor | None,
+    options: tuple[float, str, float],
+    du: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sums of :func:`tail_backward_reduce`; g goes to ``du``, which lies as z does, where that is given."""
     shape = host.Map.of(z).halved()
     cl = shape.channels_last
     z, dy, residual = host.arranged(z, cl), host.arranged(dy, cl), host.optional(residual, cl)
     sums = host.vectors(z, shape.channels)
     each = shape.each(_TILES_PER_GROUP, 3)
     groups = triton.cdiv(shape.tiles, each)
-    if groups == 0:
-        return sums[0].zero_(), sums[1].zero_()
     partial = sums[0].new_empty(2, shape.channels, groups)
-    tensors = (dy, z, residual, partial, *host.Norm.of(mean, var, bn_weight, bn_bias))
     sizes = (shape.total, shape.pixels, shape.channels, groups, each)
-    constexprs = shape.constexprs() | host.epilogue(eps, act, slope) | {"PARTS": shape.parts}
-    launch.launch(reduce_kernel, shape.grid(each), (*tensors, *sizes), constexprs, shape.cfg)
-    cfg = config.merge(groups, shape.channels)
-    grid = (triton.cdiv(shape.channels, cfg.block_n),)
-    args = (partial, *sums, shape.channels, groups)
-    launch.launch(reduce_sum_kernel, grid, args, {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
+    constexprs = shape.constexprs() | host.epilogue(*options) | {"PARTS": shape.parts}
+    args = (dy, z, residual, du, partial, *norm, *sizes)
+    launch.launch(reduce_kernel, shape.grid(each), args, constexprs, shape.cfg)
+    add_up(partial, sums)
     return sums
+
+
+def add_up(partial: Tensor, sums: tuple[Tensor, Tensor]) -> None:
+    """Both sums of every channel from those of its groups, in order: one launch.
+
+    Args:
+        partial: (2, C, groups), accumulation dtype.
+        sums: (C,) each, which are written.
+    """
+    _, channels, groups = partial.shape
+    if groups == 0:
+        sums[0].zero_()
+        sums[1].zero_()
+        return
+    cfg = config.merge(groups, channels)
+    grid = (triton.cdiv(channels, cfg.block_n),)
+    args = (partial, *sums, channels, groups)
+    launch.launch(reduce_sum_kernel, grid, args, {"BC": cfg.block_n, "BT": cfg.block_m}, cfg)
 
 
 def tail_backward_apply(
@@ -346,6 +376,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
                 tail(z, v, v, v, v, residual, 1e-5, act, 0.0)
                 sums = tail_backward_reduce(z, z, v, v, v, v, residual, 1e-5, act, 0.0)
                 tail_backward_apply(z, z, v, v, v, v, residual, *sums, 4.0, 1e-5, act, 0.0, with_residual)
+                reduced(z, z, host.Norm(v, v, v, v), residual, (1e-5, act, 0.0), z)
             for one in launches:
                 op = {tail_kernel: "tail", apply_kernel: "tail_backward_apply"}.get(one.kernel, "tail_backward_reduce")
                 found.append(launch.specialisation(op, example.dtype, one, example.label))
