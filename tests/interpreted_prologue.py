@@ -3,6 +3,7 @@ starts this file."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,10 @@ from interpreted_strides import MAPS, given
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+import dla_fast
 from dla_fast.kernels import config, launch, library
+from dla_fast.nn import BasicBlock, Bottleneck, Tree
+from dla_fast.nn.memory import MEMORY, set_memory
 from dla_fast.ops.layout import accumulation_dtype
 
 ACTS = ("identity", "relu", "leaky_relu", "silu", "hardswish")
@@ -331,3 +335,31 @@ def test_what_is_no_pixel_adds_nothing():
                 patch.setattr(config, "fits_fused", lambda *args: False)
             check(chain)
         assert all(t.isfinite().all() for t in flat(chain.backward(chain.xs, *chain.prologue(), True)))
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_what_is_carried_is_added_to_the_first_gradient(through):
+    chain = Chain((8, 8), index=1)
+    (dx, other), *_ = chain.backward(chain.xs, *chain.prologue(), through, None)
+    carried = torch.randn_like(dx)
+    (found, same), *_ = chain.backward(chain.xs, *chain.prologue(), through, carried)
+    torch.testing.assert_close(found, dx + carried)
+    assert torch.equal(other, same)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_a_leaf_tree_trains_as_the_reference(block, memory):
+    torch.manual_seed(0)
+    tree = Tree(1, block, 4, 8, 2, level_root=True).double()
+    set_memory(tree, memory)
+    x = torch.randn(2, 4, 4, 6, dtype=torch.float64, requires_grad=True)
+
+    def found(name):
+        module = copy.deepcopy(tree)
+        with dla_fast.use_backend(name):
+            y = module(x)
+            return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()]), *module.buffers()]
+
+    for a, e in zip(found("triton"), found("reference"), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)

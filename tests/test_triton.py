@@ -32,8 +32,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 INTERPRETED = (
     ("interpreted_gpu", "test_compiled", "test_ops", "test_strides"),
     ("interpreted_ida", "interpreted_strides", "interpreted_tune", "interpreted_traffic"),
-    ("interpreted_tf32", "interpreted_node", "test_batch_norm_act"),
-    ("interpreted_prologue",),
+    ("interpreted_tf32", "interpreted_node", "interpreted_prologue", "test_batch_norm_act"),
     ("interpreted", "test_aggregate", "test_conv_norm_act"),
 )
 
