@@ -123,7 +123,7 @@ def run_link(
         of_first: tuple[Any, ...] = (None,) * 8
         carrier = arrived = None
         if ending is not None:
-            of_first = (ending.residual, *ending[1:5], *cast(Any, ending.ports))
+            of_first = (ending.residual, *ending[1:5], *(ending.ports or (None,) * 3))
             arrived = ending.carrier
             # What was added before this unit's activation, or before that of the unit before.
             carrier = arrived if ending.residual is not None or (carried and not deferred) else None
@@ -141,8 +141,9 @@ def run_link(
         if not deferred:
             return cast(Tensor, made)
         z, mean, var, *ports = made
-        on = ports[3] if carries else arrived if added is None or carried else None
-        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving, tuple(ports[:3]), on)
+        on = ports[3] if len(ports) > 3 else arrived if added is None or carried else None
+        of_ports = tuple(ports[:3]) or None
+        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving, of_ports, on)
     if serving == "reference":
         return node(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,

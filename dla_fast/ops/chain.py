@@ -18,8 +18,25 @@ import torch
 from torch import Tensor
 
 from dla_fast.ops.autograd import requires_grad, second_order
-from dla_fast.ops.chain_backward import PORTS, Call, Kernels, formed, like, once, twice
+from dla_fast.ops.chain_backward import BN_WEIGHT, FIRST, PORTS, Call, Kernels, formed, like, once, twice
 from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, keep, port, recall, remember
+
+
+def _computed(
+    kernels: Kernels, call: Call, flat: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """z, mean, variance, y where it is not deferred, and what is added before the activation."""
+    n, at = call.inputs, call.behind
+    weight, conv_bias, residual, bn_weight, bn_bias = flat[at : at + FIRST]
+    pre = NO_PROLOGUE if call.first < 0 else (call.first, *flat[at + FIRST : at + PORTS], *call.first_options)
+    with torch._C._AutoDispatchBelowAutograd():
+        z, mean, var = kernels.stage(
+            flat[:n], flat[n:at], weight, conv_bias, *call.running, *call.geometry, call.momentum, True, *pre
+        )
+        added = residual if call.residual_input < 0 else flat[call.residual_input]
+        if call.deferred:
+            return z, mean, var, None, added
+        return z, mean, var, kernels.tail(z, mean, var, bn_weight, bn_bias, added, *call.options), added
 
 
 class _Unit(torch.autograd.Function):
@@ -27,34 +44,29 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, call: Call, *flat: Any) -> Any:
-        n, at = call.inputs, call.behind
-        xs, ups = list(flat[:n]), list(flat[n:at])
-        weight, conv_bias, residual, bn_weight, bn_bias, *of_first = flat[at : at + PORTS]
-        pre = NO_PROLOGUE if call.first < 0 else (call.first, *of_first, *call.first_options)
-        with torch._C._AutoDispatchBelowAutograd():
-            z, mean, var = kernels.stage(
-                xs, ups, weight, conv_bias, *call.running, *call.geometry, call.momentum, True, *pre
-            )
-            added = residual if call.residual_input < 0 else xs[call.residual_input]
-            norm = mean, var, bn_weight, bn_bias
-            y = None if call.deferred else kernels.tail(z, *norm, added, *call.options)
-        ctx.set_materialize_grads(False)
+        z, mean, var, y, added = _computed(kernels, call, flat)
+        at = call.behind
         saved: list[Tensor | None] = list(flat[: at + PORTS])
         endings: list[Tensor | None] = []
-        kept = list(call.kept)
-        for i, one in enumerate(kept):
-            if one is not None:
-                saved[call.place(i)] = None
-                endings += one.ending.flat()
-                # What is saved is freed with the graph's buffers; what a context holds is not.
-                kept[i] = one._replace(ending=one.ending.skeleton())
-        ctx.kernels, ctx.call = kernels, call._replace(kept=tuple(kept))
+        of_residual = None
+        if any(call.kept):
+            kept = list(call.kept)
+            for i, one in enumerate(kept):
+                if one is not None:
+                    saved[call.place(i)] = None
+                    endings += one.ending.flat()
+                    # What is saved is freed with the graph's buffers; what a context holds is not.
+                    kept[i] = Kept(one.ending.skeleton(), one.edge)
+            of_residual = call.kept[call.inputs if call.residual_input < 0 else call.residual_input]
+            call = call._replace(kept=tuple(kept))
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.call = kernels, call
         ctx.save_for_backward(*saved, z, mean, var, *endings)
         if y is None:
             ports = (port(z), torch.empty_like(mean), torch.empty_like(var))
-            return (z, mean, var, *ports, port(xs[0])) if call.carries else (z, mean, var, *ports)
-        of_residual = call.kept[n if call.residual_input < 0 else call.residual_input]
+            return (z, mean, var, *ports, port(flat[0])) if call.carries else (z, mean, var, *ports)
         summed = added if of_residual is None else of_residual.ending
+        bn_weight, bn_bias = flat[at + BN_WEIGHT : at + FIRST]
         ctx.ending = Ending(z, mean, var, bn_weight, bn_bias, summed, *call.options, kernels.backend)
         return y
 
@@ -155,7 +167,7 @@ def kept_of(
 
 
 def chained(backend: str, call: Call, flat: Sequence[Tensor | None]) -> Any:
-    """y of a unit, or where it is deferred z, mean, variance, the ports and, where it has one, its carrier.
+    """y of a unit, or where it is deferred z, mean, variance and, for gradients, the ports and a carrier.
 
     Args:
         backend: the namespace that serves it.
@@ -164,7 +176,8 @@ def chained(backend: str, call: Call, flat: Sequence[Tensor | None]) -> Any:
             residual, mean, var, bn_weight, bn_bias and the ports; last the carrier, see :data:`CARRIER`.
     """
     if not requires_grad(flat):
-        return _Unit.forward(_NoContext(), _kernels(backend), call, *flat)
+        z, mean, var, y, _ = _computed(_kernels(backend), call, flat)
+        return (z, mean, var) if y is None else y
     # Function.apply inspects forward's signature for defaults, on every call.
     made = _apply(_kernels(backend), call, *flat)
     if not call.deferred:
@@ -174,13 +187,3 @@ def chained(backend: str, call: Call, flat: Sequence[Tensor | None]) -> Any:
 
 
 _apply = super(torch.autograd.Function, _Unit).apply  # type: ignore[misc]
-
-
-class _NoContext:
-    """Takes what a call without gradients would save."""
-
-    def set_materialize_grads(self, value: bool) -> None:
-        """Nothing to do."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Nothing to do."""

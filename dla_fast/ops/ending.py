@@ -99,7 +99,7 @@ class Kept(NamedTuple):
 
 def port(x: Tensor) -> Tensor:
     """A tensor of the same shape, without values or memory."""
-    return x.new_empty(1).expand(x.shape)
+    return x.new_empty_strided(x.shape, (0,) * x.dim())
 
 
 class _Edge(torch.autograd.Function):
