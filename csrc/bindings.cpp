@@ -70,5 +70,5 @@ PYBIND11_MODULE(_C, m) {
   dla_fast::define_direct<&dla_fast::cpu::conv_norm_act_backward>(m, "conv_norm_act_backward");
   dla_fast::define_direct<&dla_fast::cpu::tail>(m, "tail");
   dla_fast::define_direct<&dla_fast::cpu::tail_backward_reduce>(m, "tail_backward_reduce");
-  m.def("release_maps", &dla_fast::cpu::release_maps, "Free the memory that packed calls keep for their maps.");
+  m.def("release_maps", &dla_fast::cpu::release_maps, "Free the memory that is kept for maps.");
 }

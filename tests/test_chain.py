@@ -298,6 +298,89 @@ def test_what_was_saved_is_freed_by_the_backward_pass():
     assert loss.grad_fn is not None
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_an_output_keeps_nothing_alive_when_the_graph_is_gone(memory):
+    stack = nn.Sequential(*[BasicBlock(8, 8) for _ in range(4)]).double()
+    set_memory(stack, memory)
+    y = stack(torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True))
+    assert ending.recall(y) is not None
+    y.sum().backward()
+    assert ending.recall(y) is None
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("what", ["bn weight", "bn bias", "residual", "data"])
+def test_what_an_output_was_formed_of_may_change_before_it_is_read(what, memory):
+    """Only the reader's gradients are wanted: nobody else would notice."""
+    module, x, _ = made("basic", memory)
+    head = AggregationNode([8], 8).double()
+    set_memory(head, memory)
+
+    def found(backend):
+        block, given = copy.deepcopy(module), x.detach().clone() + 0
+        with dla_fast.use_backend(backend):
+            y = block(given.requires_grad_() if what == "data" else given)
+            with torch.no_grad():
+                if what == "bn weight":
+                    block.bn2.weight.mul_(2)
+                elif what == "bn bias":
+                    block.bn2.bias.add_(1)
+                elif what == "residual":
+                    given.add_(1)
+                else:
+                    y.data = y.data * 2
+            loss = head(y).square().sum()
+        return torch.autograd.grad(loss, list(head.parameters()))
+
+    compare(found("auto"), found("reference"))
+
+
+def test_a_call_without_gradients_spoils_nothing():
+    first, second = (ConvLevel(8, 8).double() for _ in range(2))
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def found(backend):
+        with dla_fast.use_backend(backend):
+            y = first(x)
+            with torch.no_grad():
+                second(y)
+            return torch.autograd.grad(second(y).square().sum(), x, create_graph=True)
+
+    compare([g.detach() for g in found("auto")], [g.detach() for g in found("reference")])
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("outer", ["save_on_cpu", "checkpoint"])
+def test_checkpointing_inside_of_hooks(outer, memory):
+    first, (module, x, _) = ConvLevel(8, 8).double(), made("tree", memory)
+    leaves = [*first.parameters(), *module.parameters()]
+
+    def inner(y):
+        return checkpoint(module, y, use_reentrant=False)
+
+    def found():
+        y = first(x)
+        if outer == "checkpoint":
+            return torch.autograd.grad(checkpoint(inner, y, use_reentrant=False).square().sum(), leaves)
+        with torch.autograd.graph.save_on_cpu():
+            loss = inner(y).square().sum()
+        return torch.autograd.grad(loss, leaves)
+
+    compare(found(), torch.autograd.grad(module(first(x)).square().sum(), leaves))
+
+
+def test_an_activation_in_another_ones_place():
+    level, x = ConvLevel(8, 8, 2).double(), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    seen = []
+    level[2].register_forward_hook(lambda m, args, y: seen.append(y))
+    level(x)
+    assert len(seen) == 1
+    level[5] = nn.SiLU()
+    with dla_fast.use_backend("reference"):
+        expected = nn.Sequential.forward(level, x)
+    torch.testing.assert_close(level(x), expected)
+
+
 def test_no_output_is_kept_alive():
     module, x, _ = made("basic")
     y = module(x)

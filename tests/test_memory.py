@@ -13,6 +13,7 @@ from torch import nn
 
 import dla_fast
 from dla_fast import models
+from dla_fast.nn import BasicBlock
 from dla_fast.nn.memory import LOW, set_memory
 from dla_fast.nn.pool import MaxPool2d, max_pool
 from dla_fast.proof.measure import saved_bytes
@@ -146,7 +147,8 @@ def test_swapped_low_on_memory_and_back(units):
     for one in (model, copy.deepcopy(model), again):
         assert list(one.state_dict()) == keys
         assert LOW in one.down.__dict__
-        assert LOW in one.root.conv.__dict__
+        assert (LOW in one.root.conv.__dict__) == ("nodes" in units)
+        assert (LOW in one.project[0].__dict__) == ("convs" in units)
         for a, e in zip(trained(one, x), expected, strict=True):
             torch.testing.assert_close(a, e)
     low = saved(model, x)
@@ -156,6 +158,33 @@ def test_swapped_low_on_memory_and_back(units):
     dla_fast.swap_(model, units=units)
     assert type(model.down) is nn.MaxPool2d
     assert low < saved(model, x)
+
+
+def test_modules_of_this_package_keep_their_mode():
+    """Swapping what is around them, and undoing that, is not about them."""
+    model = nn.Sequential(BasicBlock(4, 4), Net())
+    set_memory(model[0], "low")
+    for memory in ("default", "low"):
+        assert dla_fast.swap_(model, memory=memory).swapped
+        assert LOW in model[0].conv1.__dict__
+        dla_fast.unswap_(model)
+        assert LOW in model[0].conv1.__dict__
+        assert LOW not in model[1].root.conv.__dict__
+
+
+def test_what_is_left_out_is_not_marked():
+    model = tree()
+    dla_fast.swap_(model, memory="low", filter_fn=lambda name, module: name != "root")
+    assert LOW not in model.root.conv.__dict__
+    assert LOW in model.project[0].__dict__
+    # Another call changes the mode of what is swapped already.
+    dla_fast.swap_(model, memory="default", filter_fn=lambda name, module: name != "root")
+    assert LOW not in model.project[0].__dict__
+
+
+def test_poolings_are_nobodys_backend():
+    report = dla_fast.swap_(tree(), backend="cpu", memory="low", on_unsupported="raise")
+    assert "pool" in {e.kind for e in report.swapped}
 
 
 def test_a_dry_run_marks_nothing():

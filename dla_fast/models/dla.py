@@ -184,7 +184,7 @@ class DLA(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         """Level 1's features; those before it are read by the next level alone, which normalises them on the way."""
         *before, last = levels = (self.base_layer, self.level0, self.level1)
-        watched = any(is_observed(level) or type(level) is not ConvLevel for level in levels)
+        watched = any(is_observed(m) or type(m) is not ConvLevel or not m.is_plain() for m in levels)
         if watched or nn.modules.module._has_any_global_hook():
             return self.level1(self.level0(self.base_layer(x)))
         y: Tensor | Ending = x

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dla_fast.nn.batch_norm import is_observed
 from dla_fast.nn.unit import run_deferred, run_unit
+from dla_fast.ops.chain import form
 from dla_fast.ops.ending import Ending
 
 
@@ -63,12 +65,18 @@ class ConvLevel(nn.Sequential):
 
     def run(self, x: Tensor | Ending) -> Tensor:
         """:meth:`forward`, also of what :meth:`deferred` gives."""
+        if not self.is_plain():
+            return super().forward(form(x) if isinstance(x, Ending) else x)
         *before, (conv, bn) = self._units()
         return run_unit([self._run(before, x)], conv, bn)
 
     def deferred(self, x: Tensor | Ending) -> Tensor | Ending:
         """:meth:`forward`, the last unit's ending left to the reader; nobody who watches the module's calls sees it."""
         return self._run(self._units(), x)
+
+    def is_plain(self) -> bool:
+        """Whether its activations are the ReLUs that it was made with, and nobody watches them."""
+        return all(type(act) is nn.ReLU and not is_observed(act) for act in list(self)[2::3])
 
     def _units(self) -> list[tuple[nn.Module, nn.Module]]:
         layers = list(self)

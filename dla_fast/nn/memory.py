@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 # In the dict of a module that is to keep little. It stays with copies and pickles, and is no part of a state dict.
@@ -20,11 +22,15 @@ def check_memory(memory: str) -> None:
         raise ValueError(f"memory: expected {' or '.join(map(repr, MEMORY))}, got {memory!r}")
 
 
+def mark(modules: Iterable[nn.Module], memory: str) -> None:
+    """Let the units of convolutions, and poolings, keep as much as is fastest, or little."""
+    for module in modules:
+        if memory == "low":
+            module.__dict__[LOW] = True
+        else:
+            module.__dict__.pop(LOW, None)
+
+
 def set_memory(model: nn.Module, memory: str) -> None:
-    """Let the convolution units and the poolings of a model keep as much as is fastest, or little."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
-            if memory == "low":
-                module.__dict__[LOW] = True
-            else:
-                module.__dict__.pop(LOW, None)
+    """:func:`mark` of all convolutions and max poolings of a model."""
+    mark((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)), memory)

@@ -153,6 +153,8 @@ def kept_of(
     formed in a pass of their own: only where memory is to be ``low``.
     """
     found: list[Kept | None] = []
+    if not torch.is_grad_enabled():
+        return (None,) * (len(xs) + 2)
     for i, x in enumerate((*xs, residual, of_first)):
         ending = None if x is None or i == first or not x.requires_grad else recall(x)
         if ending is not None and not low:
@@ -161,8 +163,8 @@ def kept_of(
             # One input is formed on the way, and none that is added or is the residual.
             if not free or i >= len(xs) or i == residual_input or any(k is not None for k in found) or first >= 0:
                 ending = None
-        lean = ending is not None and ending.depth() <= _DEEPEST
-        found.append(keep(x) if x is not None and lean else None)
+        deep = ending is not None and ending.depth() > _DEEPEST
+        found.append(None if x is None or ending is None or deep else keep(x, ending))
     return tuple(found)
 
 

@@ -230,14 +230,8 @@ def twice(
         return activate(y if residual is None else y + residual, call.act)
 
     if call.deferred:
-        carried = grads[6] if call.carries else None
         grads = grads[:3] if grads[3] is None else gradients_of(grads, made, flat[at + BN_WEIGHT], call.options[0])
-    else:
-        carried = None
-    found = [*second_order(run, flat, needed[: at + PORTS], grads), *[None] * (END - PORTS)]
-    if carried is not None and found[0] is not None:
-        found[0] = found[0] + carried
-    return found
+    return [*second_order(run, flat, needed[: at + PORTS], grads), *[None] * (END - PORTS)]
 
 
 def formed(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 
 class Ending(NamedTuple):
@@ -132,24 +132,62 @@ def valued(edge: Tensor, values: Tensor) -> Tensor:
     return y
 
 
-# A unit's output, as long as somebody has it -> its ending, the output's version then, and an edge once one is needed.
+class _Made:
+    """How an output is formed, as long as the graph keeps what of: nothing is kept alive here but vectors."""
+
+    __slots__ = ("edge", "ending", "maps", "place", "versions")
+
+    def __init__(self, y: Tensor, ending: Ending) -> None:
+        flat = ending.flat()
+        self.place, self.versions = y.data_ptr(), [y._version, *(t._version for t in flat if t is not None)]
+        self.maps = [TensorWeakRef(t) if t is not None and t.dim() == 4 else None for t in flat]
+        self.ending = ending.with_tensors(
+            iter([t if m is None else None for t, m in zip(flat, self.maps, strict=True)])
+        )
+        self.edge: Tensor | None = None
+
+    def now(self, y: Tensor) -> Ending | None:
+        """The ending, where all of it is there as it was."""
+        if self.place != y.data_ptr():
+            return None
+        flat = self.ending.flat()
+        for i, ref in enumerate(self.maps):
+            if ref is not None:
+                flat[i] = ref()
+                if flat[i] is None:
+                    return None
+        found = [y._version, *(t._version for t in flat if t is not None)]
+        return self.ending.with_tensors(iter(flat)) if found == self.versions else None
+
+
+# A unit's output, as long as somebody has it -> how it is formed.
 _made: WeakIdKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _recomputed() -> bool:
+    """Whether what is saved now is dropped and computed again (torch.utils.checkpoint), of other objects then."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def remember(y: Tensor, ending: Ending) -> None:
     """Note how a differentiable output is formed, for those who read it."""
-    _made[y] = [ending, y._version, None]
+    if not _recomputed():
+        _made[y] = _Made(y, ending)
 
 
 def recall(y: Tensor) -> Ending | None:
-    """How a tensor was formed, where it is a unit's output and has not been written to since."""
-    found = _made.get(y)
-    return found[0] if found is not None and found[1] == y._version else None
+    """How a unit's output is formed, where what it is formed of is there, and nothing has been written to since.
+
+    Writes past autograd's version counters (``.data``, NumPy) are not noticed.
+    """
+    found: _Made | None = _made.get(y)
+    return None if found is None or _recomputed() else found.now(y)
 
 
-def keep(y: Tensor) -> Kept:
-    """What stands for an output that :func:`recall` knows."""
-    found = _made[y]
-    if found[2] is None:
-        found[2] = _Edge.apply(y)
-    return Kept(found[0], found[2])
+def keep(y: Tensor, ending: Ending) -> Kept:
+    """What stands for an output that :func:`recall` knows; to be called where gradients are recorded."""
+    found: _Made = _made[y]
+    if found.edge is None:
+        found.edge = _Edge.apply(y)
+    return Kept(ending, cast(Tensor, found.edge))

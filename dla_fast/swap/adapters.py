@@ -31,7 +31,7 @@ class Adapter(Protocol):
     """How the report calls it."""
 
     op: str
-    """The op that serves it, a name of :data:`dla_fast.backend.OPS`."""
+    """The op that serves it, a name of :data:`dla_fast.backend.OPS`; empty where none does."""
 
     node: type[FusedNode]
     """What supplies the fused forward."""

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from dla_fast.nn.batch_norm import parameter
 from dla_fast.nn.frozen import KEY
+from dla_fast.nn.memory import mark
 from dla_fast.nn.unit import run_plain_unit
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.found import find, keep, look, recall
@@ -52,6 +53,10 @@ class FusedNode(nn.Module):
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
         """The convolutions that ``forward`` runs as units, each with the norm behind it: what can be frozen."""
         return ()
+
+    def _dla_fast_keepers(self) -> Iterable[nn.Module]:
+        """The modules that say how much is kept for the backward pass."""
+        return [conv for conv, _ in self._dla_fast_units() if conv is not None]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(2, protocol))
@@ -120,7 +125,8 @@ def original_class(module: object) -> type:
 
 
 def restore(module: FusedNode) -> None:
-    """Give a swapped module its class back; what was frozen inside of it is no longer."""
+    """Give a swapped module its class back; what was frozen inside of it is no longer, nor is it low on memory."""
+    mark(module._dla_fast_keepers(), "default")
     for child in module.modules():
         child.__dict__.pop(KEY, None)
     rebind(module, type(module)._dla_fast_original)

@@ -29,6 +29,9 @@ class PoolSpec:
 class LeanPool(FusedNode):
     """An nn.MaxPool2d that keeps a byte of each output, where its windows tile the map."""
 
+    def _dla_fast_keepers(self) -> Iterable[nn.Module]:
+        return [self]
+
     def forward(self, input: Any) -> Any:
         pool: Any = self
         side = tiling(pool) if LOW in self.__dict__ and undisturbed() else None
@@ -40,7 +43,7 @@ class PoolAdapter:
 
     unit = "pools"
     kind = "pool"
-    op = "conv_norm_act"
+    op = ""
     node: type[FusedNode] = LeanPool
 
     def resembles(self, module: nn.Module) -> bool:

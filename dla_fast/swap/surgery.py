@@ -17,7 +17,7 @@ from dla_fast.nn import (
     Projection,
     SplitBottleneck,
 )
-from dla_fast.nn.memory import check_memory, set_memory
+from dla_fast.nn.memory import check_memory, mark
 from dla_fast.swap.adapters import ADAPTERS, Adapter
 from dla_fast.swap.nodes import FusedNode, fused_class, rebind, restore
 from dla_fast.swap.report import UNITS, SwapEntry, SwapReport
@@ -41,7 +41,7 @@ def _plan(module: nn.Module, adapter: Adapter, backend: str, verify: bool) -> tu
     if isinstance(spec, str):
         return spec
     device, dtype = adapter.placement(module, spec)
-    if backend != "auto":
+    if backend != "auto" and adapter.op:
         reason = backends.can_run(backend, adapter.op, device.type, dtype)
         if reason is not None:
             return f"backend {backend!r} cannot run it: {reason}"
@@ -49,7 +49,7 @@ def _plan(module: nn.Module, adapter: Adapter, backend: str, verify: bool) -> tu
         target = fused_class(adapter.node, type(module), spec)
     except Exception as error:  # a metaclass may refuse for reasons of its own
         return f"{type(module).__name__} cannot be extended: {error}"
-    unserved = _unserved(adapter.op, device, dtype)
+    unserved = _unserved(adapter.op, device, dtype) if adapter.op else ""
     if not verify:
         return target, "; ".join(filter(None, ("not verified", unserved)))
     found = adapter.verify(module, spec)
@@ -182,7 +182,8 @@ def swap_(
         memory: "default" keeps for the backward pass of training what makes it fastest: of a map that a unit wrote
             often what it was formed of, which is kept anyway. "low" keeps less: outputs of nodes, ladders and blocks
             are formed again in the backward pass, and max poolings, which are swapped as well, keep a byte an output.
-            It holds for all convolutions of the model, until :func:`unswap_` or another ``swap_``.
+            It holds for what is swapped, now or before, until :func:`unswap_` or another ``swap_``. In both modes a
+            tensor that a swapped block adds must not be written to before the backward pass, which then raises.
         backend: "auto" runs a module on whichever backend is in force at the call (:func:`dla_fast.use_backend`). A
             name forces the modules to that backend for good, also in copies and pickles, and wins over ``use_backend``
             (not over ``DLA_FAST_DISABLE``); a module that it cannot run where its parameters are is skipped.
@@ -221,7 +222,9 @@ def swap_(
         )
     if not dry_run:
         _apply(changes)
-        set_memory(model, memory)
+        for module in model.modules():
+            if isinstance(module, FusedNode):
+                mark(module._dla_fast_keepers(), memory)
     return report
 
 
@@ -242,5 +245,4 @@ def unswap_(model: nn.Module) -> int:
     swapped = [module for module in model.modules() if isinstance(module, FusedNode)]
     for module in swapped:
         restore(module)
-    set_memory(model, "default")
     return len(swapped)

@@ -3,84 +3,16 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/Allocator.h>
 
-#include <algorithm>
-#include <map>
-#include <mutex>
-
-#include "../shared/parallel.h"
-#include "../shared/scratch.h"
+#include "../shared/reused.h"
 
 namespace dla_fast::cpu {
 namespace {
 
-// What lies in front of a block's memory, itself a cache line.
-struct alignas(64) Head {
-  size_t bytes;
-};
-
-void free_block(Head* head) {
-  ::operator delete(head, std::align_val_t(64));
-}
-
-// Blocks by size. One serves what takes three quarters of it or more. Together with those in use they are never more
-// than were once in use at the same time.
-class Kept {
- public:
-  Head* take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = blocks_.lower_bound(bytes);
-    Head* head = nullptr;
-    if (found != blocks_.end() && found->first / 4 * 3 <= bytes) {
-      head = found->second;
-      kept_ -= head->bytes;
-      blocks_.erase(found);
-    }
-    used_ += head == nullptr ? bytes : head->bytes;
-    most_ = std::max(most_, used_);
-    while (used_ + kept_ > most_) drop();
-    return head;
-  }
-  void put(Head* head) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    blocks_.emplace(head->bytes, head);
-    used_ -= head->bytes;
-    kept_ += head->bytes;
-  }
-  void release() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    while (!blocks_.empty()) drop();
-    most_ = used_;
-  }
-
- private:
-  // The smallest: the large ones are what is dear.
-  void drop() {
-    const auto first = blocks_.begin();
-    kept_ -= first->first;
-    free_block(first->second);
-    blocks_.erase(first);
-  }
-
-  std::mutex mutex_;
-  std::multimap<size_t, Head*> blocks_;
-  size_t used_ = 0, kept_ = 0, most_ = 0;
-};
-
-// Never destroyed: a tensor may outlive everything that is static.
-Kept& kept() {
-  static Kept* const blocks = new Kept;
-  return *blocks;
-}
-
 class Reusing : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    Head* head = kept().take(bytes);
-    if (head == nullptr) {
-      head = new (::operator new(sizeof(Head) + bytes, std::align_val_t(64))) Head{bytes};
-      want_huge_pages(head + 1, bytes);
-    }
-    return {head + 1, head, [](void* context) { kept().put(static_cast<Head*>(context)); }, at::kCPU};
+    void* const data = take_reused(bytes);
+    return {data, data, &put_reused, at::kCPU};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
@@ -94,7 +26,7 @@ Tensor reused_map(const Tensor& like, at::IntArrayRef sizes, bool channels_last)
 }
 
 void release_maps() {
-  kept().release();
+  release_reused();
 }
 
 }  // namespace dla_fast::cpu

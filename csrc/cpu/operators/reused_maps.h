@@ -1,5 +1,4 @@
-// Maps whose memory is kept when they are gone, for the next ones. Memory fresh from the system is faulted in page by
-// page, which for a map that a fast kernel writes takes longer than writing it.
+// Maps whose memory is kept when they are gone, for the next ones (../shared/reused.h).
 
 #pragma once
 

@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../shared/scratch.h"
+#include "../shared/reused.h"
+#include "reused_maps.h"
 
 namespace dla_fast::cpu {
 namespace {
@@ -50,9 +51,12 @@ Act act_of(std::string_view name) {
 }
 
 Tensor empty_map(const Tensor& like, at::IntArrayRef sizes, bool channels_last) {
-  Tensor out = at::empty(sizes, like.options().memory_format(format_of(channels_last)));
-  want_huge_pages(out.mutable_data_ptr(), out.nbytes());
-  return out;
+#if !defined(__SANITIZE_ADDRESS__)
+  // The sanitizer knows only what is freed and made anew.
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * like.element_size();
+  if (bytes >= kReused) return reused_map(like, sizes, channels_last);
+#endif
+  return at::empty(sizes, like.options().memory_format(format_of(channels_last)));
 }
 
 Tensor nothing(const Tensor& like) {

@@ -47,8 +47,7 @@ inline OptionalTensor arranged(const OptionalTensor& t, bool channels_last) {
   return t.has_value() ? OptionalTensor(arranged(*t, channels_last)) : std::nullopt;
 }
 
-// A new map for what a kernel is about to write whole, with the dtype of `like`. A large one asks for huge pages:
-// memory fresh from the system is faulted in page by page, which takes several times as long as writing it.
+// A new map for what a kernel is about to write whole, with the dtype of `like`; a large one is a reused_map.
 Tensor empty_map(const Tensor& like, at::IntArrayRef sizes, bool channels_last);
 
 // What stands for a result that was not asked for.

@@ -9,6 +9,8 @@
 #include <new>
 #include <utility>
 
+#include "reused.h"
+
 namespace dla_fast::cpu {
 
 // Asks for huge pages where the memory is large: a fault for every 4 KB of a fresh block costs more than a pass over
@@ -20,8 +22,7 @@ template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t n, bool zero = false)
-      : data_(static_cast<A*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(A), std::align_val_t(64)))) {
-    want_huge_pages(data_, n * sizeof(A));
+      : reused_(kReuses && n * sizeof(A) >= kReused), data_(make(std::max<int64_t>(n, 1) * sizeof(A))) {
     if (zero) {
       std::fill_n(data_, n, A(0));
     } else {
@@ -30,13 +31,30 @@ class Scratch {
 #endif
     }
   }
-  Scratch(Scratch&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  ~Scratch() { ::operator delete[](data_, std::align_val_t(64)); }
+  Scratch(Scratch&& other) noexcept : reused_(other.reused_), data_(std::exchange(other.data_, nullptr)) {}
+  ~Scratch() {
+    if (!reused_) {
+      ::operator delete[](data_, std::align_val_t(64));
+    } else if (data_ != nullptr) {
+      put_reused(data_);
+    }
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   A* get() const { return data_; }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kReuses = false;  // it knows only what is freed and made anew
+#else
+  static constexpr bool kReuses = true;
+#endif
+
+  A* make(size_t bytes) const {
+    return static_cast<A*>(reused_ ? take_reused(bytes) : ::operator new[](bytes, std::align_val_t(64)));
+  }
+
+  bool reused_;
   A* data_;
 };
 
