@@ -184,4 +184,4 @@ def test_figures_follow_the_run(readme, tmp_path):
     assert "`benchmarks/results/run.json` — a processor, amx, 2 CPU threads; torch" in page
     assert "| detector, 3 @ 512x512 | 1 | inference | 45.00 | 60.00 | 30.00 | 1.50x |" in page
     assert "| memory of a training step | peak, eager | dla_fast | saved for backward, eager | dla_fast |" in page
-    assert "batch 1 | 400 MiB | 0.75x | 200 MiB | 0.75x |" in page
+    assert "batch 8 | 400 MiB | 0.75x | 200 MiB | 0.75x |" in page
