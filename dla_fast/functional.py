@@ -141,9 +141,12 @@ def run_link(
         if not deferred:
             return cast(Tensor, made)
         z, mean, var, *ports = made
-        on = ports[3] if len(ports) > 3 else arrived if added is None or carried else None
-        of_ports = tuple(ports[:3]) or None
-        return Ending(z, mean, var, gamma, beta, added, eps, name, slope, serving, of_ports, on)
+        # What arrived goes on to the unit that adds the input it is for.
+        passed_on = arrived if added is None or carried else None
+        return Ending(
+            z, mean, var, gamma, beta, added, eps, name, slope, serving, tuple(ports[:3]) or None,
+            ports[3] if len(ports) > 3 else passed_on,
+        )  # fmt: skip
     if serving == "reference":
         return node(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,

@@ -51,7 +51,7 @@ def run_unit(
         (N, C_out, H', W').
     """
     frozen: Frozen | None = None if torch.compiler.is_compiling() else conv.__dict__.get(KEY)
-    if frozen is not None and upsample is None:
+    if frozen is not None and upsample is None and not bn.training:
         maps = _maps(xs)
         y = frozen.recall(maps, conv, bn, act, residual)
         if y is not None:
@@ -77,7 +77,7 @@ def run_deferred(
     Where nothing is gained by that, or somebody has to see the output, it is a map. ``carries``: the only input is
     added at the end of the chain that begins here, and its gradient from there is added where this unit's is made.
     """
-    if not is_plain(bn) or not is_plain_conv(conv) or KEY in conv.__dict__ or torch.compiler.is_compiling():
+    if not bn.training or not is_plain(bn) or not is_plain_conv(conv) or torch.compiler.is_compiling():
         return run_unit(xs, conv, bn, act=act, residual=residual)
     return _run_link(xs, conv, bn, act, residual, None, deferred=True, carries=carries, carried=carried)
 
@@ -123,9 +123,11 @@ def _run_link(
         xs = [ending.z if i == first else x for i, x in enumerate(_maps(given, first))]
     if isinstance(residual, Tensor) and residual.dtype != xs[0].dtype:
         residual = residual.to(xs[0].dtype)
-    if ending is None and not deferred and not torch.compiler.is_compiling():
-        frozen: Frozen | None = conv.__dict__.get(KEY)
-        y = None if frozen is None else frozen.run(xs, conv, bn, act, residual, upsample)
+    frozen: Frozen | None = None if torch.compiler.is_compiling() else conv.__dict__.get(KEY)
+    if frozen is not None and bn.training:
+        frozen.forget()
+    elif frozen is not None and ending is None:
+        y = frozen.run(xs, conv, bn, act, residual, upsample)
         if y is not None:
             return y
     made = functional.run_link(
