@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../shared/reused.h"
+#include "../shared/scratch.h"
 #include "reused_maps.h"
 
 namespace dla_fast::cpu {
@@ -56,7 +57,9 @@ Tensor empty_map(const Tensor& like, at::IntArrayRef sizes, bool channels_last) 
   const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * like.element_size();
   if (bytes >= kReused) return reused_map(like, sizes, channels_last);
 #endif
-  return at::empty(sizes, like.options().memory_format(format_of(channels_last)));
+  Tensor out = at::empty(sizes, like.options().memory_format(format_of(channels_last)));
+  want_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  return out;
 }
 
 Tensor nothing(const Tensor& like) {
