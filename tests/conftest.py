@@ -34,10 +34,10 @@ THINNED = {
     "test_gradients_that_are_wanted_alone": 5,
     "test_gradcheck_of_every_geometry": 11,
     "test_the_node": 5,
-    "test_any_input_is_normalised_on_load": 5,
-    "test_every_activation": 3,
-    "test_few_pixels_and_whole_tiles": 3,
-    "test_beside_a_residual_of_the_node": 3,
+    "test_any_input_is_normalised_on_load": 7,
+    "test_every_activation": 7,
+    "test_few_pixels_and_whole_tiles": 5,
+    "test_beside_a_residual_of_the_node": 5,
 }
 
 

@@ -206,4 +206,4 @@ def test_no_y_is_written(geometry, layout):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx_emulated"])
 def test_other_products(isa):
-    passes_with(isa, __file__, every=3)
+    passes_with(isa, __file__, every=7)
