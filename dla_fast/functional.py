@@ -37,26 +37,9 @@ def _serving(op: str, device: str, dtype: torch.dtype) -> str:
     return "reference" if needs_reference() else backend.resolve(op, device, dtype)
 
 
-def run_node(
-    op: str,
-    given: Sequence[Tensor],
-    given_weight: Tensor,
-    norm: Norm,
-    kernels: tuple[int, ...] | None,
-    given_bias: Tensor | None,
-    stride: int,
-    dilation: int,
-    groups: int,
-    residual: int | Tensor | None,
-    given_upsample: Upsampling | None,
-    act: ActSpec,
-) -> Tensor:
-    """:func:`conv_norm_act` under the name ``op``, with a norm in one piece; see :func:`checked`."""
-    y = run_link(
-        op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
-    )
-    assert isinstance(y, Tensor)
-    return y
+def run_node(*arguments: Any) -> Tensor:
+    """y of :func:`run_link`, whose first arguments these are: a unit that is no link of a chain."""
+    return cast(Tensor, run_link(*arguments))
 
 
 def run_link(
@@ -79,10 +62,10 @@ def run_link(
     carried: bool = False,
     low: bool = False,
 ) -> Tensor | Ending:
-    """:func:`run_node` as a link of a chain of units.
+    """:func:`conv_norm_act` under the name ``op``, with a norm in one piece (:func:`checked`), as a link of a chain.
 
     Args:
-        op: see :func:`run_node`, like all that follow, up to ``act``.
+        op: see :func:`conv_norm_act`, like all that follow, up to ``act``.
         first: the input that is ``ending.z``, or -1.
         ending: of the unit before, which has left it to this one.
         deferred: leave this unit's ending to its reader, where a call allows that.
