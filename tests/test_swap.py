@@ -265,10 +265,6 @@ def test_hooks_of_the_node_fire(fused_calls):
     assert fused_calls == [node]
 
 
-def _sync(node):
-    nn.SyncBatchNorm.convert_sync_batchnorm(node)
-
-
 CHANGES = {
     "forward hook": lambda node: node.conv.register_forward_hook(lambda m, a, y: y * 2),
     "pre-hook": lambda node: node.bn.register_forward_pre_hook(lambda m, a: (a[0] * 2,)),
@@ -276,7 +272,6 @@ CHANGES = {
     "backward hook": lambda node: node.conv.register_full_backward_hook(lambda m, gx, gy: None),
     "replaced forward": lambda node: setattr(node.conv, "forward", lambda x: node.conv.weight.sum() * x[:, :8]),
     "weight norm": lambda node: parametrizations.weight_norm(node.conv),
-    "sync batch norm": _sync,
     "other norm": lambda node: setattr(node, "bn", nn.GroupNorm(2, 8)),
     "other activation": lambda node: setattr(node, "relu", nn.GELU()),
     "other convolution": lambda node: setattr(node, "conv", nn.Conv2d(24, 8, 3, padding=1)),
@@ -299,6 +294,24 @@ def test_changed_afterwards_runs_the_original_forward(fused_calls, change):
     xs = [x.requires_grad_() for x in inputs()]
     assert torch.equal(twin(*xs), node(*xs))
     assert not fused_calls
+
+
+def test_converted_norms_stay_fused(fused_calls):
+    node, twin = swapped_pair(Root())
+    for m in (node, twin):
+        assert type(nn.SyncBatchNorm.convert_sync_batchnorm(m).bn) is nn.SyncBatchNorm
+    again = copy.deepcopy(node)
+    assert dla_fast.swap_(again).swapped
+    for training in (True, False):
+        fused_calls.clear()
+        xs = inputs()
+        want = node.train(training)(*xs)
+        for fused in (twin, again):
+            torch.testing.assert_close(fused.train(training)(*xs), want)
+        assert fused_calls == [twin, again]
+    for fused in (twin, again):
+        for got, buffer in zip(fused.buffers(), node.buffers(), strict=True):
+            torch.testing.assert_close(got, buffer)
 
 
 def test_global_hooks_see_the_children(fused_calls):

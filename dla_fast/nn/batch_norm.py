@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dla_fast.backend import needs_reference
 from dla_fast.reference.norm import Norm
 
 
@@ -34,13 +37,35 @@ def buffer(module: nn.Module, name: str) -> Any:
 def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
 
-    A SyncBatchNorm or an Identity put in its place later (conversion, folding) has to run as the module it is.
+    An Identity put in its place later (folding) has to run as the module it is.
     """
-    return type(bn) is nn.BatchNorm2d and not is_observed(bn)
+    return (type(bn) is nn.BatchNorm2d or is_plain_sync(bn)) and not is_observed(bn)
+
+
+def is_plain_sync(bn: nn.Module) -> bool:
+    """Whether ``bn`` is a SyncBatchNorm itself, in a call that may be this package's.
+
+    Where the call is compiled or taken apart it has to run as the module it is in training: nothing that is traced asks
+    other processes then.
+    """
+    if type(bn) is not nn.SyncBatchNorm:
+        return False
+    return not bn.training or not (torch.compiler.is_compiling() or needs_reference())
+
+
+def sync_group(bn: nn.Module) -> Any:
+    """The process group whose processes' values are the batch of a call of ``bn``, None where it has its own alone.
+
+    As ``nn.SyncBatchNorm.forward`` decides it, which refuses tensors on a CPU.
+    """
+    if type(bn) is not nn.SyncBatchNorm or not bn.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def norm_of(bn: _NormBase) -> Norm:
-    """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` to the letter.
+    """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` or SyncBatchNorm's to the letter.
 
     ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
     """
@@ -52,12 +77,12 @@ def norm_of(bn: _NormBase) -> Norm:
     batch = training or (mean is None and var is None)
     if training and not tracks:
         mean = var = None
-    return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps)
+    return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps, sync_group(bn))
 
 
 def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
     """:func:`norm_of` as the keyword arguments of a functional call."""
-    weight, bias, mean, var, training, momentum, eps = norm_of(bn)
+    weight, bias, mean, var, training, momentum, eps = norm_of(bn)[:7]
     return {
         "bn_weight": weight,
         "bn_bias": bias,

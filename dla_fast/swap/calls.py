@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast import backend
-from dla_fast.nn.batch_norm import is_observed, parameter
+from dla_fast.nn.batch_norm import is_observed, is_plain, parameter
 from dla_fast.nn.unit import run_deferred, run_unit
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
@@ -49,7 +49,7 @@ def fused_act(module: nn.Module) -> ActSpec | None:
 
 def are_unit(conv: Any, bn: Any) -> bool:
     """Whether two children are a convolution and a batch norm themselves, and nobody watches their calls."""
-    return type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not is_observed(conv) and not is_observed(bn)
+    return type(conv) is nn.Conv2d and isinstance(bn, nn.Module) and not is_observed(conv) and is_plain(bn)
 
 
 def is_act(act: Any) -> bool:

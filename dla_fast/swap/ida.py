@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast import backend, functional
-from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.batch_norm import is_observed, is_plain
 from dla_fast.nn.unit import run_unit
 from dla_fast.reference.activation import ActSpec
 from dla_fast.swap.calls import PLAIN, forcing, fused_act, is_act, undisturbed
@@ -88,7 +88,7 @@ def parts(unit: nn.Module) -> tuple[nn.Module, nn.BatchNorm2d, nn.Module] | None
     if len(found) != 3:
         return None
     conv, bn, act = found
-    if type(bn) is not nn.BatchNorm2d or is_observed(bn) or not is_act(act):
+    if not is_plain(bn) or not is_act(act):
         return None
     return conv, bn, act
 

@@ -55,7 +55,7 @@ def conv1x1_reason(name: str, conv: nn.Module) -> str | None:
 
 def norm_reason(name: str, norm: nn.Module) -> str | None:
     """Why a child is not a batch norm as kernels know it."""
-    return child_reason(name, norm, nn.BatchNorm2d)
+    return child_reason(name, norm, nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d)
 
 
 def act_reason(name: str, act: nn.Module) -> str | None:

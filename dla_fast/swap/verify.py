@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dla_fast import backend
@@ -58,7 +59,23 @@ def random_copy(
     # Hooks are not copied: they may hold on to a whole model, or to activations, which cannot be copied.
     for part in module.modules():
         memo.update({id(v): type(v)() for k, v in part.__dict__.items() if "_hooks" in k})
-    return copy.deepcopy(module, memo)
+        if isinstance(part, nn.SyncBatchNorm) and part.process_group is not None:
+            memo[id(part.process_group)] = None
+    return local(copy.deepcopy(module, memo))
+
+
+def local(copied: nn.Module) -> nn.Module:
+    """A copy whose norms ask no other process: no comparison may wait for others, who perhaps make none.
+
+    Raises:
+        TypeError: a norm of another class than SyncBatchNorm itself would ask them.
+    """
+    for part in copied.modules():
+        if type(part) is nn.SyncBatchNorm:
+            object.__setattr__(part, "__class__", nn.BatchNorm2d)
+        elif isinstance(part, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+            raise TypeError(f"{type(part).__name__} may wait for other processes")
+    return copied
 
 
 def set_training(module: nn.Module, mode: bool) -> None:
@@ -246,7 +263,11 @@ def compare(
 # Comparisons that agreed, by what was compared; None outside of a swap.
 _agreed: ContextVar[set[Any] | None] = ContextVar("agreed", default=None)
 INTERNAL = frozenset(nn.Module().__dict__)
-_WIDTHS = {nn.Conv2d: ("in_channels", "out_channels"), nn.BatchNorm2d: ("num_features",)}
+_WIDTHS = {
+    nn.Conv2d: ("in_channels", "out_channels"),
+    nn.BatchNorm2d: ("num_features",),
+    nn.SyncBatchNorm: ("num_features",),
+}
 
 
 @contextlib.contextmanager
