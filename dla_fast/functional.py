@@ -325,7 +325,7 @@ def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Te
     checks.check_norm(norm, channels=x.shape[1], like=x, values_per_channel=values)
     serving = _serving("batch_norm_act", x.device.type, x.dtype)
     if group is not None:
-        return synced.norm_act(serving, x, norm, residual, act)
+        return synced.batch_norm_act(serving, x, norm, residual, act)
     if serving == "reference":
         return normalise(x, norm, residual, act)
     if training or requires_grad((x, residual, gamma, beta)):

@@ -132,7 +132,8 @@ class _Formed(torch.autograd.Function):
 _backends: dict[str, Kernels] = {}
 
 
-def _kernels(backend: str) -> Kernels:
+def kernels_of(backend: str) -> Kernels:
+    """The operators of a backend, looked up once."""
     if backend not in _backends:
         _backends[backend] = Kernels.of(backend)
     return _backends[backend]
@@ -141,7 +142,7 @@ def _kernels(backend: str) -> Kernels:
 def form(ending: Ending) -> Tensor:
     """y of an ending that a unit has left to its reader, differentiable, for what is no unit."""
     tensors = (ending.z, ending.residual, *ending[1:5], *(ending.ports or ()))
-    y: Tensor = _Formed.apply(_kernels(ending.backend), ending.options, *tensors)
+    y: Tensor = _Formed.apply(kernels_of(ending.backend), ending.options, *tensors)
     return y
 
 
@@ -189,10 +190,10 @@ def chained(backend: str, call: Call, flat: Sequence[Tensor | None]) -> Any:
             residual, mean, var, bn_weight, bn_bias and the ports; last the carrier, see :data:`CARRIER`.
     """
     if not requires_grad(flat):
-        z, mean, var, y, *_ = _computed(_kernels(backend), call, flat)
+        z, mean, var, y, *_ = _computed(kernels_of(backend), call, flat)
         return (z, mean, var) if y is None else y
     # Function.apply inspects forward's signature for defaults, on every call.
-    made = _apply(_kernels(backend), call, *flat)
+    made = _apply(kernels_of(backend), call, *flat)
     if not call.deferred:
         ending = made.grad_fn.__dict__.pop("ending")
         remember(made, ending)

@@ -79,6 +79,7 @@ class Kernels(NamedTuple):
     backend: str
     stage: Callable[..., Any]
     backward: Callable[..., Any]
+    moments: Callable[..., tuple[Tensor, Tensor]]
     tail: Callable[..., Tensor]
     reduce: Callable[..., tuple[Tensor, Tensor]]
     apply: Callable[..., tuple[Tensor, Tensor]]
@@ -89,6 +90,7 @@ class Kernels(NamedTuple):
             backend,
             direct(backend, "conv_norm_act_stage", inputs=0),
             direct(backend, "conv_norm_act_backward", inputs=1),
+            direct(backend, "moments"),
             direct(backend, "tail"),
             direct(backend, "tail_backward_reduce"),
             direct(backend, "tail_backward_apply"),

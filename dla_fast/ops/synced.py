@@ -6,14 +6,14 @@ without one, by a backend's operators and in plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dla_fast.ops.chain_backward import formed, like
-from dla_fast.ops.direct import direct
+from dla_fast.ops.chain import kernels_of
+from dla_fast.ops.chain_backward import Kernels, formed, like, pixels
 from dla_fast.ops.joint import joint_moments, joint_sums, refuse_second_order
 from dla_fast.ops.layout import accumulation_dtype
 from dla_fast.reference.activation import ActSpec, parse_act
@@ -21,35 +21,13 @@ from dla_fast.reference.conv_norm_act import convolve
 from dla_fast.reference.norm import Norm
 
 
-class _Kernels(NamedTuple):
-    """The operators of a backend."""
-
-    moments: Callable[..., tuple[Tensor, Tensor]]
-    tail: Callable[..., Tensor]
-    reduce: Callable[..., tuple[Tensor, Tensor]]
-    apply: Callable[..., tuple[Tensor, Tensor]]
-
-    @staticmethod
-    def of(backend: str) -> _Kernels:
-        return _Kernels(
-            direct(backend, "moments"),
-            direct(backend, "tail"),
-            direct(backend, "tail_backward_reduce"),
-            direct(backend, "tail_backward_apply"),
-        )
-
-
-def _values(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
-
-
-class _NormAct(torch.autograd.Function):
+class _BatchNormAct(torch.autograd.Function):
     """The whole by a backend's operators."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: _Kernels,
+        kernels: Kernels,
         norm: Norm,
         options: tuple[float, str, float],
         x: Tensor,
@@ -60,7 +38,7 @@ class _NormAct(torch.autograd.Function):
         running = norm.running_mean, norm.running_var
         with torch._C._AutoDispatchBelowAutograd():
             own = kernels.moments(x, None, None, 0.0)
-        mean, var, share = joint_moments(*own, _values(x), norm.group, running, norm.momentum)
+        mean, var, share = joint_moments(*own, pixels(x), norm.group, running, norm.momentum)
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.options, ctx.group = kernels, options, norm.group
         ctx.save_for_backward(x, weight, bias, residual, mean, var, share)
@@ -79,7 +57,7 @@ class _NormAct(torch.autograd.Function):
         dx = dresidual = None
         if need_dx or need_residual:
             joint = joint_sums(sums, share, ctx.group) if need_dx else (None, None)
-            dx, dresidual = ctx.kernels.apply(dy, x, *tail, *joint, float(_values(x)), *ctx.options, need_residual)
+            dx, dresidual = ctx.kernels.apply(dy, x, *tail, *joint, float(pixels(x)), *ctx.options, need_residual)
         return (
             None, None, None, dx if need_dx else None, like(sums[1], weight) if need_weight else None,
             like(sums[0], bias) if need_bias else None, dresidual if need_residual else None,
@@ -91,7 +69,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        values = _values(x)
+        values = pixels(x)
         wide = x.to(accumulation_dtype(x.dtype))
         if values:
             mean = wide.mean((0, 2, 3))
@@ -110,14 +88,11 @@ class _Moments(torch.autograd.Function):
         x, mean, share = ctx.saved_tensors
         dmean, dvar = joint_sums((dmean, dvar), share, ctx.group)
         centered = x.to(mean.dtype) - mean[:, None, None]
-        dx = (dmean[:, None, None] + 2 * dvar[:, None, None] * centered) / max(1, _values(x))
+        dx = (dmean[:, None, None] + 2 * dvar[:, None, None] * centered) / max(1, pixels(x))
         return dx.to(x.dtype), None
 
 
-_backends: dict[str, _Kernels] = {}
-
-
-def norm_act(backend: str, x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
+def batch_norm_act(backend: str, x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
     """``act(batch_norm(x) + residual)`` with the statistics of all processes of ``norm.group``.
 
     Every process of the group has to call it, also one whose batch is empty. Differentiable once; the gradients of the
@@ -138,9 +113,7 @@ def norm_act(backend: str, x: Tensor, norm: Norm, residual: Tensor | None, act: 
     if backend == "reference":
         mean, var = _Moments.apply(x, norm)
         return formed(x, (mean, var, norm.weight, norm.bias), residual, options)
-    if backend not in _backends:
-        _backends[backend] = _Kernels.of(backend)
-    y: Tensor = _NormAct.apply(_backends[backend], norm, options, x, norm.weight, norm.bias, residual)
+    y: Tensor = _BatchNormAct.apply(kernels_of(backend), norm, options, x, norm.weight, norm.bias, residual)
     return y
 
 
@@ -159,4 +132,4 @@ def node(
 ) -> Tensor:
     """:func:`dla_fast.reference.conv_norm_act.node` with the statistics of all processes of ``norm.group``."""
     z = convolve(xs, weight, conv_bias, stride, dilation, groups, upsample)
-    return norm_act("reference", z, norm, xs[residual] if isinstance(residual, int) else residual, act)
+    return batch_norm_act("reference", z, norm, xs[residual] if isinstance(residual, int) else residual, act)
