@@ -43,10 +43,10 @@ def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 
 def is_plain_sync(bn: nn.Module) -> bool:
-    """Whether ``bn`` is a SyncBatchNorm itself, in a call that may be this package's.
+    """Whether ``bn`` is a SyncBatchNorm itself, in a call that this package can answer.
 
-    Where the call is compiled or taken apart it has to run as the module it is in training: nothing that is traced asks
-    other processes then.
+    In training it runs as the module it is where calls are compiled or taken apart: only PyTorch knows there how other
+    processes are asked.
     """
     if type(bn) is not nn.SyncBatchNorm:
         return False

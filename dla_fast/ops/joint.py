@@ -86,7 +86,7 @@ def joint_sums(sums: Sequence[Tensor], share: Tensor, group: Any) -> list[Tensor
     """
     both = torch.stack(tuple(sums))
     dist.all_reduce(both, group=group)
-    return list((both * share).to(sums[0].dtype).unbind(0))
+    return [total * share for total in both.unbind(0)]
 
 
 def refuse_second_order() -> None:
