@@ -123,6 +123,19 @@ def test_without_a_group_it_is_the_stock_module(options):
             assert relative(got, want) <= 1e-9
 
 
+def test_frozen():
+    root = nn.SyncBatchNorm.convert_sync_batchnorm(randomise(Root(12, 6)))
+    twin = copy.deepcopy(root)
+    assert dla_fast.swap_(twin).swapped
+    with pytest.raises(ValueError, match="training mode"):
+        dla_fast.freeze_(twin)
+    assert dla_fast.freeze_(twin.eval()).units == 1
+    xs = [torch.randn(2, 6, 4, 3) for _ in range(2)]
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(twin(*xs), root.eval()(*xs))
+
+
 def test_where_a_call_is_taken_apart_the_module_runs(monkeypatch):
     conv, sync = nn.Conv2d(4, 4, 1).requires_grad_(False), nn.SyncBatchNorm(4).requires_grad_(False)
     x = torch.randn(2, 4, 3, 3)
