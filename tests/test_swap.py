@@ -296,24 +296,6 @@ def test_changed_afterwards_runs_the_original_forward(fused_calls, change):
     assert not fused_calls
 
 
-def test_converted_norms_stay_fused(fused_calls):
-    node, twin = swapped_pair(Root())
-    for m in (node, twin):
-        assert type(nn.SyncBatchNorm.convert_sync_batchnorm(m).bn) is nn.SyncBatchNorm
-    again = copy.deepcopy(node)
-    assert dla_fast.swap_(again).swapped
-    for training in (True, False):
-        fused_calls.clear()
-        xs = inputs()
-        want = node.train(training)(*xs)
-        for fused in (twin, again):
-            torch.testing.assert_close(fused.train(training)(*xs), want)
-        assert fused_calls == [twin, again]
-    for fused in (twin, again):
-        for got, buffer in zip(fused.buffers(), node.buffers(), strict=True):
-            torch.testing.assert_close(got, buffer)
-
-
 def test_global_hooks_see_the_children(fused_calls):
     _, twin = swapped_pair(Root())
     seen = []

@@ -12,13 +12,14 @@ import synced_cases
 import torch
 import torch.distributed as dist
 from nn_helpers import randomise, relative
-from swap_helpers import Root
+from swap_helpers import Root, inputs
 from test_unit import Operators
 from torch import nn
 
 import dla_fast
 from dla_fast.nn.batch_norm import is_plain, sync_group
 from dla_fast.nn.unit import run_unit
+from dla_fast.swap import nodes
 
 BOUNDS = {"outputs": 1e-9, "inputs": 1e-8, "parameters": 1e-8, "buffers": 1e-9}
 
@@ -121,6 +122,23 @@ def test_without_a_group_it_is_the_stock_module(options):
             results.append([y, *torch.autograd.grad(y.square().sum(), leaves), *(b.double() for b in norm.buffers())])
         for got, want in zip(*results, strict=True):
             assert relative(got, want) <= 1e-9
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_roots_converted_before_or_after_swapping_stay_fused(monkeypatch, training):
+    node, calls, run = randomise(Root()).train(training), [], nodes.run_fused
+    before, after = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(node)), copy.deepcopy(node)
+    for twin in (before, after):
+        assert dla_fast.swap_(twin).swapped
+    nn.SyncBatchNorm.convert_sync_batchnorm(after)
+    monkeypatch.setattr(nodes, "run_fused", lambda module, *rest: calls.append(module) or run(module, *rest))
+    xs = inputs()
+    want = node(*xs)
+    for twin in (before, after):
+        torch.testing.assert_close(twin(*xs), want)
+        for got, buffer in zip(twin.buffers(), node.buffers(), strict=True):
+            torch.testing.assert_close(got, buffer)
+    assert calls == [before, after]
 
 
 def test_frozen():
