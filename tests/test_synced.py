@@ -20,6 +20,7 @@ import dla_fast
 from dla_fast.nn.batch_norm import is_plain, sync_group
 from dla_fast.nn.unit import run_unit
 from dla_fast.swap import nodes
+from dla_fast.swap.processes import asks_others, local
 
 BOUNDS = {"outputs": 1e-9, "inputs": 1e-8, "parameters": 1e-8, "buffers": 1e-9}
 
@@ -139,6 +140,49 @@ def test_roots_converted_before_or_after_swapping_stay_fused(monkeypatch, traini
         for got, buffer in zip(twin.buffers(), node.buffers(), strict=True):
             torch.testing.assert_close(got, buffer)
     assert calls == [before, after]
+
+
+def _mean_of_all(x):
+    return gathered(x)
+
+
+def gathered(x):
+    dist.all_reduce(x)
+    return x
+
+
+class OwnSync(nn.BatchNorm2d):
+    """As code bases write them: alone it is a batch norm."""
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        return x - _mean_of_all(x.mean((0, 2, 3), keepdim=True))
+
+
+class Clamped(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x.clamp(-1e4, 1e4))
+
+
+def test_who_asks_other_processes(monkeypatch):
+    class SyncInName(nn.BatchNorm2d):
+        pass
+
+    class Inherited(OwnSync):
+        pass
+
+    asking = [nn.SyncBatchNorm(4), OwnSync(4), SyncInName(4), Inherited(4)]
+    assert all(map(asks_others, asking))
+    assert not any(map(asks_others, [nn.BatchNorm2d(4), Clamped(4), Root(), nn.Sequential()]))
+    for norm in asking[1:]:
+        model = nn.Sequential(norm)
+        assert local(model) is model
+        with monkeypatch.context() as patches:
+            patches.setattr(dist, "is_initialized", lambda: True)
+            with pytest.raises(TypeError, match="may wait for other processes"):
+                local(model)
+    assert type(local(nn.Sequential(nn.SyncBatchNorm(4)))[0]) is nn.BatchNorm2d
 
 
 def test_frozen():

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dla_fast import backend
 from dla_fast.swap.nodes import AggregateSpec, run_fused
+from dla_fast.swap.processes import local
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -62,20 +62,6 @@ def random_copy(
         if isinstance(part, nn.SyncBatchNorm) and part.process_group is not None:
             memo[id(part.process_group)] = None
     return local(copy.deepcopy(module, memo))
-
-
-def local(copied: nn.Module) -> nn.Module:
-    """A copy whose norms ask no other process: no comparison may wait for others, who perhaps make none.
-
-    Raises:
-        TypeError: a norm of another class than SyncBatchNorm itself would ask them.
-    """
-    for part in copied.modules():
-        if type(part) is nn.SyncBatchNorm:
-            object.__setattr__(part, "__class__", nn.BatchNorm2d)
-        elif isinstance(part, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
-            raise TypeError(f"{type(part).__name__} may wait for other processes")
-    return copied
 
 
 def set_training(module: nn.Module, mode: bool) -> None:
