@@ -18,6 +18,7 @@ from dla_fast.swap.ida_adapter import IDAAdapter
 from dla_fast.swap.nodes import FusedNode
 from dla_fast.swap.pool import PoolAdapter
 from dla_fast.swap.root_adapter import RootAdapter
+from dla_fast.swap.unit import UnitAdapter
 
 
 class Adapter(Protocol):
@@ -64,4 +65,11 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (RootAdapter(), IDAAdapter(), BlockAdapter(), ConvsAdapter(), PoolAdapter())
+ADAPTERS: tuple[Adapter, ...] = (
+    RootAdapter(),
+    IDAAdapter(),
+    BlockAdapter(),
+    ConvsAdapter(),
+    UnitAdapter(),
+    PoolAdapter(),
+)
