@@ -38,8 +38,8 @@ _SIMPLE = (type(None), bool, int, float, str)
 Known = tuple[str, Any]
 _NOTHING: Known = ("", None)
 _known: dict[tuple[Any, ...], Known] = {}
-# Of classes all of whose instances so far are one kind: what a compiler can look up.
-_classes: dict[type, Known] = {}
+# Of classes with the same children, where all instances so far are one kind: what a compiler can look up.
+_classes: dict[tuple[Any, ...], Known] = {}
 _prover: Callable[[nn.Module], Known] | None = None
 
 
@@ -62,7 +62,7 @@ def kind(module: nn.Module) -> str:
 def known(module: nn.Module) -> Known:
     """What a module of a foreign class is, and the prover's remark."""
     if torch.compiler.is_compiling():
-        return _classes.get(original_class(module), _NOTHING)
+        return _classes.get(_class_key(module), _NOTHING)
     key = _key(module)
     if key is None:
         return _NOTHING
@@ -73,8 +73,8 @@ def known(module: nn.Module) -> Known:
         # Whoever it is asked about while it is proven is not known yet.
         _known[key] = _NOTHING
         found = _known[key] = _prover(module)
-        cls = original_class(module)
-        _classes[cls] = found if _classes.get(cls, found) == found else _NOTHING
+        same = _class_key(module)
+        _classes[same] = found if _classes.get(same, found) == found else _NOTHING
     return found
 
 
@@ -89,9 +89,17 @@ def _can_prove() -> bool:
     )
 
 
+def _class_key(module: nn.Module) -> tuple[Any, ...]:
+    """Its class, and its children's."""
+    key: list[Any] = [original_class(module)]
+    for name, child in module._modules.items():
+        key += (name, None if child is None else original_class(child))
+    return tuple(key)
+
+
 def _key(module: nn.Module) -> tuple[Any, ...] | None:
     """All that its forward can depend on but values, widths and what its children do; None for what is too much."""
-    parts: list[Any] = [original_class(module)]
+    parts: list[Any] = [*_class_key(module)]
     for name, value in module.__dict__.items():
         if name in _IGNORED or name.startswith("_dla_fast"):
             continue
@@ -101,8 +109,6 @@ def _key(module: nn.Module) -> tuple[Any, ...] | None:
                 return None
             value = simple
         parts += (name, value)
-    for name, child in module._modules.items():
-        parts += [name, None if child is None else original_class(child)]
     for name, held in (*module._parameters.items(), *module._buffers.items()):
         parts += [name, held is None]
     try:
