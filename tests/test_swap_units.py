@@ -269,4 +269,6 @@ def test_found_again_where_a_pickle_is_opened(tmp_path):
         "assert torch.equal(module(x), want)\n"
         "assert stock.kind(module[0]) == 'unit'\n"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pickle"], check=True, cwd=__file__.rpartition("/")[0])  # noqa: S603
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "model.pickle"], check=True, cwd=__file__.rpartition("/")[0]
+    )  # noqa: S603
