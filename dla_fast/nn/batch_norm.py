@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dla_fast.backend import needs_reference
+from dla_fast.nn import stock
 from dla_fast.reference.norm import Norm
 
 
@@ -35,11 +36,15 @@ def buffer(module: nn.Module, name: str) -> Any:
 
 
 def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
+    """Whether ``bn`` may be replaced by a functional call: a batch norm in effect, with no hook that would be missed.
 
     An Identity put in its place later (folding) has to run as the module it is.
     """
-    return (type(bn) is nn.BatchNorm2d or is_plain_sync(bn)) and not is_observed(bn)
+    if type(bn) is nn.SyncBatchNorm:
+        known = is_plain_sync(bn)
+    else:
+        known = type(bn) is nn.BatchNorm2d or stock.kind(bn) in stock.NORMS
+    return known and not is_observed(bn)
 
 
 def is_plain_sync(bn: nn.Module) -> bool:
@@ -64,11 +69,24 @@ def sync_group(bn: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def norm_of(bn: _NormBase) -> Norm:
+def trains(bn: nn.Module) -> bool:
+    """Whether a norm is in training mode, and has one: the norm of four buffers has not."""
+    return bn.training and not is_frozen(bn)
+
+
+def is_frozen(bn: nn.Module) -> bool:
+    """Whether a norm is nothing but four buffers."""
+    return not isinstance(bn, _NormBase) and stock.kind(bn) in stock.FROZEN
+
+
+def norm_of(bn: Any) -> Norm:
     """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` or SyncBatchNorm's to the letter.
 
     ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
     """
+    if is_frozen(bn):
+        held = bn._buffers
+        return Norm(held["weight"], held["bias"], held["running_mean"], held["running_var"], False, 0.0, bn.eps)
     training, tracks, momentum = bn.training, bn.track_running_stats, bn.momentum
     mean, var = buffer(bn, "running_mean"), buffer(bn, "running_var")
     if momentum is None:
@@ -80,7 +98,7 @@ def norm_of(bn: _NormBase) -> Norm:
     return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps, sync_group(bn))
 
 
-def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
+def batch_norm_arguments(bn: nn.Module) -> dict[str, Any]:
     """:func:`norm_of` as the keyword arguments of a functional call."""
     weight, bias, mean, var, training, momentum, eps = norm_of(bn)[:7]
     return {
@@ -94,9 +112,9 @@ def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
     }
 
 
-def count_batch(bn: _NormBase) -> None:
+def count_batch(bn: Any) -> None:
     """Count a training batch in ``num_batches_tracked``, as ``nn.BatchNorm2d.forward`` does."""
-    if bn.training and bn.track_running_stats:
+    if bn.training and not is_frozen(bn) and bn.track_running_stats:
         batches = buffer(bn, "num_batches_tracked")
         if batches is not None:
             batches.add_(1)
