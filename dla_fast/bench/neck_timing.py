@@ -135,7 +135,7 @@ def check_float64(neck: Neck, mode: str, impls: list[str], device: torch.device)
     Raises:
         Disagreement: they differ by more than float64's rounding.
     """
-    small = replace(neck, side=min(neck.side, 16), batch=1)
+    small = replace(neck, side=16, batch=1)
     settings = Settings(device, dtype="float64")
     exact = implementation(small, mode, "eager", settings)[0]()
     for impl in impls:
@@ -155,7 +155,7 @@ def time_neck(neck: Neck, mode: str, settings: Settings, rates: Rates) -> Outcom
     """
     dtype, device = settings.torch_dtype, settings.device
     levels = neck.levels(device="meta")
-    values, flops = networks.work_of(necks.make(neck.name, neck.channels).to("meta"), levels, mode == "training")
+    values, flops = networks.work_of(necks.make(neck.name, neck.channels).to("meta").eval(), levels, mode == "training")
     common: dict[str, Any] = {
         "suite": "necks",
         "case": neck.case,
@@ -194,7 +194,7 @@ def time_neck(neck: Neck, mode: str, settings: Settings, rates: Rates) -> Outcom
         apart = bounds(settings, gradients, lambda: build("eager", dtype="float32")[0](), lambda: build("eager")[0]())
         check_float64(neck, mode, [i for i in wanted if i.startswith(peers.FUSED)], device)
         runs, sources = agreeing(neck.case, mode, label, wanted, build, gradients, apart, skipped)
-    except (Disagreement, RuntimeError) as error:
+    except (Disagreement, RuntimeError, ValueError) as error:
         impl = error.impl if isinstance(error, Disagreement) else peers.FUSED
         text = str(error) if isinstance(error, Disagreement) else f"{label}: {one_line(error)}"
         return Outcome([complete({**common, "impl": impl, "error": text})], skipped)

@@ -131,14 +131,14 @@ class _Convolutions(TorchDispatchMode):
 def work(network: Network, training: bool) -> tuple[float, float]:
     """Values to move and flops to do in one pass over a batch, from the network's convolutions alone."""
     images = torch.empty(network.batch, 3, network.size, network.size, device="meta")
-    return work_of(models.create_model(network.name, device="meta"), images, training)
+    return work_of(models.create_model(network.name, device="meta").train(training), images, training)
 
 
 def work_of(model: nn.Module, inputs: Any, training: bool) -> tuple[float, float]:
-    """The same of a model on the meta device, called with ``inputs`` that are there too."""
+    """The same of a model on the meta device, called in the mode it is in with ``inputs`` that are there too."""
     counter = _Convolutions(training)
     with torch.no_grad(), backend.use_backend("reference"), counter:
-        model.train(training)(inputs)
+        model(inputs)
     return counter.values, counter.flops
 
 
