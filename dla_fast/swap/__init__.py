@@ -1,7 +1,11 @@
 """Model surgery: swap the units of existing models for fused ones, and back; freeze them for inference, and back."""
 
+from dla_fast.nn import stock
 from dla_fast.swap.freeze import FreezeReport, freeze_, unfreeze_
+from dla_fast.swap.proven import prove
 from dla_fast.swap.report import SwapEntry, SwapReport
 from dla_fast.swap.surgery import swap_, unswap_
+
+stock.register_prover(prove)
 
 __all__ = ["FreezeReport", "SwapEntry", "SwapReport", "freeze_", "swap_", "unfreeze_", "unswap_"]

@@ -18,6 +18,7 @@ from dla_fast.swap.ida_adapter import IDAAdapter
 from dla_fast.swap.nodes import FusedNode
 from dla_fast.swap.pool import PoolAdapter
 from dla_fast.swap.root_adapter import RootAdapter
+from dla_fast.swap.unit import UnitAdapter
 
 
 class Adapter(Protocol):
@@ -55,9 +56,20 @@ class Adapter(Protocol):
         """Compare the fused call with the original forward by running both: None, or how they differ."""
         ...
 
+    def remark(self, module: nn.Module, spec: Any) -> str:
+        """What the report says of a matched module, "" where all of it is fused."""
+        ...
+
     def owned(self, module: nn.Module, spec: Any) -> Iterable[nn.Module]:
         """Modules inside that the fused call takes apart by itself, and no other adapter is to swap."""
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (RootAdapter(), IDAAdapter(), BlockAdapter(), ConvsAdapter(), PoolAdapter())
+ADAPTERS: tuple[Adapter, ...] = (
+    RootAdapter(),
+    IDAAdapter(),
+    BlockAdapter(),
+    ConvsAdapter(),
+    UnitAdapter(),
+    PoolAdapter(),
+)
