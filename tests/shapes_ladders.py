@@ -100,7 +100,7 @@ ROWS = {
     "the same, GroupNorm": Row(
         with_norm("convbnrelu", lambda channels: nn.GroupNorm(2, channels)),
         ranged,
-        {"": "GroupNorm"},
+        {"": "0 of 4 units fused"},
         ops={"upsample_add": 2},
     ),
     "ModuleLists, own ConvTranspose2d, units {norm, relu, deform_conv}": Row(
