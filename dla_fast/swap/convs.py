@@ -17,6 +17,7 @@ from dla_fast.swap import verify
 from dla_fast.swap.calls import are_unit, fused_act, is_act, run_deferred_on, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.found import find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.probe import Case
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class ConvsAdapter:
         for conv, bn, act in _runs(module):
             run = nn.Sequential(conv, bn, *([] if act is None else [act]))
             shape = verify.input_shape([conv])
-            cases = [verify.Case(training, [shape]) for training in (False, True)]
+            cases = [Case(training, [shape]) for training in (False, True)]
             found = verify.compare(run, conv.weight, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
             if found is not None:
                 return found
