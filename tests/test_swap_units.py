@@ -272,3 +272,41 @@ def test_found_again_where_a_pickle_is_opened(tmp_path):
     subprocess.run(
         [sys.executable, "-c", script, tmp_path / "model.pickle"], check=True, cwd=__file__.rpartition("/")[0]
     )  # noqa: S603
+
+
+def test_frozen_for_inference_units_of_foreign_parts():
+    module = Named(norm=Frozen, conv=EmptyConv).eval()
+    twin = copy.deepcopy(module)
+    dla_fast.swap_(twin)
+    assert dla_fast.freeze_(twin).units == 1
+    x = torch.randn(2, 4, 6, 6)
+    for change in (lambda m: None, lambda m: m.bn.running_mean.add_(1), lambda m: m.bn.bias.mul_(0).add_(2)):
+        with torch.inference_mode():
+            for m in (module, twin):
+                change(m)
+            for _ in range(3):
+                torch.testing.assert_close(twin(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "act", "reason"),
+    [
+        (lambda c: nn.GroupNorm(2, c), nn.ReLU, "Named is called as it is, no kernel knows GroupNorm"),
+        (nn.BatchNorm2d, nn.GELU, "Named is called as it is, no kernel knows GELU"),
+        (nn.BatchNorm2d, nn.ReLU, ""),
+    ],
+)
+def test_a_ladder_says_why_a_unit_is_not_fused(norm, act, reason):
+    class Ladder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj_1, self.node_1 = Named(norm=norm, act=act), Named(norm=norm, act=act)
+            self.node_1.conv = nn.Conv2d(6, 6, 3, padding=1)
+            self.up_1 = nn.ConvTranspose2d(6, 6, 4, 2, 1, groups=6, bias=False)
+
+        def forward(self, layers):
+            layers[1] = self.node_1(layers[0] + self.up_1(self.proj_1(layers[1])))
+            return layers
+
+    (entry,) = dla_fast.swap_(Ladder(), units="ladders").swapped
+    assert entry.reason == (f"0 of 2 units fused whole; proj_1, node_1: {reason}" if reason else "")

@@ -8,7 +8,9 @@ from typing import cast
 
 from torch import nn
 
+from dla_fast.nn import stock
 from dla_fast.nn.aggregate import AggregationNode
+from dla_fast.nn.batch_norm import trains
 from dla_fast.nn.blocks import BasicBlock, Bottleneck, ConvLevel, SplitBottleneck
 from dla_fast.nn.frozen import KEY, Frozen, FrozenModel
 from dla_fast.nn.ida import ConvNormAct
@@ -43,7 +45,7 @@ class FreezeReport:
         return f"<{type(self).__name__}: {self}>"
 
 
-def _units(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def _units(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
     """The convolution and the norm of each unit of a model, in this package's modules and in swapped ones."""
     for module in model.modules():
         pairs: Iterable[tuple[nn.Module | None, nn.Module | None]] = ()
@@ -52,8 +54,12 @@ def _units(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         elif isinstance(module, _OWN):
             pairs = pairwise(module.children())
         for conv, bn in pairs:
-            if type(conv) is nn.Conv2d and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-                yield conv, cast(nn.BatchNorm2d, bn)
+            if conv is not None and bn is not None and _freezes(conv, bn):
+                yield cast(nn.Conv2d, conv), bn
+
+
+def _freezes(conv: nn.Module, bn: nn.Module) -> bool:
+    return stock.kind(conv) in stock.CONVS and stock.kind(bn) in stock.NORMS
 
 
 def freeze_(model: nn.Module) -> FreezeReport:
@@ -90,7 +96,7 @@ def freeze_(model: nn.Module) -> FreezeReport:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     convs = {}
     for conv, bn in _units(model):
-        if bn.training:
+        if trains(bn):
             name = next(name for name, module in model.named_modules() if module is bn)
             raise ValueError(f"model: {name} is in training mode; call model.eval() before freeze_")
         convs[id(conv)] = conv

@@ -86,5 +86,7 @@ def unit_reason(unit: nn.Module, found: Unit | None) -> str:
         return f"{class_name(unit)} has hooks"
     tails = [name for name, m in unit.named_modules() if is_sequential(m) and unit_tail(m) is not None]
     if not tails:
-        return f"{class_name(unit)} is called as it is"
+        leaves = [m for m in unit.modules() if not m._modules and not stock.kind(m) and fused_act(m) is None]
+        strange = ", ".join(dict.fromkeys(map(class_name, leaves)))
+        return f"{class_name(unit)} is called as it is" + (f", no kernel knows {strange}" if strange else "")
     return f"{class_name(unit)} is called as it is; its tail {', '.join(tails)} is swapped by itself, with units=convs"
