@@ -18,7 +18,7 @@ from dla_fast.nn import (
     SplitBottleneck,
 )
 from dla_fast.nn.memory import check_memory, mark
-from dla_fast.swap.adapters import ADAPTERS, Adapter
+from dla_fast.swap.adapters import Adapter, adapter_of
 from dla_fast.swap.nodes import FusedNode, fused_class, rebind, restore
 from dla_fast.swap.report import UNITS, SwapEntry, SwapReport
 from dla_fast.swap.verify import remembering
@@ -114,7 +114,7 @@ def _survey(
                 reason = f"already fused: dla_fast.nn.{own.__name__}"
                 report.skipped.append(SwapEntry(name, UNITS[_OWN[own]], reason))
             continue
-        adapter = next((a for a in ADAPTERS if isinstance(module, a.node) or a.resembles(module)), None)
+        adapter = adapter_of(module)
         if adapter is None or id(module) in owned:
             continue
         if isinstance(module, FusedNode):
