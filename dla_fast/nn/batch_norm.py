@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dla_fast.nn import stock
 from dla_fast.reference.norm import Norm
 
 
@@ -32,18 +33,31 @@ def buffer(module: nn.Module, name: str) -> Any:
 
 
 def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether ``bn`` may be replaced by a functional call: a batch norm itself, with no hook that would be missed.
+    """Whether ``bn`` may be replaced by a functional call: a batch norm in effect, with no hook that would be missed.
 
     A SyncBatchNorm or an Identity put in its place later (conversion, folding) has to run as the module it is.
     """
-    return type(bn) is nn.BatchNorm2d and not is_observed(bn)
+    return (type(bn) is nn.BatchNorm2d or stock.kind(bn) in stock.NORMS) and not is_observed(bn)
 
 
-def norm_of(bn: _NormBase) -> Norm:
+def trains(bn: nn.Module) -> bool:
+    """Whether a norm is in training mode, and has one: the norm of four buffers has not."""
+    return bn.training and not is_frozen(bn)
+
+
+def is_frozen(bn: nn.Module) -> bool:
+    """Whether a norm is nothing but four buffers."""
+    return not isinstance(bn, _NormBase) and stock.kind(bn) in stock.FROZEN
+
+
+def norm_of(bn: Any) -> Norm:
     """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` to the letter.
 
     ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
     """
+    if is_frozen(bn):
+        buffers = bn._buffers
+        return Norm(*(buffers[name] for name in ("weight", "bias", "running_mean", "running_var")), False, 0.0, bn.eps)
     training, tracks, momentum = bn.training, bn.track_running_stats, bn.momentum
     mean, var = buffer(bn, "running_mean"), buffer(bn, "running_var")
     if momentum is None:
@@ -55,7 +69,7 @@ def norm_of(bn: _NormBase) -> Norm:
     return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps)
 
 
-def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
+def batch_norm_arguments(bn: nn.Module) -> dict[str, Any]:
     """:func:`norm_of` as the keyword arguments of a functional call."""
     weight, bias, mean, var, training, momentum, eps = norm_of(bn)
     return {
@@ -69,9 +83,9 @@ def batch_norm_arguments(bn: _NormBase) -> dict[str, Any]:
     }
 
 
-def count_batch(bn: _NormBase) -> None:
+def count_batch(bn: Any) -> None:
     """Count a training batch in ``num_batches_tracked``, as ``nn.BatchNorm2d.forward`` does."""
-    if bn.training and bn.track_running_stats:
+    if bn.training and not is_frozen(bn) and bn.track_running_stats:
         batches = buffer(bn, "num_batches_tracked")
         if batches is not None:
             batches.add_(1)

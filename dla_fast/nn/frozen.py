@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dla_fast import arguments, backend, functional
 from dla_fast.checks import Upsampling
 from dla_fast.nn import facts
-from dla_fast.nn.batch_norm import is_plain
+from dla_fast.nn.batch_norm import is_frozen, is_plain
 from dla_fast.nn.conv import is_plain_conv
 from dla_fast.ops import packed
 from dla_fast.ops.layout import accumulation_dtype
@@ -108,7 +108,8 @@ def _tensors(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Any, ...]:
     Raises:
         KeyError: one of them is no parameter and no buffer: DataParallel's replicas, weights that hooks compute.
     """
-    parameters, affine, running = conv._parameters, bn._parameters, bn._buffers
+    parameters, running = conv._parameters, bn._buffers
+    affine = running if is_frozen(bn) else bn._parameters
     return (
         parameters["weight"], parameters["bias"], affine["weight"], affine["bias"],
         running["running_mean"], running["running_var"],
@@ -183,8 +184,8 @@ class Frozen:
         if functional.needs_reference() or torch._C._len_torch_dispatch_stack():
             return None
         try:
-            # Ladders' units are not recalled.
-            unit = _Unit(conv, bn) if upsample is None else None
+            # Ladders' units are not recalled, nor those whose norm is four buffers.
+            unit = _Unit(conv, bn) if upsample is None and not is_frozen(bn) else None
             tensors = _tensors(conv, bn) if unit is None else unit.tensors
         except KeyError:
             return None

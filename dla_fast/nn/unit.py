@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla_fast import functional
 from dla_fast.checks import Upsampling
-from dla_fast.nn.batch_norm import count_batch, is_plain, norm_of, parameter
+from dla_fast.nn.batch_norm import count_batch, is_plain, norm_of, parameter, trains
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.conv import is_plain_conv
 from dla_fast.nn.frozen import KEY, Frozen
@@ -77,7 +77,7 @@ def run_deferred(
     Where nothing is gained by that, or somebody has to see the output, it is a map. ``carries``: the only input is
     added at the end of the chain that begins here, and its gradient from there is added where this unit's is made.
     """
-    if not bn.training or not is_plain(bn) or not is_plain_conv(conv) or torch.compiler.is_compiling():
+    if not trains(bn) or not is_plain(bn) or not is_plain_conv(conv) or torch.compiler.is_compiling():
         return run_unit(xs, conv, bn, act=act, residual=residual)
     return _run_link(xs, conv, bn, act, residual, None, deferred=True, carries=carries, carried=carried)
 

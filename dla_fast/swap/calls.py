@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast import backend
-from dla_fast.nn.batch_norm import is_observed, parameter
+from dla_fast.nn import stock
+from dla_fast.nn.batch_norm import is_frozen, is_observed, is_plain, parameter
 from dla_fast.nn.unit import run_deferred, run_unit
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
@@ -49,7 +50,12 @@ def fused_act(module: nn.Module) -> ActSpec | None:
 
 def are_unit(conv: Any, bn: Any) -> bool:
     """Whether two children are a convolution and a batch norm themselves, and nobody watches their calls."""
-    return type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not is_observed(conv) and not is_observed(bn)
+    return conv is not None and bn is not None and stock.kind(conv) == "conv" and not is_observed(conv) and is_norm(bn)
+
+
+def is_norm(bn: nn.Module) -> bool:
+    """Whether a child is a norm and nothing besides, and nobody watches its calls."""
+    return is_plain(bn) and stock.kind(bn) not in stock.NORM_ACTS
 
 
 def is_act(act: Any) -> bool:
@@ -77,14 +83,20 @@ def unit_dtype(xs: Sequence[Tensor], conv: Any, bn: Any) -> torch.dtype | None:
         dtype = torch.get_autocast_dtype(device)
     elif weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         return None
+    return dtype if norm_fits(bn, dtype) else None
+
+
+def norm_fits(bn: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether eager, too, gives a map of ``dtype`` for one."""
     buffers = bn._buffers
+    # A norm's vectors may be float32 beside half-precision activations; by four buffers that gives float32.
+    wider = torch.float32 if dtype in _HALF and not is_frozen(bn) else dtype
     for t in (
         parameter(bn, "weight"), parameter(bn, "bias"), buffers.get("running_mean"), buffers.get("running_var")
     ):  # fmt: skip
-        # A norm's vectors may be float32 beside half-precision activations.
-        if t is not None and t.dtype != dtype and not (t.dtype == torch.float32 and dtype in _HALF):
-            return None
-    return dtype
+        if t is not None and t.dtype != dtype and t.dtype != wider:
+            return False
+    return True
 
 
 def run_deferred_on(

@@ -78,7 +78,8 @@ def _outcome(
         raise TypeError(f"forward gave a {type(y).__name__}, not a tensor")
     result = {"outputs": y.detach()}
     if gradients:
-        names, parameters = zip(*module.named_parameters(), strict=True)
+        named = dict(module.named_parameters())
+        names, parameters = named.keys(), named.values()
         dy = torch.rand(y.shape, generator=generator, dtype=y.dtype, device="cpu").to(y.device)
         # A shortcut that was given leaves out the child that would have made one.
         grads = torch.autograd.grad(y, [*leaves, *parameters], dy, allow_unused=True, materialize_grads=True)

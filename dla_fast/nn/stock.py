@@ -1,0 +1,102 @@
+"""What foreign modules are: classes whose instances were found to compute what one of the library's computes.
+
+Code bases have an Identity of their own, convolutions that only treat empty inputs differently, batch norms that never
+train or that activate as well. Such a class is known by what it does: whoever can run it (:mod:`dla_fast.swap.proven`)
+registers as the prover, and is asked once about every class with the same options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# Kinds, by what is computed: the library's own modules of that name, and beside them
+# - "norm_act": a norm, then its child ``act``,
+# - "frozen", "frozen_act": a norm by four buffers that are never updated, without and with such a child,
+# - "conv_norm": a convolution, then its child ``norm`` and what its attribute ``activation`` says,
+# - "unit": a child that convolves, one that normalises and one that activates, see :mod:`dla_fast.swap.units`,
+# - "unit_relu": the same where the activation is a ReLU that is no child.
+EXACT: dict[type, str] = {
+    nn.Conv2d: "conv",
+    nn.ConvTranspose2d: "transposed",
+    nn.BatchNorm2d: "norm",
+    nn.Identity: "identity",
+}
+NORMS = ("norm", "norm_act", "frozen", "frozen_act")
+NORM_ACTS = ("norm_act", "frozen_act")
+FROZEN = ("frozen", "frozen_act")
+CONVS = ("conv", "conv_norm")
+UNITS = ("unit", "unit_relu")
+
+_IGNORED = frozenset({*nn.Module().__dict__, "in_channels", "out_channels", "num_features"})
+_SIMPLE = (type(None), bool, int, float, str)
+
+_known: dict[tuple[Any, ...], str] = {}
+_prover: Callable[[nn.Module], str] | None = None
+
+
+def register_prover(prover: Callable[[nn.Module], str]) -> None:
+    """Let ``prover`` say what modules of classes not seen before are: a kind, or "" for none."""
+    global _prover
+    _prover = prover
+
+
+def original_class(module: object) -> type:
+    """The class of a module before it was swapped."""
+    return getattr(type(module), "_dla_fast_original", type(module))
+
+
+def kind(module: nn.Module) -> str:
+    """What a module is, "" for nothing that is known here. Hooks are not looked at."""
+    found = EXACT.get(type(module))
+    if found is not None:
+        return found
+    key = _key(module)
+    if key is None:
+        return ""
+    known = _known.get(key)
+    if known is None:
+        if _prover is None or not _can_prove():
+            return ""
+        # Whoever it is asked about while it is proven is not known yet.
+        _known[key] = ""
+        known = _known[key] = _prover(module)
+    return known
+
+
+def _can_prove() -> bool:
+    """Whether modules can be run on copies here and now: nobody watches, fakes or traces what is called."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _key(module: nn.Module) -> tuple[Any, ...] | None:
+    """All that its forward can depend on but values, widths and what its children do; None for what is too much."""
+    parts: list[Any] = [original_class(module)]
+    for name, value in module.__dict__.items():
+        if name in _IGNORED or name.startswith("_dla_fast"):
+            continue
+        if type(value) not in _SIMPLE:
+            simple = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            if any(isinstance(v, nn.Module) or not (isinstance(v, _SIMPLE) or callable(v)) for v in simple):
+                return None
+            value = simple
+        parts += (name, value)
+    for name, child in module._modules.items():
+        parts += [name, None if child is None else original_class(child)]
+    for name, held in (*module._parameters.items(), *module._buffers.items()):
+        parts += [name, held is None]
+    try:
+        hash(tuple(parts))
+    except TypeError:
+        return None
+    return tuple(parts)

@@ -1,0 +1,96 @@
+"""What a foreign module computes, found by running it beside the library's on copies: the prover of nn/stock.py.
+
+Each kind names who may be one, by structure, and what it would have to compute; the first that agrees is what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dla_fast.nn import stock
+from dla_fast.swap import units, verify
+
+Stock = Callable[[Any, Tensor], Tensor]
+
+
+def _is_norm_act(module: nn.Module) -> bool:
+    """A child ``act``, and one ``drop`` at most that does nothing."""
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    drop = children.pop("drop", None)
+    return list(children) == ["act"] and (drop is None or stock.kind(drop) == "identity")
+
+
+def _frozen(m: Any, x: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps)
+
+
+def _conv_norm(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.norm(nn.Conv2d.forward(m, x))
+    activation = getattr(m, "activation", None)
+    return y if activation is None else activation(y)
+
+
+def _candidates(module: nn.Module) -> Iterator[tuple[str, Stock]]:
+    """What a module may be, and what it would compute then."""
+    alone = not any(child is not None for child in module._modules.values())
+    if isinstance(module, nn.Conv2d):
+        if alone:
+            yield "conv", nn.Conv2d.forward
+        elif [name for name, child in module._modules.items() if child is not None] == ["norm"]:
+            yield "conv_norm", _conv_norm
+    elif isinstance(module, nn.ConvTranspose2d):
+        if alone:
+            yield "transposed", nn.ConvTranspose2d.forward
+    elif isinstance(module, nn.BatchNorm2d):
+        if alone:
+            yield "norm", nn.BatchNorm2d.forward
+        elif _is_norm_act(module):
+            yield "norm_act", lambda m, x: m.act(nn.BatchNorm2d.forward(m, x))
+    elif set(module._buffers) - {"num_batches_tracked"} == {"weight", "bias", "running_mean", "running_var"}:
+        if not module._parameters and isinstance(getattr(module, "eps", None), float):
+            if alone:
+                yield "frozen", _frozen
+            elif _is_norm_act(module):
+                yield "frozen_act", lambda m, x: m.act(_frozen(m, x))
+    elif alone and not module._parameters and not module._buffers:
+        yield "identity", lambda m, x: x
+    else:
+        structure = units.structure_of(module)
+        if structure is not None:
+            yield "unit", structure.run
+            if structure.act is None:
+                yield "unit_relu", lambda m, x: structure.run(m, x).relu()
+
+
+def prove(module: nn.Module) -> str:
+    """The kind of a module, as :mod:`dla_fast.nn.stock` names them, or "" for none that it agrees with."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return ""
+    for kind, expected in _candidates(module):
+        if _agrees(module, kind, expected):
+            return kind
+    return ""
+
+
+def _agrees(module: nn.Module, kind: str, expected: Stock) -> bool:
+    channels = 3 if kind == "identity" else units.in_channels(module)
+    if channels is None:
+        return False
+
+    def original(m: nn.Module, xs: Sequence[Tensor]) -> Any:
+        y = m.forward(*xs)
+        if kind == "identity" and y is not xs[0]:
+            raise TypeError("forward gives something else than its input")
+        return y
+
+    def fused(m: nn.Module, xs: Sequence[Tensor], name: str) -> Tensor:
+        return expected(m, xs[0])
+
+    shapes = [(2, channels, *size) for size in units.sizes(module)]
+    cases = [verify.Case(training, [shape]) for training in (False, True) for shape in shapes]
+    weight = torch.empty(0, device="meta")  # what it computes, and not that it runs
+    return verify.compare(module, weight, cases, original, fused, "auto") is None
