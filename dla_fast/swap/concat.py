@@ -312,9 +312,7 @@ class ConcatAdapter:
             return y
 
         try:
-            cases = [
-                verify.Case(training, shapes) for training, *size in _RUNS for shapes in self.calls(module, *size)
-            ]
+            cases = [verify.Case(training, shapes) for training, *size in _RUNS for shapes in self.calls(module, *size)]
         except ValueError as error:
             return str(error)
         return verify.compare(module, weight, cases, original, fused, spec.backend)

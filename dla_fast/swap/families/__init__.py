@@ -7,7 +7,7 @@ from dla_fast.swap.families.hgnet import HGBlock, HGStem
 from dla_fast.swap.families.res2net import Bottle2neck, DlaBottle2neck
 from dla_fast.swap.families.selecsls import SelecSLS
 from dla_fast.swap.families.vovnet import OsaBlock
-from dla_fast.swap.families.yolo import C2f, C3, SPP, SPPF
+from dla_fast.swap.families.yolo import C3, SPP, SPPF, C2f
 
 FAMILIES: tuple[ConcatAdapter, ...] = (
     OsaBlock(),

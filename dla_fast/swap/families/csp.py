@@ -36,7 +36,7 @@ class CrossStage3(ConcatAdapter):
     child = "conv_transition"
 
     def resembles(self, module: nn.Module) -> bool:
-        return _STAGE <= module._modules.keys() and "conv_transition_b" not in module._modules
+        return module._modules.keys() >= _STAGE and "conv_transition_b" not in module._modules
 
     def forward(self, module: Any, merge: Merge, x: Tensor) -> Tensor:
         first, second = module.conv_exp(module.conv_down(x)).split(module.expand_chs // 2, dim=1)

@@ -35,7 +35,7 @@ class Bottle2neck(ConcatAdapter):
     child = ("conv3", "bn3", "relu")
 
     def resembles(self, module: nn.Module) -> bool:
-        return _NAMES <= module._modules.keys() and hasattr(module, "downsample")
+        return module._modules.keys() >= _NAMES and hasattr(module, "downsample")
 
     def forward(self, module: Any, merge: Merge, x: Tensor) -> Tensor:
         maps = _scales(module, x)
@@ -56,7 +56,7 @@ class DlaBottle2neck(ConcatAdapter):
     child = ("conv3", "bn3", "relu")
 
     def resembles(self, module: nn.Module) -> bool:
-        return _NAMES <= module._modules.keys() and not hasattr(module, "downsample")
+        return module._modules.keys() >= _NAMES and not hasattr(module, "downsample")
 
     def forward(self, module: Any, merge: Merge, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         return merge(_scales(module, x), x if shortcut is None else shortcut)
