@@ -151,7 +151,7 @@ def test_a_sequential_without_runs_is_no_candidate():
     run = [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
     model = nn.ModuleList(
         [
-            nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)),
+            nn.Sequential(nn.BatchNorm2d(4), nn.Softplus(), nn.Conv2d(4, 4, 1)),
             nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU()),
             nn.Sequential(),
             Own(*run),

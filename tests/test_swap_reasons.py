@@ -104,7 +104,6 @@ REFUSED = {
     "no bn": (lambda: _without("bn"), "no child bn or norm"),
     "no flag": (lambda: _without("residual"), "no attribute residual or shortcut"),
     "no conv": (lambda: _without("conv"), "no child conv"),
-    "norm in conv": (NormInConvRoot, "no child bn or norm; no child relu or act"),
     "two flags": (lambda: _node(shortcut=True), "both residual and shortcut"),
     "flag": (lambda: _node(residual=1), "residual: expected a bool, got 1"),
     "residual channels": (lambda: Root(4, residual=True), "4 input channels cannot hold a residual of 8"),

@@ -56,8 +56,8 @@ def norm_of(bn: Any) -> Norm:
     ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
     """
     if is_frozen(bn):
-        buffers = bn._buffers
-        return Norm(*(buffers[name] for name in ("weight", "bias", "running_mean", "running_var")), False, 0.0, bn.eps)
+        held = bn._buffers
+        return Norm(held["weight"], held["bias"], held["running_mean"], held["running_var"], False, 0.0, bn.eps)
     training, tracks, momentum = bn.training, bn.track_running_stats, bn.momentum
     mean, var = buffer(bn, "running_mean"), buffer(bn, "running_var")
     if momentum is None:

@@ -35,6 +35,8 @@ _IGNORED = frozenset({*nn.Module().__dict__, "in_channels", "out_channels", "num
 _SIMPLE = (type(None), bool, int, float, str)
 
 _known: dict[tuple[Any, ...], str] = {}
+# Of classes all of whose instances so far are one kind: what a compiler can look up.
+_classes: dict[type, str] = {}
 _prover: Callable[[nn.Module], str] | None = None
 
 
@@ -54,6 +56,8 @@ def kind(module: nn.Module) -> str:
     found = EXACT.get(type(module))
     if found is not None:
         return found
+    if torch.compiler.is_compiling():
+        return _classes.get(original_class(module), "")
     key = _key(module)
     if key is None:
         return ""
@@ -64,14 +68,15 @@ def kind(module: nn.Module) -> str:
         # Whoever it is asked about while it is proven is not known yet.
         _known[key] = ""
         known = _known[key] = _prover(module)
+        cls = original_class(module)
+        _classes[cls] = known if _classes.get(cls, known) == known else ""
     return known
 
 
 def _can_prove() -> bool:
     """Whether modules can be run on copies here and now: nobody watches, fakes or traces what is called."""
     return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -61,6 +61,10 @@ class Adapter(Protocol):
         """Compare the fused call with the original forward by running both: None, or how they differ."""
         ...
 
+    def remark(self, module: nn.Module, spec: Any) -> str:
+        """What the report says of a matched module, "" where all of it is fused."""
+        ...
+
     def owned(self, module: nn.Module, spec: Any) -> Iterable[nn.Module]:
         """Modules inside that the fused call takes apart by itself, and no other adapter is to swap."""
         ...

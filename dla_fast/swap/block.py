@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_observed
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec, activate
@@ -157,7 +158,7 @@ def can_fuse(module: nn.Module, spec: BlockSpec, x: Any, shortcut: Any) -> bool:
             return False
     for name in spec.others:
         other = children.get(name)
-        if other is not None and (type(other) is not nn.Identity or is_observed(other)):
+        if other is not None and (stock.kind(other) != "identity" or is_observed(other)):
             return False
     convs: list[Any] = []
     dtype: torch.dtype | None = None

@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dla_fast.nn import stock
 from dla_fast.swap import verify
 from dla_fast.swap.block import BlockSpec, FusedBlock, output_shape, run_block
 from dla_fast.swap.nodes import FusedNode, class_reason
 from dla_fast.swap.reasons import act_reason, class_name, conv_reason, norm_reason
+from dla_fast.swap.units import norm_channels
 
 _ARGUMENTS = ("shortcut", "residual", "identity")
 _DOWNSAMPLES = ("downsample", "shortcut")
@@ -97,7 +99,8 @@ class BlockAdapter:
             reasons.append(f"both {' and '.join(downsamples)}")
         used = {*(name for unit in units for name in unit), *downsamples}
         others = tuple(name for name in children if name not in used)
-        further = [name for name in others if children[name] is not None and type(children[name]) is not nn.Identity]
+        kinds = {name: stock.kind(child) for name, child in children.items() if child is not None}
+        further = [name for name in others if kinds.get(name, "identity") != "identity"]
         further += [*module._parameters, *module._buffers]
         if further:
             named = (f"{n} ({class_name(children[n])})" if n in children else n for n in further)
@@ -118,9 +121,9 @@ class BlockAdapter:
         """Why children do not fit each other."""
         convs, before = _convs(module, spec), None
         for conv, (conv_name, bn_name, _) in zip(convs, spec.units, strict=True):
-            bn = cast(nn.BatchNorm2d, module._modules[bn_name])
-            if conv.out_channels != bn.num_features:
-                return f"{bn_name}: {bn.num_features} features, the convolution has {conv.out_channels}"
+            bn = cast(nn.Module, module._modules[bn_name])
+            if conv.out_channels != norm_channels(bn):
+                return f"{bn_name}: {norm_channels(bn)} features, the convolution has {conv.out_channels}"
             if before is not None and conv.in_channels != before.out_channels:
                 return f"{conv_name}: {conv.in_channels} input channels, the one before gives {before.out_channels}"
             before = conv
@@ -144,6 +147,9 @@ class BlockAdapter:
 
         weight = _convs(module, spec)[0].weight
         return verify.compare(module, weight, _cases(module, spec), original, fused, spec.backend)
+
+    def remark(self, module: nn.Module, spec: BlockSpec) -> str:
+        return ""
 
     def owned(self, module: nn.Module, spec: BlockSpec) -> Iterable[nn.Module]:
         return ()

@@ -50,7 +50,12 @@ def fused_act(module: nn.Module) -> ActSpec | None:
 
 def are_unit(conv: Any, bn: Any) -> bool:
     """Whether two children are a convolution and a batch norm themselves, and nobody watches their calls."""
-    return conv is not None and bn is not None and stock.kind(conv) == "conv" and not is_observed(conv) and is_norm(bn)
+    return conv is not None and bn is not None and is_conv(conv) and is_norm(bn)
+
+
+def is_conv(conv: nn.Module) -> bool:
+    """Whether a child is a convolution in effect, and nobody watches its calls."""
+    return stock.kind(conv) == "conv" and not is_observed(conv)
 
 
 def is_norm(bn: nn.Module) -> bool:

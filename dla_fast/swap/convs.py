@@ -1,22 +1,40 @@
-"""Runs of convolution, batch norm and activation in an nn.Sequential: what it becomes, and how it is recognised."""
+"""Runs of convolution, batch norm and activation in an nn.Sequential: what it becomes, and how it is recognised.
+
+A batch norm and an activation alone are a run too: what is behind a convolution that no kernel knows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from dla_fast import backend
+from dla_fast.nn import stock
+from dla_fast.nn.batch_norm import parameter
+from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.frozen import KEY
 from dla_fast.ops import chain
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
 from dla_fast.swap import verify
-from dla_fast.swap.calls import are_unit, fused_act, is_act, run_deferred_on, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.calls import (
+    PLAIN,
+    forcing,
+    is_conv,
+    norm_fits,
+    run_deferred_on,
+    run_unit_on,
+    undisturbed,
+    unit_dtype,
+)
 from dla_fast.swap.found import find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.units import is_sequential, norm_channels, tail_of
 
 
 @dataclass(frozen=True)
@@ -30,20 +48,47 @@ class ConvsSpec:
     backend: str
 
 
-def run_at(children: Sequence[nn.Module | None], i: int) -> tuple[nn.Conv2d, nn.BatchNorm2d, ActSpec, int] | None:
-    """Convolution, norm and activation that begin at child i, and how many children they are; None for no run.
+class Run(NamedTuple):
+    """Children in a row that are one call.
 
-    The activation is "identity" where what follows the norm is none that kernels end with.
+    Attributes:
+        conv: the convolution, None where the run begins with the norm.
+        bn: the norm.
+        act: "identity" where what follows the norm is none that kernels end with.
+        length: how many children they are.
     """
-    if i + 1 >= len(children) or not are_unit(children[i], children[i + 1]):
+
+    conv: nn.Module | None
+    bn: nn.Module
+    act: ActSpec
+    length: int
+
+    def fits(self, x: Any) -> bool:
+        """Whether the fused call answers as the children do for an input."""
+        if self.conv is not None:
+            return unit_dtype((x,), self.conv, self.bn) is not None
+        return type(x) in PLAIN and x.dim() == 4 and not x.is_meta and norm_fits(self.bn, x.dtype)
+
+
+def run_at(children: Sequence[nn.Module | None], i: int) -> Run | None:
+    """The run that begins at child i."""
+    first = children[i] if i < len(children) else None
+    if first is None:
         return None
-    conv, bn = cast(nn.Conv2d, children[i]), cast(nn.BatchNorm2d, children[i + 1])
-    if conv.out_channels != bn.num_features:
+    conv = first if is_conv(first) else None
+    at = i if conv is None else i + 1
+    bn = children[at] if at < len(children) else None
+    if bn is None:
         return None
-    act = children[i + 2] if i + 2 < len(children) else None
-    if act is not None and is_act(act):
-        return conv, bn, cast(ActSpec, fused_act(act)), 3
-    return conv, bn, "identity", 2
+    act = children[at + 1] if at + 1 < len(children) else None
+    tail = None if act is None else tail_of(bn, act)
+    count = at + 1 - i + (tail is not None)
+    tail = tail or tail_of(bn, None)
+    if tail is None or (conv is None and tail[1] == "identity"):
+        return None
+    if conv is not None and norm_channels(bn) != parameter(conv, "weight").shape[0]:
+        return None
+    return Run(conv, bn, tail[1], count)
 
 
 class FusedConvs(FusedNode):
@@ -64,12 +109,9 @@ class FusedConvs(FusedNode):
         children, x, i = list(self._modules.values()), input, 0
         while i < len(children):
             run = run_at(children, i)
-            if run is not None and unit_dtype((x.z if isinstance(x, Ending) else x,), run[0], run[1]) is not None:
-                conv, bn, act, count = run
-                i += count
-                # Between two runs the map is nobody else's.
-                call = run_unit_on if run_at(children, i) is None else run_deferred_on
-                x = call(self._dla_fast_spec.backend, [x], conv, bn, act=act)
+            if run is not None and run.fits(x.z if isinstance(x, Ending) else x):
+                i += run.length
+                x = _run(self._dla_fast_spec.backend, run, x, run_at(children, i))
             else:
                 x = cast(Any, children[i])(chain.form(x) if isinstance(x, Ending) else x)
                 i += 1
@@ -77,7 +119,18 @@ class FusedConvs(FusedNode):
         return x
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
-        return [(conv, bn) for conv, bn, _ in _runs(self)]
+        return [(run.conv, run.bn) for run, _ in _runs(self) if run.conv is not None]
+
+
+def _run(name: str, run: Run, x: Any, behind: Run | None) -> Any:
+    """The call of a run, on the backend that it is forced to, if any."""
+    if run.conv is None:
+        x = chain.form(x) if isinstance(x, Ending) else x
+        with contextlib.nullcontext() if name in ("auto", backend.selected()) else forcing(name):
+            return run_batch_norm_act(x, run.bn, act=run.act)
+    # Between two units the map is nobody else's.
+    call = run_unit_on if behind is None or behind.conv is None else run_deferred_on
+    return call(name, [x], run.conv, run.bn, act=run.act)
 
 
 def _recall(module: nn.Module, x: Any) -> Tensor | None:
@@ -95,15 +148,16 @@ def _names(module: nn.Module) -> list[Sequence[str]]:
     i = 0
     while i < len(children):
         run = run_at(children, i)
-        if run is None:
+        # A norm that activates as well has no name for that.
+        if run is None or run.conv is None or stock.kind(run.bn) in stock.NORM_ACTS:
             return []
-        units.append(names[i : i + run[3]])
-        i += run[3]
+        units.append(names[i : i + run.length])
+        i += run.length
     return units
 
 
 class ConvsAdapter:
-    """nn.Sequential with runs of Conv2d, BatchNorm2d and, where there is one, an activation.
+    """nn.Sequential with runs of Conv2d, BatchNorm2d and an activation, without the first or the last of them too.
 
     Also of its subclasses those that do not define another forward.
     """
@@ -114,50 +168,53 @@ class ConvsAdapter:
     node: type[FusedNode] = FusedConvs
 
     def resembles(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Sequential):
-            return False
-        kind = type(module)
-        plain = kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
-        return plain and bool(_runs(module))
+        return is_sequential(module) and bool(_runs(module))
 
     def match(self, module: nn.Module, backend: str) -> ConvsSpec | str:
         reason = class_reason(module)
         if reason is not None:
             return reason
-        for conv, bn, _ in _runs(module):
-            if len({t.device for t in [*conv.parameters(), *bn.parameters(), *bn.buffers()]}) > 1:
+        for _, run in _runs(module):
+            if len({t.device for t in [*run.parameters(), *run.buffers()]}) > 1:
                 return "the parameters and buffers of a run lie on several devices"
         return ConvsSpec(backend)
 
     def placement(self, module: nn.Module, spec: ConvsSpec) -> tuple[torch.device, torch.dtype]:
-        weight = _runs(module)[0][0].weight
+        run, _ = _runs(module)[0]
+        weight = cast(Tensor, (run.conv or run.bn).weight)
+        if weight is None:
+            weight = cast(Tensor, run.bn.running_mean)
         return weight.device, weight.dtype
 
     def verify(self, module: nn.Module, spec: ConvsSpec) -> str | None:
         """Each run by itself: what else a Sequential holds is called as before."""
 
         def fused(run: nn.Module, xs: Sequence[Tensor], name: str) -> Tensor:
-            conv, bn, act, _ = cast(Any, run_at(list(run.children()), 0))
-            return run_unit_on(name, xs, conv, bn, act=act)
+            return cast(Tensor, _run(name, cast(Run, run_at(list(run.children()), 0)), xs[0], None))
 
-        for conv, bn, act in _runs(module):
-            run = nn.Sequential(conv, bn, *([] if act is None else [act]))
-            shape = verify.input_shape([conv])
+        for (conv, bn, _, _), run in _runs(module):
+            shape = (2, cast(int, norm_channels(bn)), 3, 4) if conv is None else verify.input_shape([cast(nn.Conv2d, conv)])
             cases = [verify.Case(training, [shape]) for training in (False, True)]
-            found = verify.compare(run, conv.weight, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
+            where = next(t for t in [*run.parameters(), *run.buffers()])
+            found = verify.compare(run, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
             if found is not None:
                 return found
         return None
+
+    def remark(self, module: nn.Module, spec: ConvsSpec) -> str:
+        return ""
 
     def owned(self, module: nn.Module, spec: ConvsSpec) -> Iterable[nn.Module]:
         return ()
 
 
-def _runs(module: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module | None]]:
+def _runs(module: nn.Module) -> list[tuple[Run, nn.Sequential]]:
+    """The runs of a Sequential, each with the children of it."""
     children, found, i = list(module._modules.values()), [], 0
     while i < len(children):
         run = run_at(children, i)
+        count = 1 if run is None else run.length
         if run is not None:
-            found.append((run[0], run[1], children[i + 2] if run[3] == 3 else None))
-        i += 1 if run is None else run[3]
+            found.append((run, nn.Sequential(*(cast(nn.Module, c) for c in children[i : i + count]))))
+        i += count
     return found

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast import backend, functional
+from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_observed
+from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.unit import run_unit
-from dla_fast.reference.activation import ActSpec
-from dla_fast.swap.calls import PLAIN, forcing, fused_act, is_act, undisturbed
-from dla_fast.swap.nodes import FusedNode, original_class
+from dla_fast.swap.calls import PLAIN, forcing, norm_fits, undisturbed
+from dla_fast.swap.nodes import FusedNode
+from dla_fast.swap.units import Unit, unit_of
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -53,12 +55,18 @@ def child(module: nn.Module, spec: IDASpec, kind: str, i: int) -> nn.Module | No
     return held[at] if isinstance(held, nn.ModuleList) and 0 <= at < len(held) else None
 
 
+def units(module: nn.Module, spec: IDASpec) -> list[tuple[str, nn.Module]]:
+    """Projections and nodes, by names as of children ``proj_i`` and ``node_i``."""
+    found = [(f"{kind}_{i}", child(module, spec, kind, i)) for kind in ("proj", "node") for i in range(spec.layers)]
+    return [(name, unit) for name, unit in found if unit is not None and stock.kind(unit) != "identity"]
+
+
 def up_factor(up: nn.Module | None) -> int | None:
-    """The factor of a depthwise transposed convolution as IDA has it, 1 for an Identity, None for anything else."""
-    if type(up) is nn.Identity:
-        return 1
-    if type(up) is not nn.ConvTranspose2d:
-        return None
+    """The factor of a depthwise transposed convolution as IDA has it, 1 for an identity, None for anything else."""
+    kind = "" if up is None else stock.kind(up)
+    if kind != "transposed":
+        return 1 if kind == "identity" else None
+    assert isinstance(up, nn.ConvTranspose2d)
     f = up.stride[0]
     fits = (
         f >= 2
@@ -73,37 +81,30 @@ def up_factor(up: nn.Module | None) -> int | None:
     return f if fits else None
 
 
-def parts(unit: nn.Module) -> tuple[nn.Module, nn.BatchNorm2d, nn.Module] | None:
-    """Convolution, norm and activation of a unit: Sequential of the three, or ``conv`` beside ``actf`` of the two."""
-    children = list(unit._modules.items())
-    if original_class(unit) is nn.Sequential and len(children) == 3:
-        found = [c for _, c in children if c is not None]
-    elif {name for name, _ in children} == {"conv", "actf"} and original_class(unit._modules["actf"]) is nn.Sequential:
-        actf = cast(nn.Sequential, unit._modules["actf"])
-        if unit._modules["conv"] is None or is_observed(actf):
-            return None
-        found = [unit._modules["conv"], *actf]
-    else:
-        return None
-    if len(found) != 3:
-        return None
-    conv, bn, act = found
-    if type(bn) is not nn.BatchNorm2d or is_observed(bn) or not is_act(act):
-        return None
-    return conv, bn, act
+def fused_unit(unit: nn.Module) -> Unit | None:
+    """The parts of a projection or node that are fused: all three, or what is behind an unknown convolution."""
+    found = unit_of(unit)
+    return None if found is None or (not found.whole and found.act == "identity") else found
 
 
 def run_child(unit: nn.Module, xs: list[Tensor], upsample: list[tuple[Tensor, int] | None] | None = None) -> Tensor:
     """A projection or node on its inputs: fused, or with the norm and activation alone fused, or as it is."""
-    if type(unit) is nn.Identity and not is_observed(unit):
+    if stock.kind(unit) == "identity" and not is_observed(unit):
         return xs[0]
-    found = None if is_observed(unit) else parts(unit)
-    if found is not None:
-        conv, bn, act = found
-        return run_unit(xs, conv, bn, act=cast(ActSpec, fused_act(act)), upsample=upsample)
+    found = fused_unit(unit)
+    if found is not None and not norm_fits(found.bn, _computing_dtype(xs[0])):
+        found = None
+    if found is not None and found.whole:
+        return run_unit(xs, found.conv, found.bn, act=found.act, upsample=upsample)
     if upsample is not None:
         xs = [x if up is None else functional.upsample(x, *up) for x, up in zip(xs, upsample, strict=True)]
-    return cast(Tensor, unit(xs[0] if len(xs) == 1 else torch.cat(xs, 1)))
+    x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+    return cast(Tensor, unit(x)) if found is None else run_batch_norm_act(found.conv(x), found.bn, act=found.act)
+
+
+def _computing_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _step(module: nn.Module, spec: IDASpec, i: int, before: Tensor, layer: Tensor) -> Tensor:
@@ -147,10 +148,13 @@ def run_ida(module: nn.Module, spec: IDASpec, layers: Any, start: int, end: int)
 def _dtypes_agree(module: nn.Module, xs: Sequence[Tensor]) -> bool:
     """Whether eager, too, would compute in one dtype throughout: autocast's, or that of inputs and parameters."""
     dtype, device = xs[0].dtype, xs[0].device.type
-    if any(type(x) not in PLAIN or x.dtype != dtype or x.dim() != 4 or x.is_meta for x in xs):
+    if any(type(x) not in PLAIN or x.dim() != 4 or x.is_meta for x in xs):
         return False
     if torch.is_autocast_enabled(device):
-        return dtype != torch.float64
+        # Whatever the layers are, convolutions cast them.
+        return all(x.dtype in (torch.float32, *_HALF) for x in xs)
+    if any(x.dtype != dtype for x in xs):
+        return False
     for name, p in module.named_parameters():
         in_norm = p.dim() == 1 and dtype in _HALF and p.dtype == torch.float32
         if type(p) not in PLAIN or (p.dtype != dtype and not in_norm) or name.endswith("original"):
@@ -177,9 +181,8 @@ class FusedIDA(FusedNode):
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
         spec = self._dla_fast_spec
-        units = [child(self, spec, kind, i) for kind in ("proj", "node") for i in range(spec.layers)]
-        found = [parts(unit) for unit in units if unit is not None]
-        return [(unit[0], unit[1]) for unit in found if unit is not None]
+        found = [unit_of(unit) for _, unit in units(self, spec)]
+        return [(unit.conv, unit.bn) for unit in found if unit is not None and unit.whole]
 
 
 def can_fuse(module: nn.Module, spec: IDASpec, layers: Any, start: Any, end: Any) -> bool:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from dla_fast import backend as backends
 from dla_fast import checks
-from dla_fast.swap.ida import FusedIDA, IDASpec, child, parts, run_forced, run_ida, up_factor
+from dla_fast.nn import stock
+from dla_fast.swap.ida import FusedIDA, IDASpec, child, fused_unit, run_forced, run_ida, units, up_factor
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.reasons import class_name, unit_reason
+from dla_fast.swap.units import channels_of
 from dla_fast.swap.verify import TOLERANCE, difference, isolated, random_copy, set_training
 
 _LISTS = ("projs", "ups", "nodes")
@@ -43,18 +46,6 @@ def _convention(forward: Any) -> bool | None:
     return len(needed) == 3
 
 
-def _channels(module: nn.Module | None, outputs: bool) -> int | None:
-    """Channels that a unit takes or gives, from its convolution's attributes."""
-    found = None if module is None else parts(module)
-    conv = found[0] if found is not None else module
-    name = "out_channels" if outputs else "in_channels"
-    for candidate in (conv, *(conv.modules() if conv is not None else ())):
-        value = getattr(candidate, name, None)
-        if isinstance(value, int) and not isinstance(candidate, nn.ConvTranspose2d):
-            return value
-    return None
-
-
 def _frame(module: nn.Module) -> IDASpec | str:
     """What the structure alone tells; merge, result and mutation are still open."""
     lists = all(isinstance(module._modules.get(name), nn.ModuleList) for name in _LISTS)
@@ -75,18 +66,28 @@ def _frame(module: nn.Module) -> IDASpec | str:
     return IDASpec(False, len(nodes_) + 1, first, "", ranged, "", False, "")
 
 
+def _node(module: nn.Module, spec: IDASpec) -> tuple[int, int] | str:
+    """Channels that the first node takes and gives, or why they are not known."""
+    node = cast(nn.Module, child(module, spec, "node", 1))
+    return channels_of(node) or f"node_1: {class_name(node)} cannot be run on a small map"
+
+
 def _sizes(module: nn.Module, spec: IDASpec) -> list[tuple[int, int]] | str:
     """Channels and side of small layers that fit the ladder, or why there are none."""
-    width = _channels(child(module, spec, "node", 1), outputs=True)
-    if width is None:
-        return "node_1: the number of its channels cannot be told"
+    node = _node(module, spec)
+    if isinstance(node, str):
+        return node
+    _, width = node
     channels, factors = [], []
     for i in range(spec.layers):
         proj, up = child(module, spec, "proj", i), child(module, spec, "up", i)
         given = i > 0 or spec.first
-        c = width if not given or type(proj) is nn.Identity else _channels(proj, outputs=False)
-        if c is None:
-            return f"proj_{i}: the number of its channels cannot be told"
+        c = width
+        if given and proj is not None and stock.kind(proj) != "identity":
+            found = channels_of(proj)
+            if found is None:
+                return f"proj_{i}: {class_name(proj)} cannot be run on a small map"
+            c = found[0]
         factor = up_factor(up) if given else 1
         if factor is None:
             return f"up_{i}: not a depthwise transposed convolution of stride f, kernel 2f and padding f // 2"
@@ -170,13 +171,10 @@ class IDAAdapter:
 
     def _probe(self, module: nn.Module, frame: IDASpec, sizes: list[tuple[int, int]]) -> IDASpec | str:
         """The specification whose loop gives what the original gives, in float64 on the reference."""
-        width, taken = (
-            _channels(child(module, frame, "node", 1), True),
-            _channels(child(module, frame, "node", 1), False),
-        )
+        taken, width = cast("tuple[int, int]", _node(module, frame))
         merges = ("add",) if taken == width else ("concat", "concat_reversed")
-        if taken not in (width, 2 * cast(int, width)):
-            return f"node_1: takes {taken} channels, expected {width} (added) or {2 * cast(int, width)} (concatenated)"
+        if taken not in (width, 2 * width):
+            return f"node_1: takes {taken} channels, expected {width} (added) or {2 * width} (concatenated)"
         try:
             with isolated(torch.device("cpu")), backends.use_backend("reference"):
                 generator = torch.Generator().manual_seed(0)
@@ -233,11 +231,33 @@ class IDAAdapter:
         return found
 
     def owned(self, module: nn.Module, spec: IDASpec) -> Iterable[nn.Module]:
-        for i in range(spec.layers):
-            for kind in ("proj", "node"):
-                unit = child(module, spec, kind, i)
-                if unit is not None and parts(unit) is not None:
-                    yield from unit.modules()
+        for _, unit in units(module, spec):
+            found = fused_unit(unit)
+            if found is not None and found.whole:
+                yield from unit.modules()
+            elif found is not None:
+                # What convolves is called as it is, and may be swapped by itself.
+                inside = {id(m) for m in found.conv.modules()}
+                yield from (m for m in unit.modules() if id(m) not in inside)
+
+    def remark(self, module: nn.Module, spec: IDASpec) -> str:
+        """How many of its units are fused, where not all are, and why."""
+        told, whole, count = [], 0, 0
+        for name, unit in units(module, spec):
+            count += 1
+            found = fused_unit(unit)
+            if found is not None and found.whole:
+                whole += 1
+                continue
+            reason = unit_reason(unit, found)
+            told.append((name, reason))
+        if not told:
+            return ""
+        named: dict[str, list[str]] = {}
+        for name, reason in told:
+            named.setdefault(reason, []).append(name)
+        why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in named.items())
+        return f"{whole} of {count} units fused whole; {why}"
 
 
 def _layers(

@@ -13,17 +13,20 @@ import types
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dla_fast.nn.batch_norm import parameter
+from dla_fast.nn import stock
+from dla_fast.nn.batch_norm import is_plain, parameter
+from dla_fast.nn.conv import is_plain_conv
 from dla_fast.nn.frozen import KEY
 from dla_fast.nn.memory import mark
 from dla_fast.nn.unit import run_plain_unit
-from dla_fast.swap.calls import are_unit, fused_act, is_act, run_unit_on, undisturbed, unit_dtype
+from dla_fast.reference.activation import ActSpec
+from dla_fast.swap.calls import fused_act, is_act, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.found import find, keep, look, recall
 
 MAX_INPUTS = 8
@@ -137,8 +140,8 @@ class AggregateSpec:
     """What swapping found out about an aggregation node.
 
     Attributes:
-        bn: name of the norm's attribute.
-        act: name of the activation's attribute.
+        bn: name of the norm's attribute, empty where the convolution holds it.
+        act: name of the activation's attribute, empty for a ReLU that is no child, or that the norm holds.
         flag: name of the attribute that switches the residual.
         residual: its value.
         takes_list: forward takes one list of tensors, else each as an argument.
@@ -188,7 +191,7 @@ class FusedAggregate(FusedNode):
             y = recall(self, found, xs, 0 if spec.residual else None)
             if y is not None:
                 return y
-        found = look(self, [("conv", spec.bn, spec.act)], spec.backend)
+        found = look(self, [("conv", spec.bn, spec.act)], spec.backend) if spec.bn and spec.act else None
         if not can_fuse(self, spec, xs):
             return super().forward(*args, **kwargs)
         y = run_fused(self, spec, xs)
@@ -196,14 +199,33 @@ class FusedAggregate(FusedNode):
         return y
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
-        return [(self._modules.get("conv"), self._modules.get(self._dla_fast_spec.bn))]
+        conv, bn, _ = node_parts(self, self._dla_fast_spec)
+        return [(conv, bn)]
+
+
+def node_parts(module: nn.Module, spec: AggregateSpec) -> tuple[nn.Module | None, nn.Module | None, ActSpec | None]:
+    """Convolution, norm and activation of a node as they are now; None for what is not there or not known."""
+    children: Any = module._modules
+    conv = children.get("conv")
+    if not spec.bn:
+        silent = conv is not None and getattr(conv, "activation", None) is None
+        return conv, conv._modules.get("norm") if silent else None, "relu"
+    bn, act = children.get(spec.bn), children.get(spec.act)
+    if spec.act:
+        return conv, bn, fused_act(act) if is_act(act) else None
+    if bn is not None and stock.kind(bn) in stock.NORM_ACTS:
+        own = bn._modules["act"]
+        return conv, bn, fused_act(own) if is_act(own) else None
+    return conv, bn, "relu"
 
 
 def can_fuse(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> bool:
     """Whether the module still is what was swapped, and the call one that the fused path answers as the original."""
-    children: Any = module._modules
-    conv, bn, act = children.get("conv"), children.get(spec.bn), children.get(spec.act)
-    if not are_unit(conv, bn) or not is_act(act) or not undisturbed():
+    conv, bn, act = node_parts(module, spec)
+    if conv is None or bn is None or act is None or not undisturbed():
+        return False
+    # One that holds its norm applies it, unless it is a Conv2d itself.
+    if not is_plain_conv(conv) or not is_plain(bn) or (spec.bn and stock.kind(conv) != "conv"):
         return False
     if not is_plain_conv1x1(conv) or getattr(module, spec.flag, None) is not spec.residual:
         return False
@@ -216,9 +238,7 @@ def can_fuse(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> bo
 
 def run_fused(module: nn.Module, spec: AggregateSpec, xs: Sequence[Tensor]) -> Tensor:
     """The fused call itself, on the backend the node is forced to, if any."""
-    children: Any = module._modules
-    conv, bn, act = children["conv"], children[spec.bn], fused_act(children[spec.act])
-    assert act is not None
+    conv, bn, act = cast("tuple[Any, Any, ActSpec]", node_parts(module, spec))
     residual = 0 if spec.residual else None
     if spec.backend == "auto":
         return run_plain_unit(xs, conv, bn, act, residual)

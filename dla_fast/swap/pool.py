@@ -59,5 +59,8 @@ class PoolAdapter:
         """Nothing is computed in another way: the maxima are PyTorch's."""
         return None
 
+    def remark(self, module: nn.Module, spec: PoolSpec) -> str:
+        return ""
+
     def owned(self, module: nn.Module, spec: PoolSpec) -> Iterable[nn.Module]:
         return ()

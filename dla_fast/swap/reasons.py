@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dla_fast.checks import FLOATING
+from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_observed
 from dla_fast.swap.calls import fused_act
 from dla_fast.swap.nodes import CONV1X1
+from dla_fast.swap.units import Unit
 
 
 def class_name(value: object) -> str:
@@ -30,9 +32,18 @@ def child_reason(name: str, child: nn.Module, expected: type[nn.Module] | None) 
     return None
 
 
+def _known_reason(name: str, child: nn.Module, expected: type[nn.Module], kinds: tuple[str, ...]) -> str | None:
+    """:func:`child_reason` for a child that has to be one of ``kinds`` in effect."""
+    known = not parametrize.is_parametrized(child) and "forward" not in child.__dict__ and stock.kind(child) in kinds
+    reason = child_reason(name, child, None if known else expected)
+    if reason is None or not reason.startswith(f"{name}: expected") or not isinstance(child, expected):
+        return reason
+    return f"{reason}, which gives something else"
+
+
 def conv_reason(name: str, conv: nn.Module) -> str | None:
     """Why a child is not a convolution itself."""
-    reason = child_reason(name, conv, nn.Conv2d)
+    reason = _known_reason(name, conv, nn.Conv2d, stock.CONVS)
     if reason is not None:
         return reason
     weight: Any = conv.weight
@@ -53,9 +64,11 @@ def conv1x1_reason(name: str, conv: nn.Module) -> str | None:
     return None
 
 
-def norm_reason(name: str, norm: nn.Module) -> str | None:
-    """Why a child is not a batch norm as kernels know it."""
-    return child_reason(name, norm, nn.BatchNorm2d)
+def norm_reason(name: str, norm: nn.Module, activates: bool = False) -> str | None:
+    """Why a child is not a batch norm as kernels know it; one that activates as well only where that is expected."""
+    if not activates and stock.kind(norm) in stock.NORM_ACTS:
+        return f"{name}: {class_name(norm)} activates as well"
+    return _known_reason(name, norm, nn.BatchNorm2d, stock.NORMS)
 
 
 def act_reason(name: str, act: nn.Module) -> str | None:
@@ -63,3 +76,10 @@ def act_reason(name: str, act: nn.Module) -> str | None:
     if fused_act(act) is None:
         return f"{name}: no kernel ends with {class_name(act)}"
     return child_reason(name, act, None)
+
+
+def unit_reason(unit: nn.Module, found: Unit | None) -> str:
+    """Why a projection or node is not fused whole."""
+    if found is None:
+        return f"{class_name(unit)} is called as it is" + (", it has hooks" if is_observed(unit) else "")
+    return f"norm and activation alone, behind {class_name(found.conv)}"

@@ -11,7 +11,8 @@ from torch import nn
 
 from dla_fast.swap import verify
 from dla_fast.swap.nodes import AggregateSpec, FusedAggregate, FusedNode, class_reason
-from dla_fast.swap.reasons import act_reason, conv1x1_reason, norm_reason
+from dla_fast.swap.reasons import act_reason, class_name, conv1x1_reason, norm_reason
+from dla_fast.swap.units import norm_channels, tail_of
 
 _NORMS = ("bn", "norm")
 _ACTS = ("relu", "act")
@@ -41,7 +42,8 @@ class RootAdapter:
     """``Root`` of Deep Layer Aggregation networks: the original's, and those shaped like it.
 
     Children ``conv``, ``bn`` (or ``norm``), ``relu`` (or ``act``) and nothing else; a boolean ``residual`` (or
-    ``shortcut``, ``add_identity``); ``forward(*xs)`` or ``forward(xs)``.
+    ``shortcut``, ``add_identity``); ``forward(*xs)`` or ``forward(xs)``. The convolution may hold the norm as its child
+    ``norm``, the norm the activation, and a ReLU need not be a child.
     """
 
     unit = "nodes"
@@ -63,24 +65,31 @@ class RootAdapter:
             return reason
         children = module._modules
         norms, acts = _present(_NORMS, children), _present(_ACTS, children)
+        held: Any = children.get("conv")
+        inner: Any = None if held is None else held._modules.get("norm")
         flags = [name for name in _FLAGS if hasattr(module, name)]
         reasons = []
         if children.get("conv") is None:
             reasons.append("no child conv")
         for wanted, found in ((_NORMS, norms), (_ACTS, acts), (_FLAGS, flags)):
-            if len(found) != 1:
+            # The convolution may hold the norm, and a ReLU need not be a child.
+            if len(found) != 1 and (found or not (wanted is _ACTS or (wanted is _NORMS and inner is not None))):
                 what = "attribute" if wanted is _FLAGS else "child"
                 reasons.append(f"{'both ' + ' and '.join(found) if found else f'no {what} ' + ' or '.join(wanted)}")
         if reasons:
             return "; ".join(reasons)
         conv: Any = children["conv"]
-        bn: Any = children[norms[0]]
-        act: Any = children[acts[0]]
-        reasons += [r for r in (conv1x1_reason("conv", conv), norm_reason(norms[0], bn), act_reason(acts[0], act)) if r]
+        bn: Any = children[norms[0]] if norms else inner
+        named = norms[0] if norms else "conv.norm"
+        act: Any = children[acts[0]] if acts else None
+        told = [conv1x1_reason("conv", conv), norm_reason(named, bn, True), act and act_reason(acts[0], act)]
+        if not any(told) and act is not None and tail_of(bn, act) is None:
+            told.append(f"{named}: {class_name(bn)} activates, and {acts[0]} again")
+        reasons += [r for r in told if r]
         residual = getattr(module, flags[0])
         if not isinstance(residual, bool):
             reasons.append(f"{flags[0]}: expected a bool, got {residual!r}")
-        further = [name for name in children if name not in ("conv", norms[0], acts[0])]
+        further = [name for name in children if name not in ("conv", *norms, *acts)]
         further += [*module._parameters, *module._buffers]
         if further:
             reasons.append(f"has more than a node: {', '.join(further)}")
@@ -89,14 +98,16 @@ class RootAdapter:
             reasons.append("forward takes neither *xs nor one list")
         if reasons:
             return "; ".join(reasons)
-        if conv.out_channels != bn.num_features:
-            return f"{norms[0]}: {bn.num_features} features, the convolution has {conv.out_channels}"
+        if conv.out_channels != norm_channels(bn):
+            return f"{named}: {norm_channels(bn)} features, the convolution has {conv.out_channels}"
         if residual and conv.in_channels < conv.out_channels:
             return f"{flags[0]}: {conv.in_channels} input channels cannot hold a residual of {conv.out_channels}"
         tensors = [*conv.parameters(), *bn.parameters(), *bn.buffers()]
         if len({t.device for t in tensors}) > 1:
             return "its parameters and buffers lie on several devices"
-        return AggregateSpec(norms[0], acts[0], flags[0], residual, bool(convention), backend)
+        return AggregateSpec(
+            norms[0] if norms else "", acts[0] if acts else "", flags[0], residual, bool(convention), backend
+        )
 
     def placement(self, module: nn.Module, spec: AggregateSpec) -> tuple[torch.device, torch.dtype]:
         weight: Any = module._modules["conv"].weight  # type: ignore[union-attr]
@@ -104,6 +115,9 @@ class RootAdapter:
 
     def verify(self, module: nn.Module, spec: AggregateSpec) -> str | None:
         return verify.verify_aggregate(module, spec)
+
+    def remark(self, module: nn.Module, spec: AggregateSpec) -> str:
+        return ""
 
     def owned(self, module: nn.Module, spec: AggregateSpec) -> Iterable[nn.Module]:
         return ()

@@ -49,13 +49,15 @@ def _plan(module: nn.Module, adapter: Adapter, backend: str, verify: bool) -> tu
         target = fused_class(adapter.node, type(module), spec)
     except Exception as error:  # a metaclass may refuse for reasons of its own
         return f"{type(module).__name__} cannot be extended: {error}"
+    remark = adapter.remark(module, spec)
     unserved = _unserved(adapter.op, device, dtype) if adapter.op else ""
     if not verify:
-        return target, "; ".join(filter(None, ("not verified", unserved)))
+        return target, "; ".join(filter(None, (remark, "not verified", unserved)))
     found = adapter.verify(module, spec)
     if found is not None:
         return f"verification failed: {found}"
-    return target, "verified on the CPU only (meta device)" if device.type == "meta" else unserved
+    where = "verified on the CPU only (meta device)" if device.type == "meta" else unserved
+    return target, "; ".join(filter(None, (remark, where)))
 
 
 def _unserved(op: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -151,16 +151,16 @@ def unit_of(module: nn.Module) -> Unit | None:
     kind = stock.kind(module) if structure is not None else ""
     if structure is None or kind not in stock.UNITS:
         return None
-    children = module._modules
-    head = cast(nn.Module, children[structure.head])
+    named = module._modules
+    head = cast(nn.Module, named[structure.head])
     if structure.norm is None and structure.act is None:
         found = unit_of(head)
     elif structure.norm is None:
-        tail = cast(nn.Module, children[cast(str, structure.act)])
+        tail = cast(nn.Module, named[cast(str, structure.act)])
         found = None if is_observed(tail) else _made(head, _tail(_parts(tail)))
     else:
-        act = None if structure.act is None else children[structure.act]
-        found = _made(head, tail_of(cast(nn.Module, children[structure.norm]), act))
+        act = None if structure.act is None else named[structure.act]
+        found = _made(head, tail_of(cast(nn.Module, named[structure.norm]), act))
     if found is not None and kind == "unit_relu":
         return found._replace(act="relu") if found.act == "identity" else None
     return found
@@ -192,7 +192,7 @@ def in_channels(module: nn.Module) -> int | None:
 def channels_of(module: nn.Module) -> tuple[int, int] | None:
     """Channels that a unit takes and gives: those of its convolution, or found by running a copy on a small map."""
     children = list(_named(module).values()) if module._modules else [module]
-    convs = [c for c in children if stock.kind(c) == "conv"]
+    convs: list[Any] = [c for c in children if stock.kind(c) == "conv"]
     if len(convs) == 1 and len(children) <= 3 and (is_sequential(module) or structure_of(module) is not None):
         return convs[0].in_channels, convs[0].out_channels
     taken = dict.fromkeys(
