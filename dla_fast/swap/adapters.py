@@ -72,7 +72,7 @@ class Adapter(Protocol):
 
 ADAPTERS: tuple[Adapter, ...] = (RootAdapter(), IDAAdapter(), *FAMILIES, BlockAdapter(), ConvsAdapter(), PoolAdapter())
 
-_METHODS = ("resembles", "match", "placement", "verify", "owned")
+_METHODS = ("resembles", "match", "placement", "verify", "remark", "owned")
 _registered: tuple[Adapter, ...] = ()
 _registering = threading.Lock()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dla_fast import functional
 from dla_fast.checks import convolved
 from dla_fast.nn import stock
-from dla_fast.nn.batch_norm import parameter
+from dla_fast.nn.batch_norm import is_plain, parameter
 from dla_fast.nn.conv import is_plain_conv
 from dla_fast.reference.activation import ActSpec, activate
 from dla_fast.swap import verify
@@ -87,8 +87,9 @@ class Merge:
         xs = list(xs)
         conv, bn = cast(Any, at(module, reader.conv)), None if reader.bn is None else cast(Any, at(module, reader.bn))
         ending: ActSpec = reader.act if act else "identity"
-        dtype = unit_dtype(xs, conv, _NO_NORM if bn is None else bn)
-        if dtype is None or (bn is None and not is_plain_conv(conv)):
+        known = is_plain_conv(conv) if bn is None else is_plain(bn)
+        dtype = unit_dtype(xs, conv, _NO_NORM if bn is None else bn) if known else None
+        if dtype is None:
             return self._one_by_one(torch.cat(xs, 1), residual, act)
         if residual is not None and not _is_added(residual, xs, conv, dtype):
             y = self._run(xs, conv, bn, "identity", None)
@@ -277,7 +278,7 @@ class ConcatAdapter:
                 return was
             passed.append(was)
         try:
-            least, most = _arguments(stock.original_class(module).forward, 1)
+            least, most = _arguments(cast(Any, stock.original_class(module)).forward, 1)
             needed, taken = _arguments(self.forward, 2)
         except (TypeError, ValueError) as error:
             return f"forward: {error}"
@@ -317,6 +318,9 @@ class ConcatAdapter:
             return str(error)
         return verify.compare(module, weight, cases, original, fused, spec.backend)
 
+    def remark(self, module: nn.Module, spec: ConcatSpec) -> str:
+        return "its norm is folded away" if spec.reader.bn is None else ""
+
     def owned(self, module: nn.Module, spec: ConcatSpec) -> Iterable[nn.Module]:
         for was in (*spec.reader.passed, *spec.passed):
             found = at(module, was.path)
@@ -338,7 +342,9 @@ def _flat(result: Any, given: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     Raises:
         TypeError: it holds something else, or nothing new.
     """
-    seen, values, structure = list(given), cast("list[Tensor]", []), cast("list[Any]", [])
+    seen = list(given)
+    values: list[Tensor] = []
+    structure: list[Any] = []
 
     def add(item: Any) -> None:
         structure.append(type(item))
