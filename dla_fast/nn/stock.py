@@ -34,14 +34,17 @@ UNITS = ("unit", "unit_relu")
 _IGNORED = frozenset({*nn.Module().__dict__, "in_channels", "out_channels", "num_features"})
 _SIMPLE = (type(None), bool, int, float, str)
 
-_known: dict[tuple[Any, ...], str] = {}
+# A kind, and what else the prover has to say of it.
+Known = tuple[str, Any]
+_NOTHING: Known = ("", None)
+_known: dict[tuple[Any, ...], Known] = {}
 # Of classes all of whose instances so far are one kind: what a compiler can look up.
-_classes: dict[type, str] = {}
-_prover: Callable[[nn.Module], str] | None = None
+_classes: dict[type, Known] = {}
+_prover: Callable[[nn.Module], Known] | None = None
 
 
-def register_prover(prover: Callable[[nn.Module], str]) -> None:
-    """Let ``prover`` say what modules of classes not seen before are: a kind, or "" for none."""
+def register_prover(prover: Callable[[nn.Module], Known]) -> None:
+    """Let ``prover`` say what modules of classes not seen before are: a kind, "" for none, and a remark on it."""
     global _prover
     _prover = prover
 
@@ -53,24 +56,26 @@ def original_class(module: object) -> type:
 
 def kind(module: nn.Module) -> str:
     """What a module is, "" for nothing that is known here. Hooks are not looked at."""
-    found = EXACT.get(type(module))
-    if found is not None:
-        return found
+    return EXACT.get(type(module)) or known(module)[0]
+
+
+def known(module: nn.Module) -> Known:
+    """What a module of a foreign class is, and the prover's remark."""
     if torch.compiler.is_compiling():
-        return _classes.get(original_class(module), "")
+        return _classes.get(original_class(module), _NOTHING)
     key = _key(module)
     if key is None:
-        return ""
-    known = _known.get(key)
-    if known is None:
+        return _NOTHING
+    found = _known.get(key)
+    if found is None:
         if _prover is None or not _can_prove():
-            return ""
+            return _NOTHING
         # Whoever it is asked about while it is proven is not known yet.
-        _known[key] = ""
-        known = _known[key] = _prover(module)
+        _known[key] = _NOTHING
+        found = _known[key] = _prover(module)
         cls = original_class(module)
-        _classes[cls] = known if _classes.get(cls, known) == known else ""
-    return known
+        _classes[cls] = found if _classes.get(cls, found) == found else _NOTHING
+    return found
 
 
 def _can_prove() -> bool:

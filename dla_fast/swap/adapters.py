@@ -24,6 +24,7 @@ from dla_fast.swap.nodes import FusedNode
 from dla_fast.swap.pool import PoolAdapter
 from dla_fast.swap.report import UNITS
 from dla_fast.swap.root_adapter import RootAdapter
+from dla_fast.swap.unit import UnitAdapter
 
 
 class Adapter(Protocol):
@@ -70,7 +71,15 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (RootAdapter(), IDAAdapter(), *FAMILIES, BlockAdapter(), ConvsAdapter(), PoolAdapter())
+ADAPTERS: tuple[Adapter, ...] = (
+    RootAdapter(),
+    IDAAdapter(),
+    *FAMILIES,
+    BlockAdapter(),
+    ConvsAdapter(),
+    UnitAdapter(),
+    PoolAdapter(),
+)
 
 _METHODS = ("resembles", "match", "placement", "verify", "remark", "owned")
 _registered: tuple[Adapter, ...] = ()

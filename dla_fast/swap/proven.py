@@ -66,14 +66,18 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, Stock]]:
                 yield "unit_relu", lambda m, x: structure.run(m, x).relu()
 
 
-def prove(module: nn.Module) -> str:
-    """The kind of a module, as :mod:`dla_fast.nn.stock` names them, or "" for none that it agrees with."""
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
-        return ""
+def prove(module: nn.Module) -> stock.Known:
+    """The kind of a module, as :mod:`dla_fast.nn.stock` names them, or "" for none that it agrees with.
+
+    Beside that of a unit stands its :class:`dla_fast.swap.units.Structure`.
+    """
+    known = type(module).__module__.startswith("torch.nn.modules.")  # and none of those
+    if known or isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return "", None
     for kind, expected in _candidates(module):
         if _agrees(module, kind, expected):
-            return kind
-    return ""
+            return kind, units.structure_of(module) if kind in stock.UNITS else None
+    return "", None
 
 
 def _agrees(module: nn.Module, kind: str, expected: Stock) -> bool:

@@ -147,9 +147,10 @@ def unit_of(module: nn.Module) -> Unit | None:
         return _made(children[0], _tail(children[1:])) if children else None
     if isinstance(module, nn.Conv2d):
         return _conv_norm(module) if stock.kind(module) == "conv_norm" else None
-    structure = structure_of(module)
-    kind = stock.kind(module) if structure is not None else ""
-    if structure is None or kind not in stock.UNITS:
+    if type(module) in stock.EXACT or not module._modules:
+        return None
+    kind, structure = stock.known(module)
+    if kind not in stock.UNITS:
         return None
     named = module._modules
     head = cast(nn.Module, named[structure.head])
