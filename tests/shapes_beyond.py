@@ -11,7 +11,10 @@ from torch import nn
 
 from dla_fast._timm import import_timm
 
-ONE = {"conv_norm_act_inference": 1}
+
+def units(count: int) -> dict[str, int]:
+    """What a call runs: the reader, and the single units around it."""
+    return {"conv_norm_act_inference": count}
 
 
 def timm_part(module: str, name: str, *args, **kwargs) -> Callable[[], nn.Module]:
@@ -181,51 +184,54 @@ X, Y = (2, 12, 8, 6), (2, 16, 8, 6)
 DETECTOR = {"block": "", "deep": "", "pool": ""}
 
 ROWS = {
-    "VoVNet's OsaBlock": Row(timm_part(*OSA, 12, 8, 16, 3), maps(X), {"": ""}, ops=ONE),
+    "VoVNet's OsaBlock": Row(timm_part(*OSA, 12, 8, 16, 3), maps(X), {"": ""}, ops=units(4)),
     "the same, residual, attention, drop path": Row(
         timm_part(
             *OSA, 16, 8, 16, 3, True, attn="ese", drop_path=_Later(lambda: layer("layers", "DropPath").make()(0.3))
         ),
         maps(Y),
         {"": ""},
-        ops=ONE,
+        ops=units(1),
     ),
     "the same, depthwise, reduced before": Row(
-        timm_part(*OSA, 12, 8, 16, 2, depthwise=True), maps(X), {"": ""}, ops=ONE
+        timm_part(*OSA, 12, 8, 16, 2, depthwise=True), maps(X), {"": ""}, ops=units(1)
     ),
     "CSPNet's CrossStage": Row(
         timm_part("models.cspnet", "CrossStage", 12, 16, 2, 1, 2, act_layer=nn.LeakyReLU, **CSP),
         maps((2, 12, 9, 8)),
         {"": ""},
-        ops=ONE,
+        ops=units(10),
     ),
     "CSPNet's CrossStage3": Row(
-        timm_part("models.cspnet", "CrossStage3", 12, 16, 2, 1, 1, act_layer=nn.SiLU, **CSP), maps(X), {"": ""}, ops=ONE
+        timm_part("models.cspnet", "CrossStage3", 12, 16, 2, 1, 1, act_layer=nn.SiLU, **CSP),
+        maps(X),
+        {"": ""},
+        ops=units(6),
     ),
     "SelecSLS's first block of a stage": Row(
         timm_part("models.selecsls", "SelecSlsBlock", 12, 0, 8, 16, True, 2),
         listed(X),
         {"conv1": "", "conv5": "", "": ""},
-        ops={"conv_norm_act_inference": 6},
+        ops=units(6),
     ),
     "SelecSLS's block with a skip": Row(
         timm_part("models.selecsls", "SelecSlsBlock", 12, 16, 8, 12, False, 1),
         listed(X, Y),
         {"conv1": "", "conv5": "", "": ""},
-        ops={"conv_norm_act_inference": 6},
+        ops=units(6),
     ),
-    "HGNet's block": Row(timm_part(*HG, 12, 8, 16, 4), maps(X), {"": ""}, ops=ONE),
+    "HGNet's block": Row(timm_part(*HG, 12, 8, 16, 4), maps(X), {"": ""}, ops=units(5)),
     "HGNet's block of version 2, affine, residual": Row(
-        timm_part(*HG, 16, 8, 16, 3, 3, True, True, True, "se", 0.2), maps(Y), {"": ""}, ops=ONE
+        timm_part(*HG, 16, 8, 16, 3, 3, True, True, True, "se", 0.2), maps(Y), {"": ""}, ops=units(4)
     ),
     "HGNet's stem of version 2": Row(
-        timm_part("models.hgnet", "StemV2", 3, 8, 12, True), maps((2, 3, 17, 16)), {"": ""}, ops=ONE
+        timm_part("models.hgnet", "StemV2", 3, 8, 12, True), maps((2, 3, 17, 16)), {"": ""}, ops=units(1)
     ),
     "Res2Net's Bottle2neck": Row(
         timm_part("models.res2net", "Bottle2neck", 64, 16, norm_layer=nn.BatchNorm2d),
         maps((2, 64, 6, 5)),
         {"": ""},
-        ops=ONE,
+        ops=units(1),
     ),
     "the same, strided, a downsample, attention": Row(
         timm_part(
@@ -240,23 +246,23 @@ ROWS = {
         ),
         maps((2, 16, 8, 6)),
         {"downsample": "", "": ""},
-        ops={"conv_norm_act_inference": 2},
+        ops=units(2),
     ),
-    "DLA's Bottle2neck": Row(timm_part("models.dla", "DlaBottle2neck", 64, 64), maps((2, 64, 6, 5)), {"": ""}, ops=ONE),
+    "DLA's Bottle2neck": Row(
+        timm_part("models.dla", "DlaBottle2neck", 64, 64), maps((2, 64, 6, 5)), {"": ""}, ops=units(1)
+    ),
     "the same, given a shortcut": Row(
-        timm_part("models.dla", "DlaBottle2neck", 32, 64, 2), maps((2, 32, 8, 6), (2, 64, 4, 3)), {"": ""}, ops=ONE
+        timm_part("models.dla", "DlaBottle2neck", 32, 64, 2), maps((2, 32, 8, 6), (2, 64, 4, 3)), {"": ""}, ops=units(1)
     ),
-    "torchvision's ASPP": Row(
-        aspp, maps((2, 12, 9, 8)), {"convs.0": "", "convs.1": "", "": ""}, ops={"conv_norm_act_inference": 5}
-    ),
-    "`C2f`, SiLU": Row(C2f, maps(X), {"": ""}, ops=ONE),
-    "`C2f` of more maps than a kernel takes": Row(lambda: C2f(n=7), maps(X), {"": ""}, ops={"cat": 1, **ONE}),
-    "`C2f`, folded": Row(lambda: fold(C2f()), maps(X), {"": "folded"}, ops=ONE),
-    "`C3`, SiLU": Row(C3, maps(X), {"": ""}, ops=ONE),
-    "`C3`, folded": Row(lambda: fold(C3()), maps(X), {"": "folded"}, ops=ONE),
-    "`SPP`, SiLU": Row(SPP, maps(Y), {"": ""}, ops=ONE),
-    "`SPPF`, SiLU": Row(SPPF, maps(Y), {"": ""}, ops=ONE),
-    "`SPPF`, folded": Row(lambda: fold(SPPF()), maps(Y), {"": "folded"}, ops=ONE),
-    "`SPPF(n, add)`": Row(SPPFn, maps(Y), {"": ""}, ops=ONE),
-    "the blocks of a detector": Row(Detector, maps((2, 3, 17, 16)), DETECTOR, ops={"conv_norm_act_inference": 3}),
+    "torchvision's ASPP": Row(aspp, maps((2, 12, 9, 8)), {"convs.0": "", "convs.1": "", "": ""}, ops=units(5)),
+    "`C2f`, SiLU": Row(C2f, maps(X), {"": ""}, ops=units(6)),
+    "`C2f` of more maps than a kernel takes": Row(lambda: C2f(n=7), maps(X), {"": ""}, ops={"cat": 1, **units(16)}),
+    "`C2f`, folded": Row(lambda: fold(C2f()), maps(X), {"": "folded"}, ops=units(1)),
+    "`C3`, SiLU": Row(C3, maps(X), {"": ""}, ops=units(7)),
+    "`C3`, folded": Row(lambda: fold(C3()), maps(X), {"": "folded"}, ops=units(1)),
+    "`SPP`, SiLU": Row(SPP, maps(Y), {"": ""}, ops=units(2)),
+    "`SPPF`, SiLU": Row(SPPF, maps(Y), {"": ""}, ops=units(2)),
+    "`SPPF`, folded": Row(lambda: fold(SPPF()), maps(Y), {"": "folded"}, ops=units(1)),
+    "`SPPF(n, add)`": Row(SPPFn, maps(Y), {"": ""}, ops=units(2)),
+    "the blocks of a detector": Row(Detector, maps((2, 3, 17, 16)), DETECTOR, ops=units(17)),
 }

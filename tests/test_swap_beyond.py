@@ -71,7 +71,7 @@ def pair(make=C2f, dtype=torch.float64, training=False, **options):
     torch.manual_seed(0)
     module = randomise(make()).to(dtype).train(training)
     twin = copy.deepcopy(module)
-    report = dla_fast.swap_(twin, **options)
+    report = dla_fast.swap_(twin, units="nodes", **options)
     assert "" in [e.name for e in report.swapped], report
     SEEN.clear()
     return module, twin

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast import functional
+from dla_fast.arguments import autocast
 from dla_fast.checks import convolved
 from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_plain, parameter
@@ -84,13 +85,16 @@ class Merge:
         module, child, reader = self.module, self.spec.adapter.child, self.spec.reader
         if isinstance(child, str) and (residual is not None or not act):
             raise TypeError(f"merge: {child} is one child, which neither adds a residual nor leaves its activation out")
-        xs = list(xs)
+        given, xs = xs, list(xs)
+        if any(x.dtype != xs[0].dtype for x in xs):
+            # Under autocast the convolution casts what the concatenation has made wider.
+            xs = autocast(xs)
         conv, bn = cast(Any, at(module, reader.conv)), None if reader.bn is None else cast(Any, at(module, reader.bn))
         ending: ActSpec = reader.act if act else "identity"
         known = is_plain_conv(conv) if bn is None else is_plain(bn)
         dtype = unit_dtype(xs, conv, _NO_NORM if bn is None else bn) if known else None
         if dtype is None:
-            return self._one_by_one(torch.cat(xs, 1), residual, act)
+            return self._one_by_one(torch.cat(given, 1), residual, act)
         if residual is not None and not _is_added(residual, xs, conv, dtype):
             y = self._run(xs, conv, bn, "identity", None)
             y = activate((y + residual).to(y.dtype), ending)

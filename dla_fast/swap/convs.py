@@ -193,7 +193,9 @@ class ConvsAdapter:
             return cast(Tensor, _run(name, cast(Run, run_at(list(run.children()), 0)), xs[0], None))
 
         for (conv, bn, _, _), run in _runs(module):
-            shape = (2, cast(int, norm_channels(bn)), 3, 4) if conv is None else verify.input_shape([cast(nn.Conv2d, conv)])
+            shape = (
+                (2, cast(int, norm_channels(bn)), 3, 4) if conv is None else verify.input_shape([cast(nn.Conv2d, conv)])
+            )
             cases = [verify.Case(training, [shape]) for training in (False, True)]
             where = next(t for t in [*run.parameters(), *run.buffers()])
             found = verify.compare(run, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
