@@ -146,7 +146,7 @@ def test_the_documents_have_the_figures_of_the_kept_runs(readme):
     text = read("README.md")
     assert readme.NETWORKS.search(text)
     assert readme.rewritten(text) == text, "run `make readme`"
-    assert readme.page() == read("docs/benchmarks.md", "docs/swapping.md"), "run `make readme`"
+    assert readme.page() == read("docs/benchmarks.md"), "run `make readme`"
 
 
 def run_of(records: list[dict[str, object]]) -> dict[str, Any]:
