@@ -181,7 +181,7 @@ def test_same_outputs_gradients_list_and_keys(fused_calls, kind, training, layou
     randomise(module)
     twin = copy.deepcopy(module)
     report = dla_fast.swap_(twin)
-    alone = "0 of 4 units fused whole; proj_1, proj_2, node_1, node_2: norm and activation alone, behind Gated"
+    alone = "0 of 4 units fused whole; proj_1, proj_2, node_1, node_2: the tail alone, behind Gated"
     remark = alone if kind == "unknown convolution" else ""
     assert [(e.kind, e.reason) for e in report.swapped] == [("merge", remark)], report
     assert list(twin.state_dict()) == list(module.state_dict())

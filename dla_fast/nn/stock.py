@@ -38,8 +38,8 @@ _SIMPLE = (type(None), bool, int, float, str)
 Known = tuple[str, Any]
 _NOTHING: Known = ("", None)
 _known: dict[tuple[Any, ...], Known] = {}
-# Of classes all of whose instances so far are one kind: what a compiler can look up.
-_classes: dict[type, Known] = {}
+# Of modules that differ in functions alone, where all so far are one kind: what a compiler can look up.
+_classes: dict[tuple[Any, ...], Known] = {}
 _prover: Callable[[nn.Module], Known] | None = None
 
 
@@ -62,7 +62,7 @@ def kind(module: nn.Module) -> str:
 def known(module: nn.Module) -> Known:
     """What a module of a foreign class is, and the prover's remark."""
     if torch.compiler.is_compiling():
-        return _classes.get(original_class(module), _NOTHING)
+        return _classes.get(_plain_key(module), _NOTHING)
     key = _key(module)
     if key is None:
         return _NOTHING
@@ -73,8 +73,8 @@ def known(module: nn.Module) -> Known:
         # Whoever it is asked about while it is proven is not known yet.
         _known[key] = _NOTHING
         found = _known[key] = _prover(module)
-        cls = original_class(module)
-        _classes[cls] = found if _classes.get(cls, found) == found else _NOTHING
+        same = _plain_key(module)
+        _classes[same] = found if _classes.get(same, found) == found else _NOTHING
     return found
 
 
@@ -89,24 +89,36 @@ def _can_prove() -> bool:
     )
 
 
+def _is_plain(value: Any) -> bool:
+    """A number, a string, or several."""
+    return type(value) in _SIMPLE or (type(value) in (tuple, list) and all(type(v) in _SIMPLE for v in value))
+
+
+def _plain_key(module: nn.Module) -> tuple[Any, ...]:
+    """Its class, its children's, which parameters there are, and its own numbers and strings."""
+    key: list[Any] = [original_class(module)]
+    for name, child in module._modules.items():
+        key += (name, None if child is None else original_class(child))
+    for name, value in module.__dict__.items():
+        if name not in _IGNORED and _is_plain(value):
+            key += (name, tuple(value) if isinstance(value, list) else value)
+    for name, held in (*module._parameters.items(), *module._buffers.items()):
+        key += (name, held is None)
+    return tuple(key)
+
+
 def _key(module: nn.Module) -> tuple[Any, ...] | None:
     """All that its forward can depend on but values, widths and what its children do; None for what is too much."""
-    parts: list[Any] = [original_class(module)]
+    key: list[Any] = [_plain_key(module)]
     for name, value in module.__dict__.items():
-        if name in _IGNORED or name.startswith("_dla_fast"):
+        if name in _IGNORED or name.startswith("_dla_fast") or _is_plain(value):
             continue
-        if type(value) not in _SIMPLE:
-            simple = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            if any(isinstance(v, nn.Module) or not (isinstance(v, _SIMPLE) or callable(v)) for v in simple):
-                return None
-            value = simple
-        parts += (name, value)
-    for name, child in module._modules.items():
-        parts += [name, None if child is None else original_class(child)]
-    for name, held in (*module._parameters.items(), *module._buffers.items()):
-        parts += [name, held is None]
+        simple = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(v, nn.Module) or not (isinstance(v, _SIMPLE) or callable(v)) for v in simple):
+            return None
+        key += (name, simple)
     try:
-        hash(tuple(parts))
+        hash(tuple(key))
     except TypeError:
         return None
-    return tuple(parts)
+    return tuple(key)

@@ -12,7 +12,7 @@ from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_observed
 from dla_fast.swap.calls import fused_act
 from dla_fast.swap.nodes import CONV1X1
-from dla_fast.swap.units import Unit
+from dla_fast.swap.units import Unit, is_sequential, unit_tail
 
 
 def class_name(value: object) -> str:
@@ -80,6 +80,11 @@ def act_reason(name: str, act: nn.Module) -> str | None:
 
 def unit_reason(unit: nn.Module, found: Unit | None) -> str:
     """Why a projection or node is not fused whole."""
-    if found is None:
-        return f"{class_name(unit)} is called as it is" + (", it has hooks" if is_observed(unit) else "")
-    return f"norm and activation alone, behind {class_name(found.conv)}"
+    if found is not None:
+        return f"the tail alone, behind {class_name(found.conv)}"
+    if is_observed(unit):
+        return f"{class_name(unit)} has hooks"
+    tails = [name for name, m in unit.named_modules() if is_sequential(m) and unit_tail(m) is not None]
+    if not tails:
+        return f"{class_name(unit)} is called as it is"
+    return f"{class_name(unit)} is called as it is; its tail {', '.join(tails)} is swapped by itself, with units=convs"

@@ -17,6 +17,7 @@ from dla_fast.nn.unit import run_unit
 from dla_fast.swap import verify
 from dla_fast.swap.calls import PLAIN, forcing, norm_fits, undisturbed, unit_dtype
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.reasons import unit_reason
 from dla_fast.swap.units import Unit, in_channels, is_sequential, sizes, unit_of
 
 
@@ -105,7 +106,7 @@ class UnitAdapter:
 
     def remark(self, module: nn.Module, spec: UnitSpec) -> str:
         found = cast(Unit, unit_of(module))
-        return "" if found.whole else f"norm and activation alone, behind {type(found.conv).__name__}"
+        return "" if found.whole else unit_reason(module, found)
 
     def owned(self, module: nn.Module, spec: UnitSpec) -> Iterable[nn.Module]:
         found = cast(Unit, unit_of(module))

@@ -87,7 +87,7 @@ def structure_of(module: nn.Module) -> Structure | None:
     acts = [name for name, c in children.items() if fused_act(c) is not None]
     if not norms and not acts:
         # Norm and activation in a Sequential of their own.
-        acts = [name for name, c in children.items() if is_sequential(c) and _tail(_parts(c)) is not None]
+        acts = [name for name, c in children.items() if is_sequential(c) and unit_tail(c) is not None]
     heads = [name for name in children if name not in norms and name not in acts]
     if len(heads) != 1 or len(norms) > 1 or len(acts) > 1 or not (norms or acts):
         return None
@@ -111,6 +111,11 @@ def tail_of(bn: nn.Module, act: nn.Module | None) -> tuple[nn.Module, ActSpec] |
     if act is None:
         return bn, "identity"
     return (bn, cast(ActSpec, fused_act(act))) if is_act(act) else None
+
+
+def unit_tail(sequential: nn.Module) -> tuple[nn.Module, ActSpec] | None:
+    """:func:`tail_of` for what a Sequential holds, where that is nothing else."""
+    return _tail(_parts(sequential))
 
 
 def _tail(children: list[nn.Module]) -> tuple[nn.Module, ActSpec] | None:
@@ -158,7 +163,7 @@ def unit_of(module: nn.Module) -> Unit | None:
         found = unit_of(head)
     elif structure.norm is None:
         tail = cast(nn.Module, named[cast(str, structure.act)])
-        found = None if is_observed(tail) else _made(head, _tail(_parts(tail)))
+        found = None if is_observed(tail) else _made(head, unit_tail(tail))
     else:
         act = None if structure.act is None else named[structure.act]
         found = _made(head, tail_of(cast(nn.Module, named[structure.norm]), act))
