@@ -162,7 +162,9 @@ def swap_(
     Each kind of module is recognised by its structure:
 
     - *nodes*: aggregation nodes with children ``conv``, ``bn``, ``relu`` and a flag ``residual`` or ``shortcut``;
-      inputs (N, C_i, H, W) as arguments or as one list.
+      inputs (N, C_i, H, W) as arguments or as one list. Also modules that concatenate in their own forward and let a
+      convolution, norm and activation read it (:mod:`dla_fast.swap.families`), and those of
+      :func:`dla_fast.register_adapter`.
     - *ladders*: iterative deep aggregation with children ``proj_i``, ``up_i``, ``node_i`` (or ModuleLists ``projs``,
       ``ups``, ``nodes``); it may give (last, all), the list or nothing, and write into the list it was given, or not.
     - *blocks*: residual blocks with children ``conv1``, ``bn1``, ``conv2``, ``bn2`` and so on; the shortcut is an
