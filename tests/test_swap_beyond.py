@@ -384,7 +384,7 @@ def test_swapped_bit_by_bit_gives_the_same(merges):
 
 class Clamped(C2f):
     def forward(self, x):
-        return super().forward(x).clamp(max=6.0)
+        return super().forward(x).clamp(max=0.5)
 
 
 class Twice(C2f):

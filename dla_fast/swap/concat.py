@@ -39,7 +39,7 @@ from dla_fast.swap.reader import (
 # Stands for a norm that is folded into its convolution.
 _NO_NORM = nn.BatchNorm2d(1, affine=False, track_running_stats=False)
 # What a family is run on: mode, images, height, width.
-_RUNS = ((False, 2, 6, 8), (True, 3, 5, 7), (False, 1, 17, 12))
+_RUNS = ((False, 2, 4, 6), (True, 3, 5, 4), (False, 1, 9, 7))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Merge:
         known = is_plain_conv(conv) if bn is None else is_plain(bn)
         dtype = unit_dtype(xs, conv, _NO_NORM if bn is None else bn) if known else None
         if dtype is None:
-            return self._one_by_one(torch.cat(given, 1), residual, act)
+            return self._one_by_one(torch.cat(list(given), 1), residual, act)
         if residual is not None and not _is_added(residual, xs, conv, dtype):
             y = self._run(xs, conv, bn, "identity", None)
             y = activate((y + residual).to(y.dtype), ending)
