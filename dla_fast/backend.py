@@ -98,6 +98,17 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def needs_reference() -> bool:
+    """Whether the call is being taken apart (vmap, jvp, export, tracing), which only plain PyTorch ops survive."""
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    return (
+        torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One row of :func:`explain`: a backend, and the reason it cannot run the call (None when it can)."""

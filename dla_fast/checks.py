@@ -146,7 +146,7 @@ def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm:
 
 def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: int) -> None:
     """A norm for ``channels`` channels of activations like ``like``."""
-    weight, bias, running_mean, running_var, training, _, eps = norm
+    weight, bias, running_mean, running_var, training, _, eps, group = norm
     # aten takes a norm's tensors in one dtype only.
     first: tuple[str, Tensor] | None = None
     for name, t in zip(_NORM, (weight, bias, running_mean, running_var), strict=True):
@@ -162,7 +162,8 @@ def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: i
         raise ValueError(f"{absent}: expected a tensor because {given} is given, got None")
     if not training and running_mean is None:
         raise ValueError("running_mean: expected a tensor when training is false, got None")
-    if training and values_per_channel == 1:
+    # Of several processes one may have a single value, or none.
+    if training and values_per_channel == 1 and group is None:
         raise ValueError(
             "xs: expected more than 1 value per channel when training, "
             f"got {values_per_channel} (N * H * W); use a larger batch or evaluation mode"

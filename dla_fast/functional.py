@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dla_fast import backend, checks, ops, reference
 from dla_fast.arguments import autocast, checked
+from dla_fast.backend import needs_reference
 from dla_fast.checks import Upsampling
-from dla_fast.ops import chain, cuda
+from dla_fast.ops import chain, cuda, synced
 from dla_fast.ops.autograd import is_transformed, requires_grad
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec, parse_act
@@ -20,17 +21,6 @@ from dla_fast.reference.conv_norm_act import added_to_aggregate, node
 from dla_fast.reference.norm import Norm
 
 __all__ = ["aggregate", "batch_norm_act", "conv_norm_act", "merge", "upsample", "upsample_add"]
-
-
-def needs_reference() -> bool:
-    """Whether the call is being taken apart (vmap, jvp, export, tracing), which only plain PyTorch ops survive."""
-    if torch.compiler.is_compiling():
-        return backend.is_exporting()
-    return (
-        torch._C._is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _serving(op: str, device: str, dtype: torch.dtype) -> str:
@@ -79,7 +69,7 @@ def run_link(
     xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope = checked(
         op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
     )
-    gamma, beta, running_mean, running_var, training, momentum, eps = norm
+    gamma, beta, running_mean, running_var, training, momentum, eps, group = norm
     x, device = xs[0], xs[0].device.type
     differentiable = training or requires_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
     serving = None
@@ -117,7 +107,7 @@ def run_link(
         call = chain.Call(
             len(xs), len(up_weights), (running_mean, running_var), (factors, stride, dilation, groups), residual_input,
             momentum, (eps, name, slope), first, ending.options if ending else (0.0, "identity", 0.0), deferred, kept,
-            carries,
+            carries, group,
         )  # fmt: skip
         flat = (*xs, *up_weights, weight, conv_bias, None if deferred else added, gamma, beta, *of_first, carrier)
         made: Any = chain.chained(serving, call, flat)
@@ -130,8 +120,8 @@ def run_link(
             z, mean, var, gamma, beta, added, eps, name, slope, serving, tuple(ports[:3]) or None,
             ports[3] if len(ports) > 3 else passed_on,
         )  # fmt: skip
-    if serving == "reference":
-        return node(
+    if serving == "reference" or group is not None:
+        return (node if group is None else synced.node)(
             xs, weight, norm, conv_bias=conv_bias, stride=stride, dilation=dilation, groups=groups,
             residual=added if added is not None else residual, upsample=upsample, act=act,
         )  # fmt: skip
@@ -321,6 +311,12 @@ def batch_norm_act(
         RuntimeError: a forced backend cannot run the call.
     """
     norm = Norm(bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    return run_norm(x, norm, residual, act)
+
+
+def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
+    """:func:`batch_norm_act`, with a norm in one piece."""
+    gamma, beta, running_mean, running_var, training, momentum, eps, group = norm
     checks.check_tensor("x", x, rank=4)
     name, slope = parse_act(act)
     if residual is not None:
@@ -328,15 +324,15 @@ def batch_norm_act(
     values = x.shape[0] * x.shape[2] * x.shape[3]
     checks.check_norm(norm, channels=x.shape[1], like=x, values_per_channel=values)
     serving = _serving("batch_norm_act", x.device.type, x.dtype)
+    if group is not None:
+        return synced.batch_norm_act(serving, x, norm, residual, act)
     if serving == "reference":
         return normalise(x, norm, residual, act)
-    if training or requires_grad((x, residual, bn_weight, bn_bias)):
+    if training or requires_grad((x, residual, gamma, beta)):
         return ops.operator(serving, "batch_norm_act")(
-            x, bn_weight, bn_bias, residual, running_mean, running_var, training, momentum, eps, name, slope
+            x, gamma, beta, residual, running_mean, running_var, training, momentum, eps, name, slope
         )[0]
-    y: Tensor = ops.namespace(serving).tail(
-        x, running_mean, running_var, bn_weight, bn_bias, residual, eps, name, slope
-    )
+    y: Tensor = ops.namespace(serving).tail(x, running_mean, running_var, gamma, beta, residual, eps, name, slope)
     return y
 
 

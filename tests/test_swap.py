@@ -265,10 +265,6 @@ def test_hooks_of_the_node_fire(fused_calls):
     assert fused_calls == [node]
 
 
-def _sync(node):
-    nn.SyncBatchNorm.convert_sync_batchnorm(node)
-
-
 CHANGES = {
     "forward hook": lambda node: node.conv.register_forward_hook(lambda m, a, y: y * 2),
     "pre-hook": lambda node: node.bn.register_forward_pre_hook(lambda m, a: (a[0] * 2,)),
@@ -276,7 +272,6 @@ CHANGES = {
     "backward hook": lambda node: node.conv.register_full_backward_hook(lambda m, gx, gy: None),
     "replaced forward": lambda node: setattr(node.conv, "forward", lambda x: node.conv.weight.sum() * x[:, :8]),
     "weight norm": lambda node: parametrizations.weight_norm(node.conv),
-    "sync batch norm": _sync,
     "other norm": lambda node: setattr(node, "bn", nn.GroupNorm(2, 8)),
     "other activation": lambda node: setattr(node, "relu", nn.GELU()),
     "other convolution": lambda node: setattr(node, "conv", nn.Conv2d(24, 8, 3, padding=1)),

@@ -307,6 +307,30 @@ def test_autocast(fused_calls):
     assert len(fused_calls) == 1
 
 
+@pytest.mark.parametrize("kind", ["segmenter", "detector", "returning", "lists"])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_of_layers_of_two_dtypes(fused_calls, kind, training):
+    """The backbone's first level in float32, as its own norms left it, and the others in bfloat16."""
+    module = KINDS[kind]().train(training)
+    randomise(module)
+    twin = copy.deepcopy(module)
+    assert dla_fast.swap_(twin).swapped
+    start = [x if i < 2 else x.bfloat16() for i, x in enumerate(levels(module))]
+    runs = []
+    for m in (module, twin):
+        leaves = [x.clone().requires_grad_() for x in start]
+        given = list(leaves)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made = [*flat(call(m, given)), *given]
+        grads = torch.autograd.grad(sum(t.float().square().mean() for t in made), [*leaves, *m.parameters()])
+        runs.append(([t.dtype for t in (*made, *grads)], [*made, *grads]))
+    assert fused_calls == [twin]
+    assert runs[0][0] == runs[1][0]
+    for got, want in zip(runs[1][1], runs[0][1], strict=True):
+        # The gradient of a bias before a batch norm is truly zero.
+        assert (got - want).float().abs().max() <= 0.06 * max(want.float().abs().max().item(), 0.02)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

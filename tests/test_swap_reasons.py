@@ -92,7 +92,6 @@ REFUSED = {
     "other conv": (lambda: _node(conv=nn.Linear(24, 8)), "conv: expected Conv2d, got Linear"),
     "lazy conv": (lambda: _node(conv=nn.LazyConv2d(8, 1)), "conv: expected Conv2d, got LazyConv2d"),
     "group norm": (lambda: _node(bn=nn.GroupNorm(2, 8)), "bn: expected BatchNorm2d, got GroupNorm"),
-    "sync norm": (lambda: _node(bn=nn.SyncBatchNorm(8)), "bn: expected BatchNorm2d, got SyncBatchNorm"),
     "frozen norm": (lambda: _node(bn=FrozenBatchNorm(8)), "bn: expected BatchNorm2d, got FrozenBatchNorm"),
     "activation": (lambda: _node(relu=nn.GELU()), "relu: no kernel ends with GELU"),
     "relu6": (lambda: _node(relu=nn.ReLU6()), "relu: no kernel ends with ReLU6"),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dla_fast.backend import needs_reference
 from dla_fast.nn import stock
 from dla_fast.reference.norm import Norm
 
@@ -35,9 +38,35 @@ def buffer(module: nn.Module, name: str) -> Any:
 def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether ``bn`` may be replaced by a functional call: a batch norm in effect, with no hook that would be missed.
 
-    A SyncBatchNorm or an Identity put in its place later (conversion, folding) has to run as the module it is.
+    An Identity put in its place later (folding) has to run as the module it is.
     """
-    return (type(bn) is nn.BatchNorm2d or stock.kind(bn) in stock.NORMS) and not is_observed(bn)
+    if type(bn) is nn.SyncBatchNorm:
+        known = is_plain_sync(bn)
+    else:
+        known = type(bn) is nn.BatchNorm2d or stock.kind(bn) in stock.NORMS
+    return known and not is_observed(bn)
+
+
+def is_plain_sync(bn: nn.Module) -> bool:
+    """Whether ``bn`` is a SyncBatchNorm itself, in a call that this package can answer.
+
+    In training it runs as the module it is where calls are compiled or taken apart: only PyTorch knows there how other
+    processes are asked.
+    """
+    if type(bn) is not nn.SyncBatchNorm:
+        return False
+    return not bn.training or not (torch.compiler.is_compiling() or needs_reference())
+
+
+def sync_group(bn: nn.Module) -> Any:
+    """The process group whose processes' values are the batch of a call of ``bn``, None where it has its own alone.
+
+    As ``nn.SyncBatchNorm.forward`` decides it, which refuses tensors on a CPU.
+    """
+    if type(bn) is not nn.SyncBatchNorm or not bn.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def trains(bn: nn.Module) -> bool:
@@ -51,7 +80,7 @@ def is_frozen(bn: nn.Module) -> bool:
 
 
 def norm_of(bn: Any) -> Norm:
-    """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` to the letter.
+    """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` or SyncBatchNorm's to the letter.
 
     ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
     """
@@ -66,12 +95,12 @@ def norm_of(bn: Any) -> Norm:
     batch = training or (mean is None and var is None)
     if training and not tracks:
         mean = var = None
-    return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps)
+    return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps, sync_group(bn))
 
 
 def batch_norm_arguments(bn: nn.Module) -> dict[str, Any]:
     """:func:`norm_of` as the keyword arguments of a functional call."""
-    weight, bias, mean, var, training, momentum, eps = norm_of(bn)
+    weight, bias, mean, var, training, momentum, eps = norm_of(bn)[:7]
     return {
         "bn_weight": weight,
         "bn_bias": bias,

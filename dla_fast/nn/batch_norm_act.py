@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dla_fast import functional
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_plain
+from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_plain, norm_of
 from dla_fast.reference.activation import ActSpec, activate, parse_act
 
 
@@ -19,7 +19,7 @@ def run_batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None,
     if not is_plain(bn):
         y = bn(x)
         return activate(y if residual is None else y + residual, act)
-    y = functional.batch_norm_act(x, residual=residual, act=act, **batch_norm_arguments(bn))
+    y = functional.run_norm(x, norm_of(bn), residual, act)
     count_batch(bn)
     return y
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_fast import arguments, backend, functional
+from dla_fast import arguments, backend
 from dla_fast.checks import Upsampling
 from dla_fast.nn import facts
 from dla_fast.nn.batch_norm import is_frozen, is_plain
@@ -181,7 +181,7 @@ class Frozen:
             TypeError: as :func:`dla_fast.functional.conv_norm_act`.
         """
         # Modes that watch operators count and trace those of the usual way.
-        if functional.needs_reference() or torch._C._len_torch_dispatch_stack():
+        if backend.needs_reference() or torch._C._len_torch_dispatch_stack():
             return None
         try:
             # Ladders' units are not recalled, nor those whose norm is four buffers.

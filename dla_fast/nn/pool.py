@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dla_fast.functional import needs_reference
+from dla_fast.backend import needs_reference
 from dla_fast.nn.memory import LOW
 from dla_fast.ops.autograd import is_transformed, requires_grad
 

@@ -23,6 +23,7 @@ EXACT: dict[type, str] = {
     nn.Conv2d: "conv",
     nn.ConvTranspose2d: "transposed",
     nn.BatchNorm2d: "norm",
+    nn.SyncBatchNorm: "norm",
     nn.Identity: "identity",
 }
 NORMS = ("norm", "norm_act", "frozen", "frozen_act")
@@ -31,7 +32,11 @@ FROZEN = ("frozen", "frozen_act")
 CONVS = ("conv", "conv_norm")
 UNITS = ("unit", "unit_relu")
 
-_IGNORED = frozenset({*nn.Module().__dict__, "in_channels", "out_channels", "num_features"})
+# Widths, and marks that PyTorch and those who train with it leave on modules.
+_IGNORED = frozenset({
+    *nn.Module().__dict__, "in_channels", "out_channels", "num_features", "_is_torch_compile", "_is_hf_initialized",
+    "_is_fsdp_managed_module", "torchdynamo_force_dynamic",
+})  # fmt: skip
 _SIMPLE = (type(None), bool, int, float, str)
 
 # A kind, and what else the prover has to say of it.

@@ -32,9 +32,10 @@ def run_unit(
 ) -> Tensor:
     """``act(bn(conv(cat(xs))) + residual)``, on the parameters of a convolution and a batch norm.
 
-    Fused where the children are an nn.Conv2d of the usual kind and an nn.BatchNorm2d. What has become something else
-    (SyncBatchNorm, a folded norm), has other options or is watched by hooks runs as the module it is. A unit that
-    :func:`dla_fast.freeze_` has frozen runs from what is kept of it, where the call is one of inference.
+    Fused where the children are an nn.Conv2d of the usual kind and an nn.BatchNorm2d or nn.SyncBatchNorm. What has
+    become something else (a folded norm), has other options or is watched by hooks runs as the module it is. A unit
+    that :func:`dla_fast.freeze_` has frozen runs from what is kept of it, where the call is one of inference. All
+    processes of a SyncBatchNorm's group have to call it in training, and to differentiate it or not.
 
     Args:
         xs: inputs (N, C_i, H_i, W_i); those to be upsampled are still low-resolution. One that :func:`run_deferred`
@@ -147,7 +148,7 @@ def _op_by_op(
     residual: int | Tensor | None,
     upsample: Upsampling | None,
 ) -> Tensor:
-    """Each child called as a module, the norm of a plain BatchNorm2d fused with what is behind it."""
+    """Each child called as a module, the norm where it is plain fused with what is behind it."""
     full = list(xs)
     if upsample is not None:
         full = [x if up is None else functional.upsample(x, *up) for x, up in zip(xs, upsample, strict=True)]

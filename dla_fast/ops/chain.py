@@ -7,6 +7,9 @@ activation is applied to) and its sums, alone and times x_hat, which the reader 
 takes the one for the other it comes back for three tensors that stand beside them, the ports. Both are linear in the
 gradient: several readers' add up. A backward that is itself differentiated goes through the reference and gives
 gradients, and what is differentiated then gives both.
+
+Where a batch lies on several processes they meet twice, after z for its moments and before the unit's own backward for
+the sums; what its reader forms and gives back is as with any other.
 """
 
 from __future__ import annotations
@@ -18,25 +21,31 @@ import torch
 from torch import Tensor
 
 from dla_fast.ops.autograd import requires_grad, second_order
-from dla_fast.ops.chain_backward import BN_WEIGHT, FIRST, PORTS, Call, Kernels, formed, like, once, twice
+from dla_fast.ops.chain_backward import BN_WEIGHT, FIRST, PORTS, Call, Kernels, formed, like, once, pixels, twice
 from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, keep, port, recall, remember
+from dla_fast.ops.joint import joint_moments, refuse_second_order
 
 
 def _computed(
     kernels: Kernels, call: Call, flat: Sequence[Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """z, mean, variance, y where it is not deferred, and what is added before the activation."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """z, mean, variance, y where it is not deferred, what is added before the activation, the share of the batch."""
     n, at = call.inputs, call.behind
     weight, conv_bias, residual, bn_weight, bn_bias = flat[at : at + FIRST]
     pre = NO_PROLOGUE if call.first < 0 else (call.first, *flat[at + FIRST : at + PORTS], *call.first_options)
+    running = call.running if call.group is None else (None, None)
+    added = residual if call.residual_input < 0 else flat[call.residual_input]
+    share = y = None
     with torch._C._AutoDispatchBelowAutograd():
         z, mean, var = kernels.stage(
-            flat[:n], flat[n:at], weight, conv_bias, *call.running, *call.geometry, call.momentum, True, *pre
+            flat[:n], flat[n:at], weight, conv_bias, *running, *call.geometry, call.momentum, True, *pre
         )
-        added = residual if call.residual_input < 0 else flat[call.residual_input]
-        if call.deferred:
-            return z, mean, var, None, added
-        return z, mean, var, kernels.tail(z, mean, var, bn_weight, bn_bias, added, *call.options), added
+    if call.group is not None:
+        mean, var, share = joint_moments(mean, var, pixels(z), call.group, call.running, call.momentum, conv_bias)
+    if not call.deferred:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = kernels.tail(z, mean, var, bn_weight, bn_bias, added, *call.options)
+    return z, mean, var, y, added, share
 
 
 class _Unit(torch.autograd.Function):
@@ -44,7 +53,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, call: Call, *flat: Any) -> Any:
-        z, mean, var, y, added = _computed(kernels, call, flat)
+        z, mean, var, y, added, ctx.share = _computed(kernels, call, flat)
         at = call.behind
         saved: list[Tensor | None] = list(flat[: at + PORTS])
         endings: list[Tensor | None] = []
@@ -76,6 +85,8 @@ class _Unit(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (len(needed) + 2)
         call: Call = ctx.call
+        if call.group is not None:
+            refuse_second_order()
         count = call.behind + PORTS
         tensors = list(ctx.saved_tensors)
         flat, (z, mean, var), rest = tensors[:count], tensors[count : count + 3], iter(tensors[count + 3 :])
@@ -121,7 +132,8 @@ class _Formed(torch.autograd.Function):
 _backends: dict[str, Kernels] = {}
 
 
-def _kernels(backend: str) -> Kernels:
+def kernels_of(backend: str) -> Kernels:
+    """The operators of a backend, looked up once."""
     if backend not in _backends:
         _backends[backend] = Kernels.of(backend)
     return _backends[backend]
@@ -130,7 +142,7 @@ def _kernels(backend: str) -> Kernels:
 def form(ending: Ending) -> Tensor:
     """y of an ending that a unit has left to its reader, differentiable, for what is no unit."""
     tensors = (ending.z, ending.residual, *ending[1:5], *(ending.ports or ()))
-    y: Tensor = _Formed.apply(_kernels(ending.backend), ending.options, *tensors)
+    y: Tensor = _Formed.apply(kernels_of(ending.backend), ending.options, *tensors)
     return y
 
 
@@ -178,10 +190,10 @@ def chained(backend: str, call: Call, flat: Sequence[Tensor | None]) -> Any:
             residual, mean, var, bn_weight, bn_bias and the ports; last the carrier, see :data:`CARRIER`.
     """
     if not requires_grad(flat):
-        z, mean, var, y, _ = _computed(_kernels(backend), call, flat)
+        z, mean, var, y, *_ = _computed(kernels_of(backend), call, flat)
         return (z, mean, var) if y is None else y
     # Function.apply inspects forward's signature for defaults, on every call.
-    made = _apply(_kernels(backend), call, *flat)
+    made = _apply(kernels_of(backend), call, *flat)
     if not call.deferred:
         ending = made.grad_fn.__dict__.pop("ending")
         remember(made, ending)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dla_fast.ops.autograd import cast, second_order
 from dla_fast.ops.direct import direct
 from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, prologue, valued
+from dla_fast.ops.joint import joint_sums
 from dla_fast.ops.layout import accumulation_dtype
 from dla_fast.reference.activation import activate
 from dla_fast.reference.conv_norm_act import convolve
@@ -39,6 +40,7 @@ class Call(NamedTuple):
         kept: per input, and behind them for the residual and for that of the first input's ending, what is saved in
             its place, or None.
         carries: of a deferred unit: take a further gradient of the first input, by a port.
+        group: the process group whose processes' values are the norm's batch, or None.
     """
 
     inputs: int
@@ -53,6 +55,7 @@ class Call(NamedTuple):
     deferred: bool
     kept: tuple[Kept | None, ...]
     carries: bool = False
+    group: Any = None
 
     @property
     def behind(self) -> int:
@@ -76,6 +79,7 @@ class Kernels(NamedTuple):
     backend: str
     stage: Callable[..., Any]
     backward: Callable[..., Any]
+    moments: Callable[..., tuple[Tensor, Tensor]]
     tail: Callable[..., Tensor]
     reduce: Callable[..., tuple[Tensor, Tensor]]
     apply: Callable[..., tuple[Tensor, Tensor]]
@@ -86,10 +90,16 @@ class Kernels(NamedTuple):
             backend,
             direct(backend, "conv_norm_act_stage", inputs=0),
             direct(backend, "conv_norm_act_backward", inputs=1),
+            direct(backend, "moments"),
             direct(backend, "tail"),
             direct(backend, "tail_backward_reduce"),
             direct(backend, "tail_backward_apply"),
         )
+
+
+def pixels(z: Tensor) -> int:
+    """How many values a channel of a map has."""
+    return z.shape[0] * z.shape[2] * z.shape[3]
 
 
 def once(
@@ -144,10 +154,10 @@ def once(
     dw = dresidual = None
     of_norm: Sequence[Tensor | None] = [None, None]
     if need_dw or need_residual or any(need_dx) or any(need_dup):
-        images, _, height, width = z.shape
+        joint = sums if call.group is None else joint_sums(sums, ctx.share, call.group)
         dxs, dups, dw, dresidual, through_sums = kernels.backward(
-            dy, xs, flat[n:at], weight, residual, z, mean, var, bn_weight, bn_bias, *sums, *call.geometry,
-            -1 if call.deferred else call.residual_input, float(images * height * width), eps, act, slope, need_dx,
+            dy, xs, flat[n:at], weight, residual, z, mean, var, bn_weight, bn_bias, *joint, *call.geometry,
+            -1 if call.deferred else call.residual_input, float(pixels(z)), eps, act, slope, need_dx,
             need_dup, need_dw, need_residual, *pre, through, grads[6] if call.carries and need_dx[0] else None,
         )  # fmt: skip
         of_norm = through_sums if through else of_norm

@@ -11,7 +11,7 @@ from dla_fast.reference.norm import Norm
 
 def normalise(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
     """:func:`batch_norm_act` of a norm."""
-    weight, bias, running_mean, running_var, training, momentum, eps = norm
+    weight, bias, running_mean, running_var, training, momentum, eps = norm[:7]
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual

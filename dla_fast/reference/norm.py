@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ class Norm(NamedTuple):
         training: normalise with the statistics of the batch.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
+        group: the process group whose processes' values together are the batch, in training; None for this one's alone.
     """
 
     weight: Tensor | None
@@ -27,3 +28,4 @@ class Norm(NamedTuple):
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
+    group: Any = None

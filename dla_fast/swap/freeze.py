@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import cast
 
 from torch import nn
 
@@ -51,8 +52,8 @@ def _units(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         elif isinstance(module, _OWN):
             pairs = pairwise(module.children())
         for conv, bn in pairs:
-            if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
-                yield conv, bn
+            if type(conv) is nn.Conv2d and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+                yield conv, cast(nn.BatchNorm2d, bn)
 
 
 def freeze_(model: nn.Module) -> FreezeReport:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dla_fast.nn import stock
 from dla_fast.swap import units, verify
+from dla_fast.swap.processes import asks_others
 
 Stock = Callable[[Any, Tensor], Tensor]
 
@@ -73,6 +74,9 @@ def prove(module: nn.Module) -> stock.Known:
     """
     known = type(module).__module__.startswith("torch.nn.modules.")  # and none of those
     if known or isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return "", None
+    # Alone, a norm over several processes is as any other.
+    if asks_others(module):
         return "", None
     for kind, expected in _candidates(module):
         if _agrees(module, kind, expected):

@@ -177,8 +177,9 @@ def swap_(
     Sequential is not listed.
 
     A swapped module checks on every call that what it replaces is still there, and otherwise runs its original forward:
-    after a child was exchanged or converted (SyncBatchNorm), with hooks or parametrizations on a child, with global
-    module hooks, with inputs of several dtypes, in export and in tracing. Scripting unswaps, with a warning.
+    after a child was exchanged, with hooks or parametrizations on a child, with global module hooks, with inputs of
+    several dtypes, in export and in tracing. Norms may be converted to SyncBatchNorm before or after; compiled in
+    training, those run op by op. Scripting unswaps, with a warning.
 
     Args:
         model: any module; may itself be a node.

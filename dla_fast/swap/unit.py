@@ -18,7 +18,7 @@ from dla_fast.swap import verify
 from dla_fast.swap.calls import PLAIN, forcing, norm_fits, undisturbed, unit_dtype
 from dla_fast.swap.nodes import FusedNode, class_reason
 from dla_fast.swap.reasons import unit_reason
-from dla_fast.swap.units import Unit, in_channels, is_sequential, sizes, unit_of
+from dla_fast.swap.units import Unit, in_channels, is_sequential, parts_of, sizes, unit_of
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class FusedUnit(FusedNode):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = unit_of(self) if len(args) == 1 and not kwargs and undisturbed() else None
+        found = parts_of(self) if len(args) == 1 and not kwargs and undisturbed() else None
         if found is None or not fits(found, args[0]):
             return super().forward(*args, **kwargs)
         return run_found(self._dla_fast_spec.backend, found, args[0])
 
     def _dla_fast_units(self) -> Iterable[tuple[nn.Module | None, nn.Module | None]]:
-        found = unit_of(self)
+        found = parts_of(self)
         return [(found.conv, found.bn)] if found is not None and found.whole else []
 
 

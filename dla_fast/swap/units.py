@@ -126,7 +126,7 @@ def _made(head: nn.Module, tail: tuple[nn.Module, ActSpec] | None) -> Unit | Non
     if tail is None:
         return None
     whole = is_plain_conv(head) and stock.kind(head) == "conv" and head.weight.shape[0] == norm_channels(tail[0])
-    return Unit(head, *tail, whole)
+    return Unit(head, tail[0], tail[1], whole)
 
 
 def norm_channels(bn: nn.Module) -> int | None:
@@ -143,8 +143,11 @@ def unit_of(module: nn.Module) -> Unit | None:
     children whose forward was found to call them like that (:func:`dla_fast.nn.stock.kind`); or one that holds nothing
     but a unit; or a convolution that holds its norm.
     """
-    if is_observed(module):
-        return None
+    return None if is_observed(module) else parts_of(module)
+
+
+def parts_of(module: nn.Module) -> Unit | None:
+    """:func:`unit_of` for who runs in the unit's own call, that others may watch."""
     if is_sequential(module):
         children = _parts(module)
         if len(children) == 1:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dla_fast import backend
 from dla_fast.swap.nodes import AggregateSpec, run_fused
+from dla_fast.swap.processes import local
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -58,7 +59,9 @@ def random_copy(
     # Hooks are not copied: they may hold on to a whole model, or to activations, which cannot be copied.
     for part in module.modules():
         memo.update({id(v): type(v)() for k, v in part.__dict__.items() if "_hooks" in k})
-    return copy.deepcopy(module, memo)
+        if isinstance(part, nn.SyncBatchNorm) and part.process_group is not None:
+            memo[id(part.process_group)] = None
+    return local(copy.deepcopy(module, memo))
 
 
 def set_training(module: nn.Module, mode: bool) -> None:
@@ -247,7 +250,11 @@ def compare(
 # Comparisons that agreed, by what was compared; None outside of a swap.
 _agreed: ContextVar[set[Any] | None] = ContextVar("agreed", default=None)
 INTERNAL = frozenset(nn.Module().__dict__)
-_WIDTHS = {nn.Conv2d: ("in_channels", "out_channels"), nn.BatchNorm2d: ("num_features",)}
+_WIDTHS = {
+    nn.Conv2d: ("in_channels", "out_channels"),
+    nn.BatchNorm2d: ("num_features",),
+    nn.SyncBatchNorm: ("num_features",),
+}
 
 
 @contextlib.contextmanager
