@@ -198,7 +198,6 @@ CHANGES = {
     "no norm": lambda m: setattr(m.cv2, "bn", nn.Identity()),
     "folded since": fold,
     "another unit": changed_unit,
-    "synchronised": lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m),
     "another number": lambda m: setattr(m, "c", 7),
     "one more child": lambda m: m.add_module("further", nn.Identity()),
     "a forward of its own": lambda m: setattr(m.cv2, "forward", lambda x: F.silu(m.cv2.conv(x))),
@@ -242,6 +241,22 @@ def test_exchanged_parameters_and_children_are_those_of_the_call(merges):
         m.cv1 = Unit(12, 16).double().eval()
         m.cv2.bn.eps = 0.1
     assert relative(twin(x), module(x)) <= 1e-9
+    assert merges == [twin]
+
+
+def test_synchronised_before_and_after(merges):
+    """Without a process group it is a batch norm in evaluation; what it cannot run on a CPU is not run for it."""
+    module, twin = pair()
+    x = torch.randn(2, 12, 8, 6, dtype=torch.float64)
+    want = module(x)
+    nn.SyncBatchNorm.convert_sync_batchnorm(twin)
+    assert type(twin.cv2.bn) is nn.SyncBatchNorm
+    assert relative(twin(x), want) <= 1e-9
+    assert merges == [twin]
+    dla_fast.unswap_(twin)
+    assert [e.name for e in dla_fast.swap_(twin, units="nodes").swapped] == [""]
+    merges.clear()
+    assert relative(twin(x), want) <= 1e-9
     assert merges == [twin]
 
 

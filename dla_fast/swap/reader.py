@@ -26,6 +26,7 @@ class Passed(NamedTuple):
     Attributes:
         path: names that lead to it.
         original: its class, before it was swapped.
+        kind: of a convolution or a norm, as :mod:`dla_fast.nn.stock` names it: another class of that kind will do.
         forward: name of the method that it runs.
         children: their names, and whether each is None.
         attributes: numbers and strings on which its forward may depend.
@@ -33,6 +34,7 @@ class Passed(NamedTuple):
 
     path: Path
     original: type
+    kind: str
     forward: str
     children: tuple[tuple[str, bool], ...]
     attributes: tuple[tuple[str, Any], ...]
@@ -118,16 +120,19 @@ def pass_by(module: nn.Module, path: Path, options: bool = True) -> Passed | str
     if method is None:
         return f"{name}: its forward is replaced on the instance"
     attributes = attributes_of(module) if options else ()
-    return Passed(path, stock.original_class(module), method, children_of(module), attributes)
+    kind = "" if options else stock.kind(module)
+    return Passed(path, stock.original_class(module), kind, method, children_of(module), attributes)
 
 
 def is_passed(module: nn.Module, was: Passed) -> bool:
     """Whether a module is what it was, so that its calls can still be left out."""
     found = at(module, was.path)
+    if found is None:
+        return False
+    if stock.original_class(found) is not was.original and not (was.kind and stock.kind(found) == was.kind):
+        return False
     return (
-        found is not None
-        and stock.original_class(found) is was.original
-        and not hooked(found)
+        not hooked(found)
         and own_method(found) == was.forward
         and children_of(found) == was.children
         and same_attributes(found, was.attributes)
