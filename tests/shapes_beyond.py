@@ -191,10 +191,10 @@ ROWS = {
         ),
         maps(Y),
         {"": ""},
-        ops=units(1),
+        ops=units(4),
     ),
     "the same, depthwise, reduced before": Row(
-        timm_part(*OSA, 12, 8, 16, 2, depthwise=True), maps(X), {"": ""}, ops=units(1)
+        timm_part(*OSA, 12, 8, 16, 2, depthwise=True), maps(X), {"": ""}, ops=units(2)
     ),
     "CSPNet's CrossStage": Row(
         timm_part("models.cspnet", "CrossStage", 12, 16, 2, 1, 2, act_layer=nn.LeakyReLU, **CSP),
