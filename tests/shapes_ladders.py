@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from shapes_roots import FrozenBatchNorm2d
 from swap_shapes import Row
 from torch import nn
 
@@ -43,6 +44,20 @@ def ladder(name: str) -> Callable[[], nn.Module]:
     return lambda: necks.LADDERS[name](OUT, CHANNELS, FACTORS)
 
 
+def with_norm(name: str, norm: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
+    """A ladder with another norm in place of each."""
+
+    def make() -> nn.Module:
+        module = ladder(name)()
+        for parent in list(module.modules()):
+            for key, child in parent.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(parent, key, norm(child.num_features))
+        return module
+
+    return make
+
+
 def neck(name: str) -> Callable[[], nn.Module]:
     return lambda: necks.make(name, LEVELS)
 
@@ -78,6 +93,16 @@ ROWS = {
     "ModuleLists `projs`, `ups`, `nodes`, add, units {conv, bn, relu}": Row(
         ladder("convbnrelu"), ranged, {"": ""}, ops=ADD
     ),
+    "the same after `convert_sync_batchnorm`": Row(
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(ladder("convbnrelu")()), ranged, {"": ""}, ops=ADD
+    ),
+    "the same, frozen norms": Row(with_norm("convbnrelu", FrozenBatchNorm2d), ranged, {"": ""}, ops=ADD),
+    "the same, GroupNorm": Row(
+        with_norm("convbnrelu", lambda channels: nn.GroupNorm(2, channels)),
+        ranged,
+        {"": "0 of 4 units fused"},
+        ops={"upsample_add": 2},
+    ),
     "ModuleLists, own ConvTranspose2d, units {norm, relu, deform_conv}": Row(
         ladder("normfirst"), ranged, {"": "tail"}, ops=TAILS
     ),
@@ -90,6 +115,7 @@ ROWS = {
     "`IDAUp(layers) -> layers` writes the list, concat, Sequential units": Row(
         ladder("returning"), layers, {"": ""}, ops=CONCAT
     ),
+    "the same with frozen norms": Row(with_norm("returning", FrozenBatchNorm2d), layers, {"": ""}, ops=CONCAT),
     "`IDAUp(layers) -> layers` writes the list, add, Sequential units": Row(
         ladder("returning_add"), layers, {"": ""}, ops=ADD
     ),

@@ -18,9 +18,11 @@ NODE = {"conv_norm_act_inference": 1, "native_batch_norm": 0}
 class Root(nn.Module):
     """The original's."""
 
-    def __init__(self, residual: bool = False, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(
+        self, residual: bool = False, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, kernel_size: int = 1
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(WIDTH, OUT, 1, stride=1, bias=False, padding=0)
+        self.conv = nn.Conv2d(WIDTH, OUT, kernel_size, stride=1, bias=False, padding=(kernel_size - 1) // 2)
         self.bn = norm(OUT)
         self.relu = nn.ReLU(inplace=True)
         self.residual = residual
@@ -162,7 +164,6 @@ ROWS = {
     "Root, torchvision's FrozenBatchNorm2d": Row(lambda: Root(norm=torchvision_frozen), maps, {"": ""}, ops=NODE),
     "Root whose frozen norm ends in the activation": Row(ActingRoot, listed, {"": ""}, ops=NODE),
     "Root, SyncBatchNorm": Row(lambda: Root(norm=nn.SyncBatchNorm), maps, {"": ""}, ops=NODE),
-    "Root, GroupNorm": Row(
-        lambda: Root(norm=lambda channels: nn.GroupNorm(2, channels)), maps, {}, {"": "GroupNorm"}, {}
-    ),
+    "`Root(*x)` of a 3×3 kernel": Row(lambda: Root(kernel_size=3), maps, {}, {"": "kernel_size is (3, 3)"}),
+    "Root, GroupNorm": Row(lambda: Root(norm=lambda channels: nn.GroupNorm(2, channels)), maps, {}, {"": "GroupNorm"}),
 }

@@ -39,7 +39,7 @@ def norm_difference(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def _compare(
+def compare_pass(
     label: str,
     impl: str,
     found: list[Tensor],
@@ -87,31 +87,87 @@ def check_float64(
         if impl == "eager":
             exact = found
         else:
-            _compare(f"{label} in float64", impl, found, exact, count, bounds, "eager")
+            compare_pass(f"{label} in float64", impl, found, exact, count, bounds, "eager")
 
 
-def _bounds(
-    network: Network, mode: str, state: dict[str, Tensor], settings: Settings, gradients: int
+def bounds(
+    settings: Settings, gradients: int, exact: Callable[[], list[Tensor]], eager: Callable[[], list[Tensor]]
 ) -> tuple[float, float]:
     """How far outputs, and the gradient as a whole, may lie apart.
 
     In half precision no fixed bound says anything: rounding grows through the layers, and kinks send gradients
     elsewhere. There an implementation may err against float32 twice as much as eager does, and so two of them may lie
     three times that error apart. TF32 is half precision too: its products round to as many bits as float16 has.
+
+    Args:
+        settings: where, and in which dtype.
+        gradients: how many of the tensors of a pass are gradients, the last ones.
+        exact: a pass of eager in float32, from values that the dtype has rounded; called where it is needed.
+        eager: one in the dtype itself.
     """
     dtype = settings.torch_dtype
     in_tf32 = dtype == torch.float32 and settings.device.type == "cuda" and tf32_products()
     if dtype not in (torch.float16, torch.bfloat16) and not in_tf32:
         return 10 * timing.tolerance(dtype, settings.device), GRADIENT_TOLERANCE
-    # The same values in float32: those that half precision has rounded already.
-    rounded = {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in state.items()}
     with fp32_precision("ieee"):
-        exact = implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0]()
-    eager = implementation(network, mode, "eager", state, settings)[0]()
-    count = len(exact) - gradients
-    outputs = max(timing.difference(a, b) for a, b in zip(eager[:count], exact[:count], strict=True))
-    gradient = norm_difference(eager[count:], exact[count:]) if gradients else 0.0
+        wanted = exact()
+    found = eager()
+    count = len(wanted) - gradients
+    outputs = max(timing.difference(a, b) for a, b in zip(found[:count], wanted[:count], strict=True))
+    gradient = norm_difference(found[count:], wanted[count:]) if gradients else 0.0
     return 3 * outputs + timing.tolerance(dtype, settings.device) / 10, 3 * gradient
+
+
+def agreeing(
+    name: str,
+    mode: str,
+    label: str,
+    wanted: Sequence[str],
+    build: Callable[[str], tuple[Callable[[], Any], str]],
+    gradients: int,
+    apart: tuple[float, float],
+    skipped: list[dict[str, str]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Those of the implementations that can run, once they have been found to agree.
+
+    Args:
+        name: of the case.
+        mode: one of :data:`dla_fast.bench.cases.MODES`.
+        label: what is compared, for the message.
+        wanted: the implementations.
+        build: one pass of an implementation, and where its network comes from.
+        gradients: how many of a pass's tensors are gradients, the last ones.
+        apart: how far outputs, and the gradient, may lie apart (:func:`bounds`).
+        skipped: takes the peers that cannot run, with the reason.
+
+    Raises:
+        Disagreement: a peer and dla_fast differ, or there is no peer to compare with.
+    """
+    runs: dict[str, Callable[[], Any]] = {}
+    sources: dict[str, str] = {}
+    mine: list[Tensor] = []
+    agreed = 0
+    # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
+    for impl in [*wanted, *({"eager"} - set(wanted))]:
+        try:
+            call, source = build(impl)
+            tensors = [t.detach().clone() for t in call()]
+        except Exception as error:
+            if impl.startswith(peers.FUSED):
+                raise Disagreement(impl, f"{label}: {impl} raised {one_line(error)}") from error
+            reason = str(error) if isinstance(error, exported.Absent) else one_line(error)
+            skipped.append({"case": name, "mode": mode, "impl": impl, "reason": reason})
+            continue
+        if impl == peers.FUSED:
+            mine = tensors
+        else:
+            compare_pass(label, impl, tensors, mine, len(mine) - gradients, apart)
+            agreed += not impl.startswith(peers.FUSED)
+        if impl in wanted:
+            runs[impl], sources[impl] = call, source
+    if not agreed:
+        raise Disagreement(peers.FUSED, f"{label}: no peer could run, so nothing proves dla_fast right")
+    return runs, sources
 
 
 def prove(
@@ -140,37 +196,24 @@ def prove(
     label = f"{network.name} ({mode}, batch {network.batch})"
     torch._dynamo.reset()
     state = initial_state(network.name, device.type != "meta")
-    runs: dict[str, Callable[[], Any]] = {}
-    sources: dict[str, str] = {}
     wanted = peers.network_implementations(device.type, dtype, settings.peers, mode, settings.variants)
     gradients = len(trained(models.create_model(network.name, device="meta"))) if mode == "training" else 0
-    bounds = _bounds(network, mode, state, settings, gradients)
-    mine: list[Tensor] = []
-    agreed = 0
+    # The same values in float32: those that half precision has rounded already.
+    rounded = {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in state.items()}
+
+    def build(impl: str) -> tuple[Callable[[], Any], str]:
+        return implementation(network, mode, impl, state, settings)
+
+    apart = bounds(
+        settings,
+        gradients,
+        lambda: implementation(network, mode, "eager", rounded, replace(settings, dtype="float32"), dtype)[0](),
+        lambda: build("eager")[0](),
+    )
     if float64:
         variants = [impl for impl in wanted if impl in peers.VARIANTS]
         check_float64(network.name, mode, state, label, device, variants)
-    # Eager is asked even where it is not timed: without a peer that agrees there is no figure.
-    for impl in [*wanted, *({"eager"} - set(wanted))]:
-        try:
-            call, source = implementation(network, mode, impl, state, settings)
-            tensors = [t.detach().clone() for t in call()]
-        except Exception as error:
-            if impl.startswith(peers.FUSED):
-                raise Disagreement(impl, f"{label}: {impl} raised {one_line(error)}") from error
-            reason = str(error) if isinstance(error, exported.Absent) else one_line(error)
-            skipped.append({"case": network.name, "mode": mode, "impl": impl, "reason": reason})
-            continue
-        if impl == peers.FUSED:
-            mine = tensors
-        else:
-            _compare(label, impl, tensors, mine, len(mine) - gradients, bounds)
-            agreed += not impl.startswith(peers.FUSED)
-        if impl in wanted:
-            runs[impl], sources[impl] = call, source
-    if not agreed:
-        raise Disagreement(peers.FUSED, f"{label}: no peer could run, so nothing proves dla_fast right")
-    return runs, sources
+    return agreeing(network.name, mode, label, wanted, build, gradients, apart, skipped)
 
 
 def time_network(
@@ -220,6 +263,26 @@ def time_network(
         else:
             failed = {"impl": peers.FUSED, "error": f"{network.name} ({mode}): {one_line(error)}"}
         return Outcome([complete({**common, **failed})], skipped)
+    return Outcome(timed(runs, sources, common, served, settings), skipped)
+
+
+def timed(
+    runs: dict[str, Callable[[], Any]],
+    sources: dict[str, str],
+    common: dict[str, Any],
+    served: str,
+    settings: Settings,
+) -> list[dict[str, Any]]:
+    """Time what :func:`agreeing` gives, in turn; a record each.
+
+    Args:
+        runs: one pass by implementation.
+        sources: where each network comes from.
+        common: what the records have in common.
+        served: the backend that serves this package's, where none is forced.
+        settings: how to time.
+    """
+    device = settings.device
     # Between runtimes whose threads are not the same.
     pause_s = exported.PAUSE_S if any(impl in exported.MODULES for impl in runs) else 0.0
     figures = timing.time_runners(runs, settings, graphs=False, pause_s=pause_s)
@@ -239,7 +302,7 @@ def time_network(
             record["host_ms"] = timing.host_ms(runs[impl], device, calls=5)
             record["peak_bytes"] = timing.peak(runs[impl], device)
         records.append(complete(record))
-    return Outcome(records, skipped)
+    return records
 
 
 def _graphs(runs: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Callable[[], object]]:

@@ -130,17 +130,22 @@ class _Convolutions(TorchDispatchMode):
 
 def work(network: Network, training: bool) -> tuple[float, float]:
     """Values to move and flops to do in one pass over a batch, from the network's convolutions alone."""
-    model = models.create_model(network.name, device="meta").train(training)
+    images = torch.empty(network.batch, 3, network.size, network.size, device="meta")
+    return work_of(models.create_model(network.name, device="meta").train(training), images, training)
+
+
+def work_of(model: nn.Module, inputs: Any, training: bool) -> tuple[float, float]:
+    """The same of a model on the meta device, called in the mode it is in with ``inputs`` that are there too."""
     counter = _Convolutions(training)
     with torch.no_grad(), backend.use_backend("reference"), counter:
-        model(torch.empty(network.batch, 3, network.size, network.size, device="meta"))
+        model(inputs)
     return counter.values, counter.flops
 
 
 def step(
-    model: Callable[..., Any], images: Tensor, mode: str, parameters: Sequence[Tensor], forced: str
+    model: Callable[..., Any], images: Any, mode: str, parameters: Sequence[Tensor], forced: str
 ) -> Callable[[], list[Tensor]]:
-    """One pass of a network: outputs, and in training the gradients of ``parameters``."""
+    """One pass of a network over ``images``, its one argument: outputs, and in training gradients of ``parameters``."""
 
     def run() -> list[Tensor]:
         with backend.use_backend(forced):

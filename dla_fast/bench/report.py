@@ -151,7 +151,7 @@ def _sections(run: dict[str, Any], found: dict[tuple[str, str, str], list[Compar
             if "<h2>Roofline</h2>" not in parts:
                 parts.append("<h2>Roofline</h2>")
             parts.append(_image(pictures.roofline(cases, rates, f"Roofline, {mode}"), f"roofline, {mode}"))
-    for suite, heading in (("models", "Whole networks"), ("launch", "Cost of a call")):
+    for suite, heading in (("models", "Whole networks"), ("necks", "Necks of others"), ("launch", "Cost of a call")):
         alike = {key: cases for key, cases in found.items() if key[0] == suite}
         if alike:
             parts.append(f"<h2>{heading}</h2>")

@@ -14,6 +14,7 @@ TITLES = {
     "ida": "steps of the dense-prediction ladder",
     "convs": "convolution units",
     "models": "whole networks",
+    "necks": "necks of others, after swap_ (dla_fast) and before (eager)",
     "launch": "cost of a call, on maps of 2x2",
     "small": "calls of 8x8 maps, one image",
     "scaling": "scaling",
@@ -65,6 +66,7 @@ def _section(found: Sequence[Comparison]) -> list[str]:
     hosted = any(c.mine.get("host_ms") is not None for c in found)
     measured = "library" in impls
     variants = [impl for impl in impls if impl in peers.VARIANTS]
+    beside_eager = found[0].mine.get("suite") == "necks" and "eager" in impls
     head = [
         "case",
         "shape",
@@ -74,6 +76,7 @@ def _section(found: Sequence[Comparison]) -> list[str]:
         "floor",
         "of floor",
         *(["GFLOP/s", "of library"] if measured else []),
+        *(["of eager"] if beside_eager else []),
         "best peer",
         *(impl.removeprefix(f"{peers.FUSED}+") for impl in variants),
         "speedup",
@@ -93,12 +96,19 @@ def _section(found: Sequence[Comparison]) -> list[str]:
                 milliseconds(c.mine.get("floor_ms")),
                 "-" if share is None else f"{share:.0%}",
                 *(_beside_library(c) if measured else []),
+                *([_beside_eager(c)] if beside_eager else []),
                 c.best["impl"],
                 *(f"{c.speedup_of(impl):.2f}x" if impl in c.by_impl else "-" for impl in variants),
                 f"{c.speedup:.2f}x",
             ]
         )
     return align(rows, left=2)
+
+
+def _beside_eager(c: Comparison) -> str:
+    """How many times as fast as before it was swapped."""
+    before = c.by_impl.get("eager")
+    return "-" if before is None else f"{before['median_ms'] / c.mine['median_ms']:.2f}x"
 
 
 def _beside_library(c: Comparison) -> list[str]:

@@ -13,7 +13,20 @@ from typing import Any
 import torch
 
 from dla_fast import models
-from dla_fast.bench import cases, compare, compare_table, memory, network_timing, networks, peers, table, timing, units
+from dla_fast.bench import (
+    cases,
+    compare,
+    compare_table,
+    memory,
+    neck_timing,
+    necks,
+    network_timing,
+    networks,
+    peers,
+    table,
+    timing,
+    units,
+)
 from dla_fast.bench.cases import DTYPES, LAYOUTS, MODES, Case, Rates
 from dla_fast.bench.records import NotARun, Run, load
 from dla_fast.commands import CommandError, require
@@ -24,6 +37,7 @@ SUITES = {
     "ida": "the steps of dla34up's ladder at 512x512",
     "convs": "the convolution-norm-activation units of --models, beside the library's convolution",
     "models": "whole networks",
+    "necks": "ladders as others write them, before and after swap_",
     "memory": "memory of a training step of whole networks",
     "launch": "what a call costs on the smallest maps",
     "small": "a node and convolution units on maps of 8x8",
@@ -67,7 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--layout", default="channels_last", choices=list(LAYOUTS))
     parser.add_argument(
-        "--batch", nargs="+", type=_positive, metavar="N", help="images (default: 1 and 8; networks 8, dense ones 2)"
+        "--batch",
+        nargs="+",
+        type=_positive,
+        metavar="N",
+        help="images (default: 1 and 8; networks 8, dense ones 2, necks 1)",
     )
     parser.add_argument(
         "--models",
@@ -77,7 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"networks (default: {', '.join(NODE_MODELS)} for nodes, {UNIT_MODELS[-1]} too for convs, all of them for "
         "models and memory)",
     )
-    parser.add_argument("--size", type=_positive, help="side of the images in pixels (default: 224, dense ones 512)")
+    parser.add_argument(
+        "--size", type=_positive, help="side of the images in pixels (default: 224, dense ones and necks 512)"
+    )
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=MODES)
     parser.add_argument(
         "--peers",
@@ -219,6 +239,9 @@ def jobs(suites: list[str], args: argparse.Namespace, settings: timing.Settings,
         elif suite == "models":
             for name, batch, mode in ((n, b, m) for n in names for b in alone for m in args.modes):
                 work.append(_network_job(networks.Network.of(name, args.size, batch), mode, settings, rates))
+        elif suite == "necks":
+            for name, batch, mode in ((n, b, m) for n in necks.NECKS for b in alone for m in args.modes):
+                work.append(_neck_job(neck_timing.Neck.of(name, args.size, batch), mode, settings, rates))
         else:
             for network in (networks.Network.of(n, args.size, b) for n in names for b in alone):
                 work.append(_memory_job(network, settings))
@@ -235,6 +258,13 @@ def _network_job(network: networks.Network, mode: str, settings: timing.Settings
         return network_timing.time_network(network, mode, settings, rates.get())
 
     return Job("models", f"{network.name} {mode}", run)
+
+
+def _neck_job(neck: neck_timing.Neck, mode: str, settings: timing.Settings, rates: _Rates) -> Job:
+    def run() -> timing.Outcome:
+        return neck_timing.time_neck(neck, mode, settings, rates.get())
+
+    return Job("necks", f"{neck.case} {mode}", run)
 
 
 def _memory_job(network: networks.Network, settings: timing.Settings) -> Job:
