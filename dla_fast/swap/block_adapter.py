@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from dla_fast.nn import stock
 from dla_fast.swap import verify
-from dla_fast.swap.block import BlockSpec, FusedBlock, output_shape, run_block
+from dla_fast.swap.block import BlockSpec, FusedBlock, can_fuse, output_shape, run_block
+from dla_fast.swap.kept import INTERNAL
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.probe import Case, Shapes
 from dla_fast.swap.reasons import act_reason, class_name, conv_reason, norm_reason
 from dla_fast.swap.units import norm_channels
 
@@ -111,7 +114,7 @@ class BlockAdapter:
         attributes = tuple(
             (key, value)
             for key, value in module.__dict__.items()
-            if key not in verify.INTERNAL and (value is None or type(value) in (bool, int, float, str))
+            if key not in INTERNAL and (value is None or type(value) in (bool, int, float, str))
         )
         downsample = downsamples[0] if downsamples else None
         spec = BlockSpec(tuple(units), *signature, downsample, others, len(children), attributes, backend)
@@ -145,8 +148,9 @@ class BlockAdapter:
         def fused(m: nn.Module, xs: Sequence[Any], name: str) -> Any:
             return run_block(m, replace(spec, backend=name), *xs)
 
-        weight = _convs(module, spec)[0].weight
-        return verify.compare(module, weight, _cases(module, spec), original, fused, spec.backend)
+        weight, cases, shapes = _convs(module, spec)[0].weight, _cases(module, spec), _shapes(module, spec)
+        fits = partial(_fits, spec=spec)
+        return verify.compare(module, weight, cases, original, fused, spec.backend, shapes=shapes, fits=fits)
 
     def remark(self, module: nn.Module, spec: BlockSpec) -> str:
         return ""
@@ -155,11 +159,27 @@ class BlockAdapter:
         return ()
 
 
-def _cases(module: nn.Module, spec: BlockSpec) -> list[verify.Case]:
+def _cases(module: nn.Module, spec: BlockSpec) -> list[Case]:
     """What is run: with a shortcut where one can be given, and without where that is possible."""
-    convs = _convs(module, spec)
-    x = verify.input_shape(convs)
-    y = output_shape(convs, x)
+    given = _given(module, spec, verify.input_shape(_convs(module, spec)))
+    return [Case(training, shapes) for training in (False, True) for shapes in given]
+
+
+def _given(module: nn.Module, spec: BlockSpec, x: Sequence[int]) -> list[Shapes]:
+    """Input of a shape without a shortcut, where that is possible, and with one, where one can be given."""
+    y = output_shape(_convs(module, spec), x)
     shortcuts = [y] if spec.argument is not None else []
-    without = [None] if not spec.required and (spec.downsample is not None or y == x) else []
-    return [verify.Case(training, [x, s]) for training in (False, True) for s in [*without, *shortcuts]]
+    without = [None] if not spec.required and (spec.downsample is not None or y == tuple(x)) else []
+    return [[x, shortcut] for shortcut in [*without, *shortcuts]]
+
+
+def _shapes(module: nn.Module, spec: BlockSpec) -> list[Shapes]:
+    """More sizes of the input, those of which every convolution makes a map."""
+    convs = _convs(module, spec)
+    rows = [convs[: i + 1] for i in range(len(convs))]
+    sizes = [x for x in verify.sizes(convs) if all(min(output_shape(row, x)) > 0 for row in rows)]
+    return [shapes for x in sizes for shapes in _given(module, spec, x)]
+
+
+def _fits(module: nn.Module, xs: Sequence[Any], spec: BlockSpec) -> bool:
+    return can_fuse(module, spec, *xs)

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,6 +25,7 @@ from dla_fast.reference.activation import ActSpec, activate
 from dla_fast.swap import verify
 from dla_fast.swap.calls import PLAIN, forcing, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.nodes import MAX_INPUTS, FusedNode, class_reason
+from dla_fast.swap.probe import Case
 from dla_fast.swap.reader import (
     Passed,
     Reader,
@@ -40,6 +42,8 @@ from dla_fast.swap.reader import (
 _NO_NORM = nn.BatchNorm2d(1, affine=False, track_running_stats=False)
 # What a family is run on: mode, images, height, width.
 _RUNS = ((False, 2, 4, 6), (True, 3, 5, 4), (False, 1, 3, 12))
+# And without a mode, where one is tried at length.
+_SIZES = ((1, 1, 1), (2, 8, 8), (1, 130, 1), (1, 1, 130), (1, 33, 20), (1, 64, 64))
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,10 @@ def _is_there(module: nn.Module, spec: ConcatSpec) -> bool:
     if children_of(module) != spec.children or not same_attributes(module, spec.attributes):
         return False
     return all(is_passed(module, was) for was in (*spec.reader.passed, *spec.passed))
+
+
+def _fits(spec: ConcatSpec, module: nn.Module, xs: Sequence[Any]) -> bool:
+    return _is_there(module, spec)
 
 
 def _arguments(forward: Any, first: int) -> tuple[int, int]:
@@ -301,26 +309,22 @@ class ConcatAdapter:
 
     def verify(self, module: nn.Module, spec: ConcatSpec) -> str | None:
         weight = cast(Any, at(module, spec.reader.conv)).weight
-        wanted: list[Any] = []
 
-        def original(m: nn.Module, xs: Sequence[Any]) -> Tensor:
+        def original(m: nn.Module, xs: Sequence[Any]) -> Any:
             _seed(weight.device)
-            y, wanted[:] = _flat(m.forward(*self.arguments(xs)), xs)
-            return y
+            return m.forward(*self.arguments(xs))
 
-        def fused(m: nn.Module, xs: Sequence[Any], name: str) -> Tensor:
+        def fused(m: nn.Module, xs: Sequence[Any], name: str) -> Any:
             _seed(weight.device)
-            merge = Merge(m, replace(spec, backend=name))
-            y, structure = _flat(self.forward(m, merge, *self.arguments(xs)), xs)
-            if structure != wanted:
-                raise TypeError("forward gives its maps in another order or number")
-            return y
+            return self.forward(m, Merge(m, replace(spec, backend=name)), *self.arguments(xs))
 
         try:
-            cases = [verify.Case(training, shapes) for training, *size in _RUNS for shapes in self.calls(module, *size)]
+            cases = [Case(training, given) for training, *size in _RUNS for given in self.calls(module, *size)]
+            shapes = [given for size in _SIZES for given in self.calls(module, *size)]
         except ValueError as error:
             return str(error)
-        return verify.compare(module, weight, cases, original, fused, spec.backend)
+        fits = partial(_fits, spec)
+        return verify.compare(module, weight, cases, original, fused, spec.backend, shapes=shapes, fits=fits)
 
     def remark(self, module: nn.Module, spec: ConcatSpec) -> str:
         return "its norm is folded away" if spec.reader.bn is None else ""
@@ -338,34 +342,3 @@ def _seed(device: torch.device) -> None:
     if device.type not in ("cpu", "meta"):
         with torch.get_device_module(device).device(device):
             torch.get_device_module(device).manual_seed(0)
-
-
-def _flat(result: Any, given: Sequence[Any]) -> tuple[Tensor, list[Any]]:
-    """The tensors of a result in one, and how it was made of them and of the maps given.
-
-    Raises:
-        TypeError: it holds something else, or nothing new.
-    """
-    seen = list(given)
-    values: list[Tensor] = []
-    structure: list[Any] = []
-
-    def add(item: Any) -> None:
-        structure.append(type(item))
-        if isinstance(item, (list, tuple)):
-            structure.append(len(item))
-            for part in item:
-                add(part)
-            return
-        if not isinstance(item, Tensor):
-            raise TypeError(f"forward gave a {type(item).__name__}, not a tensor, nor a list of those")
-        index = next((i for i, other in enumerate(seen) if other is item), len(seen))
-        structure.extend((index, item.shape))
-        if index == len(seen):
-            seen.append(item)
-            values.append(item)
-
-    add(result)
-    if not values:
-        raise TypeError("forward gave nothing but its inputs")
-    return values[0] if len(values) == 1 else torch.cat([value.flatten() for value in values]), structure

@@ -34,6 +34,7 @@ from dla_fast.swap.calls import (
 )
 from dla_fast.swap.found import find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.probe import Case
 from dla_fast.swap.units import is_sequential, norm_channels, tail_of
 
 
@@ -196,7 +197,7 @@ class ConvsAdapter:
             shape = (
                 (2, cast(int, norm_channels(bn)), 3, 4) if conv is None else verify.input_shape([cast(nn.Conv2d, conv)])
             )
-            cases = [verify.Case(training, [shape]) for training in (False, True)]
+            cases = [Case(training, [shape]) for training in (False, True)]
             where = next(t for t in [*run.parameters(), *run.buffers()])
             found = verify.compare(run, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
             if found is not None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from dla_fast import backend as backends
 from dla_fast import checks
 from dla_fast.nn import stock
-from dla_fast.swap.ida import FusedIDA, IDASpec, child, fused_unit, run_forced, run_ida, units, up_factor
+from dla_fast.swap.ida import FusedIDA, IDASpec, can_fuse, child, fused_unit, run_forced, run_ida, units, up_factor
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.probe import Case, Shapes
 from dla_fast.swap.reasons import class_name, unit_reason
 from dla_fast.swap.units import channels_of
-from dla_fast.swap.verify import TOLERANCE, difference, isolated, random_copy, set_training
+from dla_fast.swap.verify import TOLERANCE, compare, difference, isolated, random_copy, set_training
 
 _LISTS = ("projs", "ups", "nodes")
 
@@ -72,8 +73,8 @@ def _node(module: nn.Module, spec: IDASpec) -> tuple[int, int] | str:
     return channels_of(node) or f"node_1: {class_name(node)} cannot be run on a small map"
 
 
-def _sizes(module: nn.Module, spec: IDASpec) -> list[tuple[int, int]] | str:
-    """Channels and side of small layers that fit the ladder, or why there are none."""
+def _grids(module: nn.Module, spec: IDASpec) -> tuple[list[int], list[list[int]]] | str:
+    """The channels of the layers, and sides of small ones that fit the ladder, or why there are none."""
     node = _node(module, spec)
     if isinstance(node, str):
         return node
@@ -93,35 +94,27 @@ def _sizes(module: nn.Module, spec: IDASpec) -> list[tuple[int, int]] | str:
             return f"up_{i}: not a depthwise transposed convolution of stride f, kernel 2f and padding f // 2"
         channels.append(c)
         factors.append(factor)
-    for side in range(4, 200):
+    grids = []
+    for side in range(2, 200):
         low = [
             side if f == 1 else next((h for h in range(1, side) if checks.upsampled(h, f) == side), 0) for f in factors
         ]
         if all(low):
-            return list(zip(channels, low, strict=True))
-    return f"up-convolutions by {factors} fit no size"
+            grids.append(low)
+    return (channels, grids) if grids else f"up-convolutions by {factors} fit no size"
 
 
 class _Run:
-    """One call of a ladder on layers of its own: what came back, what the list holds then, and the gradients."""
+    """One call of a ladder on layers of its own: what came back, and what the list holds then."""
 
-    def __init__(self, module: nn.Module, layers: Sequence[Tensor], call: Any, gradients: bool) -> None:
-        leaves = [x.clone().requires_grad_(gradients) for x in layers]
+    def __init__(self, module: nn.Module, layers: Sequence[Tensor], call: Any) -> None:
+        leaves = [x.clone() for x in layers]
         given = list(leaves)
-        self.result = call(module, given)
-        self.list = given
+        with torch.no_grad():
+            self.result = call(module, given)
         self.same = self.result is given
         self.mutated = any(a is not b for a, b in zip(leaves, given, strict=True))
-        tensors = [*self.flat(self.result), *given]
-        self.tensors = {f"output {i}": t.detach() for i, t in enumerate(tensors)}
-        if gradients:
-            names, parameters = zip(*module.named_parameters(), strict=True)
-            loss = torch.stack([(t * (i + 1)).square().mean() for i, t in enumerate(tensors)]).sum()
-            grads = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
-            wanted = [*(f"layer {i}" for i in range(len(layers))), *names]
-            for name, grad in zip(wanted, grads, strict=True):
-                self.tensors[f"gradients of {name}"] = torch.zeros(0) if grad is None else grad
-        self.tensors |= {f"values of {name} after the call": b.detach() for name, b in module.named_buffers()}
+        self.tensors = {f"output {i}": t for i, t in enumerate([*self.flat(self.result), *given])}
 
     @staticmethod
     def flat(result: Any) -> list[Tensor]:
@@ -164,12 +157,12 @@ class IDAAdapter:
         frame = _frame(module)
         if isinstance(frame, str):
             return frame
-        layers = _sizes(module, frame)
-        if isinstance(layers, str):
-            return layers
-        return self._probe(module, replace(frame, backend=backend), layers)
+        found = _grids(module, frame)
+        if isinstance(found, str):
+            return found
+        return self._probe(module, replace(frame, backend=backend), *found)
 
-    def _probe(self, module: nn.Module, frame: IDASpec, sizes: list[tuple[int, int]]) -> IDASpec | str:
+    def _probe(self, module: nn.Module, frame: IDASpec, channels: list[int], grids: list[list[int]]) -> IDASpec | str:
         """The specification whose loop gives what the original gives, in float64 on the reference."""
         taken, width = cast("tuple[int, int]", _node(module, frame))
         merges = ("add",) if taken == width else ("concat", "concat_reversed")
@@ -180,8 +173,12 @@ class IDAAdapter:
                 generator = torch.Generator().manual_seed(0)
                 base = random_copy(module, torch.device("cpu"), torch.float64, generator)
                 set_training(base, False)
-                layers = _layers(frame, sizes, 1, torch.float64, generator)
-                want = _Run(copy.deepcopy(base), layers, _original(frame), gradients=False)
+                layers = [
+                    torch.rand(tuple(shape), generator=generator, dtype=torch.float64) * 2 - 1
+                    for shape in _shapes(frame, channels, grids[1:] or grids)[0]
+                    if shape is not None
+                ]
+                want = _Run(copy.deepcopy(base), layers, _original(frame))
                 kind = want.kind()
                 if kind is None:
                     return f"forward gives a {type(want.result).__name__}, expected (x, [y, ...]), a list or None"
@@ -189,7 +186,7 @@ class IDAAdapter:
                     return "forward gives a list, and writes into the caller's another"
                 for merge in merges:
                     spec = replace(frame, merge=merge, result=kind, mutates=want.mutated)
-                    got = _Run(copy.deepcopy(base), layers, _fused(spec), gradients=False)
+                    got = _Run(copy.deepcopy(base), layers, _fused(spec))
                     if difference(got.tensors, want.tensors, TOLERANCE[torch.float64]) is None:
                         return spec
         except Exception as error:  # whatever a foreign forward raises is a reason, not a failure of the swap
@@ -201,34 +198,18 @@ class IDAAdapter:
         return parameter.device, parameter.dtype
 
     def verify(self, module: nn.Module, spec: IDASpec) -> str | None:
-        sizes = cast("list[tuple[int, int]]", _sizes(module, spec))
         device, dtype = self.placement(module, spec)
-        generator = torch.Generator().manual_seed(0)
+        shapes = _shapes(spec, *cast("tuple[list[int], list[list[int]]]", _grids(module, spec)))
+        cases = [Case(training, shapes[0]) for training in (False, True)]
 
-        def compare(where: torch.device, kind: torch.dtype, exact: bool) -> str | None:
-            base = random_copy(module, where, kind if exact else None, generator)
-            for training in (False, True):
-                layers = [x.to(where) for x in _layers(spec, sizes, 2, kind, generator)]
-                runs = []
-                for call in (_original(spec), _fused(spec)):
-                    probe = copy.deepcopy(base)
-                    set_training(probe, training)
-                    with torch.set_grad_enabled(exact or training):
-                        runs.append(_Run(probe, layers, call, exact))
-                found = difference(runs[1].tensors, runs[0].tensors, TOLERANCE[kind])
-                if found is not None:
-                    return f"{found} in {'training' if training else 'evaluation'} mode"
-            return None
+        def fused(m: nn.Module, layers: Any, name: str) -> Any:
+            return _fused(spec)(m, layers)
 
-        try:
-            with isolated(device):
-                with backends.use_backend("reference"):
-                    found = compare(torch.device("cpu"), torch.float64, exact=True)
-                if found is None and device.type != "meta":
-                    found = compare(device, dtype, exact=False)
-        except Exception as error:  # as above
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return found
+        def fits(m: nn.Module, layers: Any) -> bool:
+            return can_fuse(m, spec, layers, int(spec.ranged), len(layers))
+
+        weight = next(module.parameters())
+        return compare(module, weight, cases, _original(spec), fused, spec.backend, shapes=shapes, fits=fits)
 
     def owned(self, module: nn.Module, spec: IDASpec) -> Iterable[nn.Module]:
         for _, unit in units(module, spec):
@@ -260,14 +241,6 @@ class IDAAdapter:
         return f"{whole} of {count} units fused whole; {why}"
 
 
-def _layers(
-    spec: IDASpec, sizes: list[tuple[int, int]], batch: int, dtype: torch.dtype, generator: torch.Generator
-) -> list[Tensor]:
-    """Random layers; for a ladder that takes a range one more before them, which is none of its business."""
-    outside = sizes[:1] if spec.ranged else []
-    return [torch.rand((batch, c, s, s), generator=generator, dtype=dtype) * 2 - 1 for c, s in [*outside, *sizes]]
-
-
 def _original(spec: IDASpec) -> Any:
     def call(module: nn.Module, layers: list[Tensor]) -> Any:
         return module.forward(layers, 1, len(layers)) if spec.ranged else module.forward(layers)
@@ -282,3 +255,19 @@ def _fused(spec: IDASpec) -> Any:
         return run(module, spec, layers, int(spec.ranged), len(layers))
 
     return call
+
+
+def _shapes(spec: IDASpec, channels: list[int], grids: list[list[int]]) -> list[Shapes]:
+    """Layers that fit the ladder in several sizes, and fewer of them where it may be asked for fewer."""
+    rows = [(2, grids[0], grids[0])]
+    for n, h, w in ((1, 0, 1), (3, 1, 0), (1, 0, 0), (1, 2, 2), (1, 3, 1), (1, 0, 6), (1, 6, 0)):
+        if max(h, w) < len(grids):
+            rows.append((n, grids[h], grids[w]))
+    made: list[Shapes] = []
+    for n, high, wide in rows:
+        layers = [(n, c, h, w) for c, h, w in zip(channels, high, wide, strict=True)]
+        # A ladder that takes a range is given one more before them, which is none of its business.
+        made.append([layers[0], *layers] if spec.ranged else layers)
+    if spec.ranged:
+        made += [made[0][: count + 1] for count in range(2, spec.layers)]
+    return made

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dla_fast.nn import stock
 from dla_fast.swap import units, verify
+from dla_fast.swap.probe import Case
 from dla_fast.swap.processes import asks_others
 
 Stock = Callable[[Any, Tensor], Tensor]
@@ -99,6 +100,6 @@ def _agrees(module: nn.Module, kind: str, expected: Stock) -> bool:
         return expected(m, xs[0])
 
     shapes = [(2, channels, *size) for size in units.sizes(module)]
-    cases = [verify.Case(training, [shape]) for training in (False, True) for shape in shapes]
+    cases = [Case(training, [shape]) for training in (False, True) for shape in shapes]
     weight = torch.empty(0, device="meta")  # what it computes, and not that it runs
     return verify.compare(module, weight, cases, original, fused, "auto") is None

@@ -12,8 +12,8 @@ from torch import nn
 from dla_fast.nn import stock
 from dla_fast.reference.activation import ActSpec
 from dla_fast.swap.calls import fused_act
+from dla_fast.swap.kept import INTERNAL
 from dla_fast.swap.reasons import class_name
-from dla_fast.swap.verify import INTERNAL
 
 Path = tuple[str, ...]
 _SIMPLE = (type(None), bool, int, float, str)

@@ -19,9 +19,9 @@ from dla_fast.nn import (
 )
 from dla_fast.nn.memory import check_memory, mark
 from dla_fast.swap.adapters import Adapter, adapter_of
+from dla_fast.swap.agreed import remembering
 from dla_fast.swap.nodes import FusedNode, fused_class, rebind, restore
 from dla_fast.swap.report import UNITS, SwapEntry, SwapReport
-from dla_fast.swap.verify import remembering
 
 # This package's own modules, and what each is.
 _OWN: dict[type[nn.Module], str] = {

@@ -17,6 +17,7 @@ from dla_fast.nn.unit import run_unit
 from dla_fast.swap import verify
 from dla_fast.swap.calls import PLAIN, forcing, norm_fits, undisturbed, unit_dtype
 from dla_fast.swap.nodes import FusedNode, class_reason
+from dla_fast.swap.probe import Case
 from dla_fast.swap.reasons import unit_reason
 from dla_fast.swap.units import Unit, in_channels, is_sequential, parts_of, sizes, unit_of
 
@@ -100,7 +101,7 @@ class UnitAdapter:
             return run_found(name, cast(Unit, unit_of(m)), xs[0])
 
         channels = cast(int, in_channels(module))
-        cases = [verify.Case(training, [(2, channels, *sizes(module)[0])]) for training in (False, True)]
+        cases = [Case(training, [(2, channels, *sizes(module)[0])]) for training in (False, True)]
         where = torch.empty(0, device=self.placement(module, spec)[0], dtype=self.placement(module, spec)[1])
         return verify.compare(module, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
 
