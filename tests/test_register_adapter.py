@@ -64,7 +64,7 @@ class WeighedAdapter(dla_fast.swap.ConcatAdapter):
         return isinstance(module, Weighed)
 
     def forward(self, module, merge, x, y):
-        return merge([x, y], residual=y)
+        return merge([x, y], residual=y, in_place=True)
 
     def calls(self, module, n, height, width):
         return [[(n, 8, height, width), (n, 8, height, width)]]
@@ -74,7 +74,8 @@ class Bare(WeighedAdapter):
     """The same, with the addition by hand."""
 
     def forward(self, module, merge, x, y):
-        return module.act(merge([x, y], act=False) + y)
+        z = merge([x, y], act=False)
+        return module.act((z + y).to(z.dtype))
 
 
 class Reluctant(RootAdapter):

@@ -75,13 +75,16 @@ class Merge:
     def __init__(self, module: nn.Module, spec: ConcatSpec) -> None:
         self.module, self.spec = module, spec
 
-    def __call__(self, xs: Sequence[Tensor], residual: Tensor | None = None, act: bool = True) -> Tensor:
+    def __call__(
+        self, xs: Sequence[Tensor], residual: Tensor | None = None, act: bool = True, in_place: bool = False
+    ) -> Tensor:
         """``child(torch.cat(xs, 1))``, or ``act(bn(conv(torch.cat(xs, 1))) + residual)`` where the child is three.
 
         Args:
             xs: maps (N, C_i, H, W).
-            residual: None, or what is added in front of the activation, in place: the sum has the norm's dtype.
+            residual: None, or what is added in front of the activation.
             act: False leaves the activation, and the residual, to the caller.
+            in_place: it is added in place, so that the sum has the norm's dtype whatever the residual's is.
 
         Raises:
             TypeError: a residual, or no activation, where the adapter's ``child`` is one.
@@ -98,10 +101,10 @@ class Merge:
         known = is_plain_conv(conv) if bn is None else is_plain(bn)
         dtype = unit_dtype(xs, conv, _NO_NORM if bn is None else bn) if known else None
         if dtype is None:
-            return self._one_by_one(torch.cat(list(given), 1), residual, act)
+            return self._one_by_one(torch.cat(list(given), 1), residual, act, in_place)
         if residual is not None and not _is_added(residual, xs, conv, dtype):
             y = self._run(xs, conv, bn, "identity", None)
-            y = activate((y + residual).to(y.dtype), ending)
+            y = activate(_sum(y, residual, in_place), ending)
         else:
             y = self._run(xs, conv, bn, ending, residual)
         for path in reader.rest:
@@ -117,7 +120,7 @@ class Merge:
         with contextlib.nullcontext() if self.spec.backend == "auto" else forcing(self.spec.backend):
             return _folded(xs, conv, act, added)
 
-    def _one_by_one(self, x: Tensor, residual: Tensor | None, act: bool) -> Tensor:
+    def _one_by_one(self, x: Tensor, residual: Tensor | None, act: bool, in_place: bool) -> Tensor:
         children: Any = self.module._modules
         child = self.spec.adapter.child
         if isinstance(child, str):
@@ -125,8 +128,13 @@ class Merge:
         for name in child[:2]:
             x = children[name](x)
         if residual is not None:
-            x = (x + residual).to(x.dtype)
+            x = _sum(x, residual, in_place)
         return cast(Tensor, children[child[2]](x)) if act and len(child) > 2 else x
+
+
+def _sum(y: Tensor, residual: Tensor, in_place: bool) -> Tensor:
+    z = y + residual
+    return z.to(y.dtype) if in_place else z
 
 
 def _is_added(residual: Any, xs: Sequence[Tensor], conv: Any, dtype: torch.dtype) -> bool:

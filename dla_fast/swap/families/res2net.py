@@ -40,7 +40,7 @@ class Bottle2neck(ConcatAdapter):
     def forward(self, module: Any, merge: Merge, x: Tensor) -> Tensor:
         maps = _scales(module, x)
         if module.se is None and module.drop_path is None:
-            return merge(maps, x if module.downsample is None else module.downsample(x))
+            return merge(maps, x if module.downsample is None else module.downsample(x), in_place=True)
         y = merge(maps, act=False)
         if module.se is not None:
             y = module.se(y)
@@ -59,7 +59,7 @@ class DlaBottle2neck(ConcatAdapter):
         return module._modules.keys() >= _NAMES and not hasattr(module, "downsample")
 
     def forward(self, module: Any, merge: Merge, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        return merge(_scales(module, x), x if shortcut is None else shortcut)
+        return merge(_scales(module, x), x if shortcut is None else shortcut, in_place=True)
 
     def calls(self, module: Any, n: int, height: int, width: int) -> Sequence[Sequence[Sequence[int] | None]]:
         channels, outputs, step = first_channels(module), module.conv3.out_channels, module.convs[0].stride[0]
