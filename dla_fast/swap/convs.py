@@ -35,7 +35,7 @@ from dla_fast.swap.calls import (
 from dla_fast.swap.found import find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode, class_reason
 from dla_fast.swap.probe import Case
-from dla_fast.swap.units import is_sequential, norm_channels, tail_of
+from dla_fast.swap.units import in_order, norm_channels, tail_of
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class ConvsAdapter:
     node: type[FusedNode] = FusedConvs
 
     def resembles(self, module: nn.Module) -> bool:
-        return is_sequential(module) and bool(_runs(module))
+        return in_order(module) and bool(_runs(module))
 
     def match(self, module: nn.Module, backend: str) -> ConvsSpec | str:
         reason = class_reason(module)

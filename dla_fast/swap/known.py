@@ -62,8 +62,8 @@ def is_known(module: nn.Module) -> bool:
 def _is_known(module: nn.Module) -> bool:
     # One that is swapped already does what it did before.
     kind: Any = original_class(module)
-    # Nor does one that was found, at length, to do what such a one does.
-    if kind in _LIBRARY or stock.kind(module):
+    # Nor does one without children that was found, at length, to do what such a one does.
+    if kind in _LIBRARY or (not module._modules and stock.kind(module)):
         return "forward" not in module.__dict__
     plain = (
         "forward" not in module.__dict__

@@ -5,8 +5,9 @@ Each kind names who may be one, by structure, and what it would have to compute;
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +69,28 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, Stock]]:
                 yield "unit_relu", lambda m, x: structure.run(m, x).relu()
 
 
+def _takes_one(module: nn.Module) -> bool:
+    """Whether a forward takes one map; more may be left out."""
+    try:
+        parameters = list(inspect.signature(cast(Any, stock.original_class(module)).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if not parameters or any(p.kind not in kinds for p in parameters):
+        return False
+    return parameters[0].default is inspect.Parameter.empty and all(p.default is not p.empty for p in parameters[1:])
+
+
 def prove(module: nn.Module) -> stock.Known:
     """The kind of a module, as :mod:`dla_fast.nn.stock` names them, or "" for none that it agrees with.
 
     Beside that of a unit stands its :class:`dla_fast.swap.units.Structure`.
     """
     known = type(module).__module__.startswith("torch.nn.modules.")  # and none of those
-    if known or isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
-        return "", None
     # Alone, a norm over several processes is as any other.
     if asks_others(module):
+        return "", None
+    if known or not _takes_one(module) or isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return "", None
     for kind, expected in _candidates(module):
         if _agrees(module, kind, expected):

@@ -57,17 +57,20 @@ class Structure:
         return x
 
 
-def is_sequential(module: nn.Module) -> bool:
-    """Whether a module calls its children in order: a Sequential, or what inherits all of that."""
+def in_order(module: nn.Module) -> bool:
+    """Whether a module's forward calls its children in order: a Sequential's, or what inherits that."""
     cls: Any = stock.original_class(module)
-    if cls is nn.Sequential:
-        return True
-    return (
+    return cls is nn.Sequential or (
         issubclass(cls, nn.Sequential)
         and cls.forward is nn.Sequential.forward
         and cls.__iter__ is nn.Sequential.__iter__
-        and cls.__call__ is nn.Sequential.__call__
     )
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether calling a module is nothing but calling its children in order."""
+    cls: Any = stock.original_class(module)
+    return in_order(module) and cls.__call__ is nn.Sequential.__call__
 
 
 def _named(module: nn.Module) -> dict[str, nn.Module]:
