@@ -41,8 +41,8 @@ NETWORKS = {
     "torchvision resnet50": (0, 16, 4),
     # A stem of three convolutions, and shortcuts that are pooled first.
     "resnet26d": (0, 8, 5),
-    # Blocks of two 3x3 convolutions in a ModuleList are none that are known.
-    "dla60_res2net": (8, 0, 7),
+    # Its blocks concatenate, so they are nodes as its roots are.
+    "dla60_res2net": (24, 0, 7),
 }
 
 

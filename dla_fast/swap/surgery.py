@@ -18,7 +18,7 @@ from dla_fast.nn import (
     SplitBottleneck,
 )
 from dla_fast.nn.memory import check_memory, mark
-from dla_fast.swap.adapters import ADAPTERS, Adapter
+from dla_fast.swap.adapters import Adapter, adapter_of
 from dla_fast.swap.agreed import remembering
 from dla_fast.swap.nodes import FusedNode, fused_class, rebind, restore
 from dla_fast.swap.report import UNITS, SwapEntry, SwapReport
@@ -116,7 +116,7 @@ def _survey(
                 reason = f"already fused: dla_fast.nn.{own.__name__}"
                 report.skipped.append(SwapEntry(name, UNITS[_OWN[own]], reason))
             continue
-        adapter = next((a for a in ADAPTERS if isinstance(module, a.node) or a.resembles(module)), None)
+        adapter = adapter_of(module)
         if adapter is None or id(module) in owned:
             continue
         if isinstance(module, FusedNode):
@@ -162,7 +162,9 @@ def swap_(
     Each kind of module is recognised by its structure:
 
     - *nodes*: aggregation nodes with children ``conv``, ``bn``, ``relu`` and a flag ``residual`` or ``shortcut``;
-      inputs (N, C_i, H, W) as arguments or as one list.
+      inputs (N, C_i, H, W) as arguments or as one list. Also modules that concatenate in their own forward and let a
+      convolution, norm and activation read it (:mod:`dla_fast.swap.families`), and those of
+      :func:`dla_fast.register_adapter`.
     - *ladders*: iterative deep aggregation with children ``proj_i``, ``up_i``, ``node_i`` (or ModuleLists ``projs``,
       ``ups``, ``nodes``); it may give (last, all), the list or nothing, and write into the list it was given, or not.
     - *blocks*: residual blocks with children ``conv1``, ``bn1``, ``conv2``, ``bn2`` and so on; the shortcut is an
