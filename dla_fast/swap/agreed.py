@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -13,11 +14,8 @@ from dla_fast.swap.kept import INTERNAL
 
 # Comparisons that agreed, by what was compared; None outside of a swap.
 _agreed: ContextVar[set[Any] | None] = ContextVar("agreed", default=None)
-_WIDTHS = {
-    nn.Conv2d: ("in_channels", "out_channels"),
-    nn.BatchNorm2d: ("num_features",),
-    nn.SyncBatchNorm: ("num_features",),
-}
+_WIDTHS = ("in_channels", "out_channels", "num_features")
+_SIMPLE = (bool, int, float, str, type, types.FunctionType, types.BuiltinFunctionType)
 
 
 @contextlib.contextmanager
@@ -53,17 +51,17 @@ def once(module: nn.Module, widths: bool, key: Any, compare: Callable[[], str | 
 def signature(module: nn.Module, widths: bool) -> Any:
     """All that its forward can depend on but values: classes, attributes, dtypes, and shapes where ``widths``.
 
-    None where an attribute is more than a number, a string, or a sequence of those.
+    None where an attribute is more than a number, a string, a function, a class, or a sequence of those.
     """
     parts: list[Any] = [type(module).forward]
     for name, part in module.named_modules(remove_duplicate=False):
         parts += [name, type(part), *((key, child is None) for key, child in part._modules.items())]
-        hidden = () if widths else _WIDTHS.get(type(part), ())
+        hidden = () if widths or not isinstance(part, (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)) else _WIDTHS
         for key, value in part.__dict__.items():
             if key in INTERNAL or key in hidden:
                 continue
             simple = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            if not all(v is None or type(v) in (bool, int, float, str) for v in simple):
+            if not all(v is None or type(v) in _SIMPLE for v in simple):
                 return None
             parts += [key, type(value), *((type(v), v) for v in simple)]
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,6 +95,13 @@ def _apply(changes: list[tuple[nn.Module, type[FusedNode]]]) -> None:
         raise
 
 
+def _with_progress(modules: list[Any]) -> Iterator[Any]:
+    """The same beside a bar, on a terminal, where it takes long: large modules that are tried at length."""
+    from tqdm import tqdm
+
+    yield from tqdm(modules, desc="swap_", unit="module", delay=2, disable=None, leave=False, dynamic_ncols=True)
+
+
 def _survey(
     model: nn.Module,
     report: SwapReport,
@@ -109,7 +117,7 @@ def _survey(
     changes: list[tuple[nn.Module, type[FusedNode]]] = []
     unsupported: list[SwapEntry] = []
     owned: set[int] = set()
-    for module, (name, *aliases) in found.values():
+    for module, (name, *aliases) in _with_progress(list(found.values())):
         own = next((kind for kind in _OWN if isinstance(module, kind)), None)
         if own is not None:
             if _OWN[own] in wanted:
