@@ -177,9 +177,11 @@ def swap_(
       ``ups``, ``nodes``); it may give (last, all), the list or nothing, and write into the list it was given, or not.
     - *blocks*: residual blocks with children ``conv1``, ``bn1``, ``conv2``, ``bn2`` and so on; the shortcut is an
       argument, made by a child ``downsample``, or the input.
-    - *convs*: an nn.Sequential in which batch norm follows a convolution, and an activation, where there is one, that.
+    - *convs*: an nn.Sequential in which batch norm follows a convolution, and an activation, where there is one, that,
+      or norm and activation alone; and a module that is such a unit in itself, whatever its children are called.
 
-    All is confirmed by running the forward beside the fused call on copies. Only the class of an instance changes, to a
+    A child of a class of one's own counts as what it computes, which is found by running it: an identity, a
+    convolution, a batch norm, frozen or with an activation of its own. All is confirmed by running the forward beside the fused call on copies. Only the class of an instance changes, to a
     subclass of the class it had: children, parameters, keys, hooks on the module and optimizer state are the same
     objects as before. What is not recognised for certain stays as it is, with the reason in the report; an ordinary
     Sequential is not listed.
@@ -202,7 +204,8 @@ def swap_(
             (not over ``DLA_FAST_DISABLE``); a module that it cannot run where its parameters are is skipped.
         filter_fn: called with the name and the module of each candidate; those it gives False for stay as they are.
         on_unsupported: "skip", or "raise": change nothing and raise when a candidate cannot be swapped.
-        verify: confirm by running; False trusts the structure.
+        verify: confirm by running; False trusts the structure. What a class of one's own computes, and how a ladder
+            treats its list, is found by running it all the same.
         dry_run: only report.
 
     Returns:
