@@ -181,10 +181,10 @@ def swap_(
       or norm and activation alone; and a module that is such a unit in itself, whatever its children are called.
 
     A child of a class of one's own counts as what it computes, which is found by running it: an identity, a
-    convolution, a batch norm, frozen or with an activation of its own. All is confirmed by running the forward beside the fused call on copies. Only the class of an instance changes, to a
-    subclass of the class it had: children, parameters, keys, hooks on the module and optimizer state are the same
-    objects as before. What is not recognised for certain stays as it is, with the reason in the report; an ordinary
-    Sequential is not listed.
+    convolution, a batch norm, frozen or with an activation of its own. All is confirmed by running the forward beside
+    the fused call on copies. Only the class of an instance changes, to a subclass of the class it had: children,
+    parameters, keys, hooks on the module and optimizer state are the same objects as before. What is not recognised for
+    certain stays as it is, with the reason in the report; an ordinary Sequential is not listed.
 
     A swapped module checks on every call that what it replaces is still there, and otherwise runs its original forward:
     after a child was exchanged, with hooks or parametrizations on a child, with global module hooks, with inputs of
