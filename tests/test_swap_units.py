@@ -164,6 +164,16 @@ def test_options_of_an_instance_count():
     assert stock.kind(module) == ""
 
 
+def test_another_forward_of_the_class_is_another_class():
+    class Patched(Itself):
+        pass
+
+    module = Patched()
+    assert stock.kind(module) == "identity"
+    Patched.forward = lambda self, x: x * 2
+    assert stock.kind(module) == ""
+
+
 UNITS = {
     "{conv, bn, relu}": (Named, nn.Conv2d, "relu"),
     "{conv, norm, activate}": (lambda: Named(("conv", "norm", "activate"), act=nn.SiLU), nn.Conv2d, "silu"),

@@ -7,6 +7,7 @@ registers as the prover, and is asked once about every class with the same optio
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ _NOTHING: Known = ("", None)
 _known: dict[tuple[Any, ...], Known] = {}
 # Of modules that differ in functions alone, where all so far are one kind: what a compiler can look up.
 _classes: dict[tuple[Any, ...], Known] = {}
+_MOST = 4096
+_proving = threading.local()
 _prover: Callable[[nn.Module], Known] | None = None
 
 
@@ -75,11 +78,27 @@ def known(module: nn.Module) -> Known:
     if found is None:
         if _prover is None or not _can_prove():
             return _NOTHING
-        # Whoever it is asked about while it is proven is not known yet.
-        _known[key] = _NOTHING
-        found = _known[key] = _prover(module)
-        same = _plain_key(module)
-        _classes[same] = found if _classes.get(same, found) == found else _NOTHING
+        found = _prove(module, key, _prover)
+    return found
+
+
+def _prove(module: nn.Module, key: tuple[Any, ...], prover: Callable[[nn.Module], Known]) -> Known:
+    """What the prover says, kept; nothing for whoever asks while it is proven, of this thread."""
+    busy: set[Any] = _proving.__dict__.setdefault("keys", set())
+    if key in busy:
+        return _NOTHING
+    busy.add(key)
+    try:
+        found = prover(module)
+    finally:
+        busy.discard(key)
+    if len(_known) >= _MOST:
+        # Classes that are made anew for every model must not be kept for ever.
+        _known.clear()
+        _classes.clear()
+    _known[key] = found
+    same = _plain_key(module)
+    _classes[same] = found if _classes.get(same, found) == found else _NOTHING
     return found
 
 
@@ -114,7 +133,7 @@ def _plain_key(module: nn.Module) -> tuple[Any, ...]:
 
 def _key(module: nn.Module) -> tuple[Any, ...] | None:
     """All that its forward can depend on but values, widths and what its children do; None for what is too much."""
-    key: list[Any] = [_plain_key(module)]
+    key: list[Any] = [_plain_key(module), getattr(original_class(module), "forward", None)]
     for name, value in module.__dict__.items():
         if name in _IGNORED or name.startswith("_dla_fast") or _is_plain(value):
             continue
