@@ -63,6 +63,8 @@ class NormedConv2d(nn.Conv2d):
         self.norm, self.activation = norm, activation
 
     def forward(self, x):
+        if x.numel() == 0 and self.training:
+            assert not isinstance(self.norm, torch.nn.SyncBatchNorm), "no image, and others wait for its statistics"
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if self.norm is not None:
             x = self.norm(x)

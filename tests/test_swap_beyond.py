@@ -509,7 +509,7 @@ LIARS = {
     Summed: "verification failed: ValueError",
     Pair: "verification failed",
     Keyword: "forward: expected arguments by position",
-    TwoArguments: "forward takes 2 to 2 arguments, expected 1 to 1",
+    TwoArguments: "forward takes 2 to 2 arguments, C2f.forward 1 to 1",
     Grouped: "cv2.bn: expected a batch norm, got GroupNorm",
     Transposed: "cv2.conv: expected a convolution, got ConvTranspose2d",
     ActsFirst: "verification failed: outputs",

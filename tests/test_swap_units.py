@@ -320,3 +320,135 @@ def test_a_ladder_says_why_a_unit_is_not_fused(norm, act, reason):
 
     (entry,) = dla_fast.swap_(Ladder(), units="ladders").swapped
     assert entry.reason == (f"0 of 2 units fused whole; proj_1, node_1: {reason}" if reason else "")
+
+
+class Idle(nn.Module):
+    """Does nothing, as long as it is told so."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.0
+
+    def forward(self, x):
+        return x * (1 - self.rate) if self.rate else x
+
+
+class Dropping(Named):
+    def __init__(self):
+        super().__init__()
+        self.drop = Idle()
+
+    def forward(self, x):
+        return self.drop(super().forward(x))
+
+
+LATER = {
+    "an idle child does something": lambda m: setattr(m.drop, "rate", 0.5),
+    "an idle child is watched": lambda m: m.drop.register_forward_hook(lambda *a: a[2] * 2),
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_an_idle_child_that_is_one_no_more(change):
+    module = Dropping().eval()
+    twin = copy.deepcopy(module)
+    assert dla_fast.swap_(twin).swapped
+    for m in (module, twin):
+        LATER[change](m)
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(twin(x), module(x))
+
+
+class Single(nn.BatchNorm2d):
+    """Of a single image it takes the running statistics."""
+
+    def forward(self, x):
+        training, self.training = self.training, self.training and x.shape[0] > 1
+        try:
+            return super().forward(x)
+        finally:
+            self.training = training
+
+
+class Wider(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.clamp(-1, 1) if x.shape[-1] > 32 else x)
+
+
+class Precise(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x.float() if torch.is_autocast_enabled("cpu") else x)
+
+
+class Checked(nn.Conv2d):
+    """Asks what kind of norm it holds, not other processes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        assert not isinstance(self.norm, nn.SyncBatchNorm)
+        return self.norm(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Single(4), ""),
+        (lambda: Wider(4, 6, 3, padding=1), ""),
+        (lambda: Precise(4), ""),
+        (lambda: Checked(4, 6, 3, padding=1), "conv_norm"),
+        (lambda: Named(conv=lambda *a, **k: nn.Conv2d(4, 6, 3, padding=1)), "unit"),
+    ],
+)
+def test_what_is_tried_before_a_class_is_known(make, kind):
+    assert stock.kind(make()) == kind
+
+
+def test_a_large_head_is_not_run_at_length():
+    """A backbone in front of a norm is no convolution, and too large to be proven one."""
+    head = nn.Sequential(*(nn.Conv2d(256, 256, 3, padding=1) for _ in range(4)))
+    module = Named(conv=lambda *a, **k: nn.Sequential(nn.Conv2d(4, 256, 1), head, nn.Conv2d(256, 6, 1)))
+    assert stock.kind(module) == ""
+    wide = Named(conv=lambda *a, **k: nn.Conv2d(4096, 6, 3, padding=1))
+    assert stock.kind(wide) == "unit"
+
+
+def test_a_class_that_changes_with_every_call_is_not_run_in_each():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps, self.runs = 0, []
+
+        def forward(self, x):
+            self.steps += 1
+            return x
+
+    module = Steps()
+    del module.runs
+    before = len(stock._known)
+    for module.steps in range(200):
+        assert stock.kind(module) == ""
+    assert len(stock._known) - before <= stock._MOST_OF_A_CLASS
+
+
+def test_what_an_exception_leaves():
+    """An attribute that cannot be looked at, and buffers that are no vectors."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eps = 1e-5
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.tensor(1.0))
+
+        @property
+        def in_channels(self):
+            raise RuntimeError("not yet")
+
+        def forward(self, x):
+            return x * self.weight
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Odd(), nn.ReLU())
+    assert not dla_fast.swap_(model).swapped

@@ -8,6 +8,7 @@ registers as the prover, and is asked once about every class with the same optio
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,8 @@ _NOTHING: Known = ("", None)
 _known: dict[tuple[Any, ...], Known] = {}
 # Of modules that differ in functions alone, where all so far are one kind: what a compiler can look up.
 _classes: dict[tuple[Any, ...], Known] = {}
-_MOST = 4096
+_proofs: dict[type, int] = {}
+_MOST, _MOST_OF_A_CLASS = 4096, 64
 _proving = threading.local()
 _prover: Callable[[nn.Module], Known] | None = None
 
@@ -70,7 +72,8 @@ def kind(module: nn.Module) -> str:
 def known(module: nn.Module) -> Known:
     """What a module of a foreign class is, and the prover's remark."""
     if torch.compiler.is_compiling():
-        return _classes.get(_plain_key(module), _NOTHING)
+        # Which function an attribute is cannot be looked up there.
+        return _NOTHING if _has_others(module) else _classes.get(_plain_key(module), _NOTHING)
     key = _key(module)
     if key is None:
         return _NOTHING
@@ -85,8 +88,11 @@ def known(module: nn.Module) -> Known:
 def _prove(module: nn.Module, key: tuple[Any, ...], prover: Callable[[nn.Module], Known]) -> Known:
     """What the prover says, kept; nothing for whoever asks while it is proven, of this thread."""
     busy: set[Any] = _proving.__dict__.setdefault("keys", set())
-    if key in busy:
+    cls = original_class(module)
+    # One whose numbers change from call to call would be run in every one of them.
+    if key in busy or _proofs.get(cls, 0) >= _MOST_OF_A_CLASS:
         return _NOTHING
+    _proofs[cls] = _proofs.get(cls, 0) + 1
     busy.add(key)
     try:
         found = prover(module)
@@ -96,6 +102,7 @@ def _prove(module: nn.Module, key: tuple[Any, ...], prover: Callable[[nn.Module]
         # Classes that are made anew for every model must not be kept for ever.
         _known.clear()
         _classes.clear()
+        _proofs.clear()
     _known[key] = found
     same = _plain_key(module)
     _classes[same] = found if _classes.get(same, found) == found else _NOTHING
@@ -118,6 +125,25 @@ def _is_plain(value: Any) -> bool:
     return type(value) in _SIMPLE or (type(value) in (tuple, list) and all(type(v) in _SIMPLE for v in value))
 
 
+def _is_function(value: Any) -> bool:
+    """A function or class that holds nothing else, and so keeps nothing alive."""
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None
+    return isinstance(value, type) or (isinstance(value, types.BuiltinFunctionType) and not _is_bound(value))
+
+
+def _is_bound(function: types.BuiltinFunctionType) -> bool:
+    return not isinstance(function.__self__, (types.ModuleType, type(None), type))
+
+
+def _has_others(module: nn.Module) -> bool:
+    """Whether a module has attributes besides numbers and strings."""
+    for name, value in module.__dict__.items():
+        if name not in _IGNORED and not name.startswith("_dla_fast") and not _is_plain(value):
+            return True
+    return False
+
+
 def _plain_key(module: nn.Module) -> tuple[Any, ...]:
     """Its class, its children's, which parameters there are, and its own numbers and strings."""
     key: list[Any] = [original_class(module)]
@@ -138,7 +164,7 @@ def _key(module: nn.Module) -> tuple[Any, ...] | None:
         if name in _IGNORED or name.startswith("_dla_fast") or _is_plain(value):
             continue
         simple = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        if any(isinstance(v, nn.Module) or not (isinstance(v, _SIMPLE) or callable(v)) for v in simple):
+        if not all(type(v) in _SIMPLE or _is_function(v) for v in simple):
             return None
         key += (name, simple)
     try:

@@ -17,7 +17,7 @@ from dla_fast.swap.block import BlockSpec, FusedBlock, can_fuse, output_shape, r
 from dla_fast.swap.kept import INTERNAL
 from dla_fast.swap.nodes import FusedNode, class_reason
 from dla_fast.swap.probe import Case, Shapes
-from dla_fast.swap.reasons import act_reason, class_name, conv_reason, norm_reason
+from dla_fast.swap.reasons import act_reason, class_name, conv_reason, functions_of, norm_reason
 from dla_fast.swap.units import norm_channels
 
 _ARGUMENTS = ("shortcut", "residual", "identity")
@@ -108,6 +108,9 @@ class BlockAdapter:
         if further:
             named = (f"{n} ({class_name(children[n])})" if n in children else n for n in further)
             reasons.append(f"has more than a block: {', '.join(named)}")
+        functions = functions_of(module) if functional else []
+        if functions:
+            reasons.append(f"what activates may be {', '.join(functions)}, which can be exchanged")
         told = [r for r in dict.fromkeys(reasons) if r]
         if signature is None or told:
             return "; ".join(told)

@@ -55,7 +55,7 @@ def are_unit(conv: Any, bn: Any) -> bool:
 
 def is_conv(conv: nn.Module) -> bool:
     """Whether a child is a convolution in effect, and nobody watches its calls."""
-    return stock.kind(conv) == "conv" and not is_observed(conv)
+    return isinstance(conv, nn.Conv2d) and stock.kind(conv) == "conv" and not is_observed(conv)
 
 
 def is_norm(bn: nn.Module) -> bool:

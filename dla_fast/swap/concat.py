@@ -73,7 +73,7 @@ class Merge:
     """Calls what reads the concatenation of maps, without the concatenation."""
 
     def __init__(self, module: nn.Module, spec: ConcatSpec) -> None:
-        self.module, self.spec = module, spec
+        self.module, self.spec, self.count = module, spec, 0
 
     def __call__(
         self, xs: Sequence[Tensor], residual: Tensor | None = None, act: bool = True, in_place: bool = False
@@ -90,6 +90,9 @@ class Merge:
             TypeError: a residual, or no activation, where the adapter's ``child`` is one.
         """
         module, child, reader = self.module, self.spec.adapter.child, self.spec.reader
+        self.count += 1
+        if isinstance(xs, Tensor):
+            raise TypeError("merge: expected a list of maps, got one tensor; pass merge([x, y])")
         if isinstance(child, str) and (residual is not None or not act):
             raise TypeError(f"merge: {child} is one child, which neither adds a residual nor leaves its activation out")
         given, xs = xs, list(xs)
@@ -302,13 +305,21 @@ class ConcatAdapter:
             needed, taken = _arguments(self.forward, 2)
         except (TypeError, ValueError) as error:
             return f"forward: {error}"
+        name = type(self).__name__
+        if taken == 0:
+            return f"{name}.forward takes no argument of a call: expected (self, module, merge, x, ...)"
         if least > taken or needed > most:
-            return f"forward takes {least} to {most} arguments, expected {needed} to {taken}"
+            return f"forward takes {least} to {most} arguments, {name}.forward {needed} to {taken}"
+        try:
+            # Arguments that no comparison brings are none that a call may bring.
+            tried = max(len(self.arguments(given)) for given in self.calls(module, 2, 8, 8))
+        except Exception as error:  # whatever an adapter of one's own raises
+            return f"{name}.calls or .arguments: {type(error).__name__}: {error}"
         parts = [at(module, path) for path in (reader.conv, reader.bn) if path is not None]
         if len({t.device for part in parts if part for t in [*part.parameters(), *part.buffers()]}) > 1:
             return "the parameters and buffers of what reads the concatenation lie on several devices"
         return ConcatSpec(
-            self, reader, tuple(passed), children_of(module), attributes_of(module), min(most, taken), backend
+            self, reader, tuple(passed), children_of(module), attributes_of(module), min(most, taken, tried), backend
         )
 
     def placement(self, module: nn.Module, spec: ConcatSpec) -> tuple[torch.device, torch.dtype]:
@@ -324,13 +335,17 @@ class ConcatAdapter:
 
         def fused(m: nn.Module, xs: Sequence[Any], name: str) -> Any:
             _seed(weight.device)
-            return self.forward(m, Merge(m, replace(spec, backend=name)), *self.arguments(xs))
+            merge = Merge(m, replace(spec, backend=name))
+            made = self.forward(m, merge, *self.arguments(xs))
+            if merge.count != 1:
+                raise TypeError(f"{type(self).__name__}.forward called merge {merge.count} times, expected once")
+            return made
 
         try:
             cases = [Case(training, given) for training, *size in _RUNS for given in self.calls(module, *size)]
             shapes = [given for size in _SIZES for given in self.calls(module, *size)]
-        except ValueError as error:
-            return str(error)
+        except Exception as error:  # whatever an adapter of one's own raises
+            return f"{type(self).__name__}.calls: {type(error).__name__}: {error}"
         fits = partial(_fits, spec)
         return verify.compare(module, weight, cases, original, fused, spec.backend, shapes=shapes, fits=fits)
 

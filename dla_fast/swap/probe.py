@@ -99,10 +99,11 @@ def thorough(shapes: Sequence[Shapes], weights: int = 0) -> list[Case]:
     """
     shapes = list({str(s): s for s in shapes}.values())
     affordable = [s for i, s in enumerate(shapes) if i == 0 or weights * _pixels(s, True) <= _PRODUCTS]
-    # A norm refuses one value per channel, and few tell little.
-    trained = [s for s in affordable if _pixels(s, False) >= 4]
+    # Few values per channel tell little, and one a norm refuses.
+    trained = [s for s in affordable if _pixels(s, False) >= 4 or _pixels(s, True) == 1]
     plain, other = Case(False, affordable[0], "none"), Case(True, affordable[0], "none")
     cases = [replace(plain, shapes=s) for s in affordable]
+    cases += [replace(plain, shapes=s, scale=1e3) for s in affordable[-4:]]
     cases += _values(plain)
     cases += [replace(plain, values=values, shapes=s) for values in ("nan", "infinite") for s in affordable[1:2]]
     cases += [replace(plain, channels_last=True), replace(plain, container=tuple, lenient=True)]

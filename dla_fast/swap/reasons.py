@@ -11,7 +11,9 @@ from dla_fast.checks import FLOATING
 from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_observed
 from dla_fast.swap.calls import fused_act
+from dla_fast.swap.kept import INTERNAL
 from dla_fast.swap.nodes import CONV1X1
+from dla_fast.swap.processes import asks_others
 from dla_fast.swap.units import Unit, is_sequential, unit_tail
 
 
@@ -38,7 +40,9 @@ def _known_reason(name: str, child: nn.Module, expected: type[nn.Module], kinds:
     reason = child_reason(name, child, None if known else expected)
     if reason is None or not reason.startswith(f"{name}: expected") or not isinstance(child, expected):
         return reason
-    return f"{reason}, which gives something else"
+    if asks_others(child):
+        return f"{reason}, whose code speaks of other processes"
+    return f"{reason}, a class of {type(child).__module__} that gives something else or is not known"
 
 
 def conv_reason(name: str, conv: nn.Module) -> str | None:
@@ -76,6 +80,11 @@ def act_reason(name: str, act: nn.Module) -> str | None:
     if fused_act(act) is None:
         return f"{name}: no kernel ends with {class_name(act)}"
     return child_reason(name, act, None)
+
+
+def functions_of(module: nn.Module) -> list[str]:
+    """Names of a module's attributes that can be called, and are no children."""
+    return [name for name, value in module.__dict__.items() if name not in INTERNAL and callable(value)]
 
 
 def unit_reason(unit: nn.Module, found: Unit | None) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dla_fast.swap import verify
 from dla_fast.swap.nodes import AggregateSpec, FusedAggregate, FusedNode, class_reason
-from dla_fast.swap.reasons import act_reason, class_name, conv1x1_reason, norm_reason
+from dla_fast.swap.reasons import act_reason, class_name, conv1x1_reason, functions_of, norm_reason
 from dla_fast.swap.units import norm_channels, tail_of
 
 _NORMS = ("bn", "norm")
@@ -96,6 +96,9 @@ class RootAdapter:
         convention = takes_list(type(module).forward)
         if convention is None:
             reasons.append("forward takes neither *xs nor one list")
+        functions = [] if acts else functions_of(module)
+        if functions:
+            reasons.append(f"what activates may be {', '.join(functions)}, which can be exchanged")
         if reasons:
             return "; ".join(reasons)
         if conv.out_channels != norm_channels(bn):

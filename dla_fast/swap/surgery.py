@@ -118,6 +118,8 @@ def _survey(
     unsupported: list[SwapEntry] = []
     owned: set[int] = set()
     for module, (name, *aliases) in _with_progress(list(found.values())):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         own = next((kind for kind in _OWN if isinstance(module, kind)), None)
         if own is not None:
             if _OWN[own] in wanted:

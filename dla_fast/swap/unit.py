@@ -19,7 +19,7 @@ from dla_fast.swap.calls import PLAIN, forcing, norm_fits, undisturbed, unit_dty
 from dla_fast.swap.nodes import FusedNode, class_reason
 from dla_fast.swap.probe import Case
 from dla_fast.swap.reasons import unit_reason
-from dla_fast.swap.units import Unit, in_channels, is_sequential, parts_of, sizes, unit_of
+from dla_fast.swap.units import Unit, in_channels, is_sequential, parts_of, shapes, unit_of
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,14 @@ class UnitAdapter:
         def fused(m: nn.Module, xs: Sequence[Tensor], name: str) -> Tensor:
             return run_found(name, cast(Unit, unit_of(m)), xs[0])
 
-        channels = cast(int, in_channels(module))
-        cases = [Case(training, [(2, channels, *sizes(module)[0])]) for training in (False, True)]
-        where = torch.empty(0, device=self.placement(module, spec)[0], dtype=self.placement(module, spec)[1])
-        return verify.compare(module, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
+        first, *more = shapes(module, cast(int, in_channels(module)))
+        cases = [Case(training, [first]) for training in (False, True)]
+        device, dtype = self.placement(module, spec)
+        where = torch.empty(0, device=device, dtype=dtype)
+        return verify.compare(
+            module, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend,
+            shapes=[[shape] for shape in more], fits=lambda m, xs: fits(cast(Unit, unit_of(m)), xs[0]),
+        )  # fmt: skip
 
     def remark(self, module: nn.Module, spec: UnitSpec) -> str:
         found = cast(Unit, unit_of(module))

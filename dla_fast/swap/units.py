@@ -103,12 +103,20 @@ def _parts(sequential: nn.Module) -> list[nn.Module]:
     return [c for c in sequential._modules.values() if c is not None]
 
 
+def are_idle(module: nn.Module, but: tuple[str | None, ...]) -> bool:
+    """Whether the other children do nothing, and nobody watches that."""
+    others = (child for name, child in module._modules.items() if child is not None and name not in but)
+    return all(stock.kind(child) == "identity" and not is_observed(child) for child in others)
+
+
 def tail_of(bn: nn.Module, act: nn.Module | None) -> tuple[nn.Module, ActSpec] | None:
     """A norm and the activation behind it, which may be its own child; None for what no kernel ends with."""
-    kind = stock.kind(bn)
+    kind = stock.kind(bn) if "running_mean" in bn._buffers else ""
     if kind not in stock.NORMS or is_observed(bn):
         return None
     if kind.endswith("_act"):
+        if not are_idle(bn, ("act",)):
+            return None
         own = cast(nn.Module, bn._modules["act"])
         return (bn, cast(ActSpec, fused_act(own))) if act is None and is_act(own) else None
     if act is None:
@@ -134,9 +142,10 @@ def _made(head: nn.Module, tail: tuple[nn.Module, ActSpec] | None) -> Unit | Non
 
 def norm_channels(bn: nn.Module) -> int | None:
     """The channels of a norm."""
-    value = getattr(bn, "num_features", None)
-    mean = getattr(bn, "running_mean", None)
-    return value if isinstance(value, int) else None if mean is None else mean.shape[0]
+    value, mean = bn.__dict__.get("num_features"), bn._buffers.get("running_mean")
+    if isinstance(value, int):
+        return value
+    return mean.shape[0] if isinstance(mean, Tensor) and mean.dim() == 1 else None
 
 
 def unit_of(module: nn.Module) -> Unit | None:
@@ -161,7 +170,7 @@ def parts_of(module: nn.Module) -> Unit | None:
     if type(module) in stock.EXACT or not module._modules:
         return None
     kind, structure = stock.known(module)
-    if kind not in stock.UNITS:
+    if kind not in stock.UNITS or not are_idle(module, (structure.head, structure.norm, structure.act)):
         return None
     named = module._modules
     head = cast(nn.Module, named[structure.head])
@@ -192,10 +201,9 @@ def _conv_norm(conv: Any) -> Unit | None:
 
 def in_channels(module: nn.Module) -> int | None:
     """The channels that a module takes, where that can be told or found by running it."""
-    value = getattr(module, "in_channels", None)
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(value, int):
-        return value
-    if stock.kind(module) in stock.NORMS or hasattr(module, "running_mean"):
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        return module.in_channels
+    if "running_mean" in module._buffers:
         return norm_channels(module)
     found = channels_of(module)
     return None if found is None else found[0]
@@ -210,7 +218,7 @@ def channels_of(module: nn.Module) -> tuple[int, int] | None:
     taken = dict.fromkeys(
         c
         for m in module.modules()
-        if isinstance(c := getattr(m, "in_channels", None), int) and not isinstance(m, nn.ConvTranspose2d)
+        if isinstance(c := m.__dict__.get("in_channels"), int) and not isinstance(m, nn.ConvTranspose2d)
     )
     for channels in taken:
         given = _given(module, channels)
@@ -232,10 +240,11 @@ def _given(module: nn.Module, channels: int) -> int | None:
     return y.shape[1] if isinstance(y, Tensor) and y.dim() == 4 else None
 
 
-def sizes(module: nn.Module) -> list[tuple[int, int]]:
-    """Sides of small maps on which a module is run: every convolution in it makes a pixel of them at least."""
+def shapes(module: nn.Module, channels: int) -> list[tuple[int, int, int, int]]:
+    """Shapes of small maps on which a module is run; of the first every convolution in it makes a pixel at least."""
     side = 3
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             side = max(side, *(d * (k - 1) + 1 for k, d in zip(m.kernel_size, m.dilation, strict=True)))
-    return [(side, side + 1), (side + 4, side), (8 + side, 8 + side)]
+    first = [(2, side, side + 1), (2, side + 4, side), (2, 8 + side, 8 + side)]
+    return [(n, channels, h, w) for n, h, w in (*first, *verify.SIZES)]

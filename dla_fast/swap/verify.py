@@ -298,7 +298,8 @@ class _Comparison:
         if found is None and self.fits is not None:
             with torch.autocast("cpu", torch.bfloat16):
                 tolerance = TOLERANCE[torch.bfloat16]
-                found = self.run(evaluated, cpu, torch.float32, torch.float32, "auto", tolerance=tolerance)
+                for dtype in (torch.float32, torch.bfloat16):  # as given, and as a convolution before has left it
+                    found = found or self.run(evaluated, cpu, torch.float32, dtype, "auto", tolerance=tolerance)
                 found = found and f"{found} under autocast"
         return found
 
