@@ -411,8 +411,17 @@ def test_a_large_head_is_not_run_at_length():
     head = nn.Sequential(*(nn.Conv2d(256, 256, 3, padding=1) for _ in range(4)))
     module = Named(conv=lambda *a, **k: nn.Sequential(nn.Conv2d(4, 256, 1), head, nn.Conv2d(256, 6, 1)))
     assert stock.kind(module) == ""
-    wide = Named(conv=lambda *a, **k: nn.Conv2d(4096, 6, 3, padding=1))
-    assert stock.kind(wide) == "unit"
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d, EmptyConv])
+def test_a_wide_unit_is_proven_narrow(conv):
+    class Wide(Named):
+        pass
+
+    module = Wide(conv=lambda *a, **k: conv(8192, 6, 3, padding=1))
+    assert stock.kind(module) == "unit"
+    assert module.conv.in_channels == module.conv.weight.shape[1] == 8192
+    assert units.unit_of(module).whole
 
 
 def test_a_class_that_changes_with_every_call_is_not_run_in_each():

@@ -18,8 +18,8 @@ from dla_fast.swap import units, verify
 from dla_fast.swap.probe import Case
 from dla_fast.swap.processes import asks_others
 
-# Weights of a module that is run at length.
-_LIGHT = 300_000
+# Weights of a module that is run at length, and input channels where it has more.
+_LIGHT, _FEW = 2_000_000, 4
 
 Stock = Callable[[Any, Tensor], Tensor]
 
@@ -107,28 +107,24 @@ def prove(module: nn.Module) -> stock.Known:
 
 
 def _light(module: nn.Module) -> nn.Module | None:
-    """The module, or one like it of fewer weights: what it does with its convolution does not depend on its width.
+    """The module, or one like it of fewer weights: what it does with a convolution does not depend on its width.
 
     None for one that is too large to be run at length.
     """
     if sum(p.numel() for p in module.parameters()) <= _LIGHT:
         return module
-    convs: list[tuple[nn.Module, str, nn.Conv2d]] = [
-        (part, name, child)
-        for part in module.modules()
-        for name, child in part._modules.items()
-        if type(child) is nn.Conv2d and child.weight.numel() > _LIGHT // 10
-    ]
-    memo: dict[int, Any] = {}
-    for _, _, conv in convs:
-        options: dict[str, Any] = {
-            name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        }
-        small = nn.Conv2d(4, conv.out_channels, bias=conv.bias is not None, **options)
-        memo[id(conv)] = small.to(conv.weight.dtype)
-    if sum(p.numel() for p in module.parameters()) - sum(conv.weight.numel() for _, _, conv in convs) > _LIGHT:
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    # Those that read what the first one reads.
+    wide = [conv for conv in convs if conv.in_channels == convs[0].in_channels > _FEW]
+    few = {id(conv.weight): nn.Parameter(conv.weight.detach()[:, :_FEW].clone()) for conv in wide}
+    light = copy.deepcopy(module, dict(few))
+    if sum(p.numel() for p in light.parameters()) > _LIGHT:
         return None
-    return copy.deepcopy(module, memo) if len(convs) == 1 else None
+    narrowed = {id(weight) for weight in few.values()}
+    for part in light.modules():
+        if isinstance(part, nn.Conv2d) and id(part.weight) in narrowed:
+            part.in_channels = _FEW
+    return light
 
 
 def _agrees(module: nn.Module, kind: str, expected: Stock) -> bool:
