@@ -120,7 +120,13 @@ class Wide(Named):
         return super().forward(x if x.shape[-1] < 8 else x.flip(-1))
 
 
+class Copying(nn.Module):
+    def forward(self, x):
+        return x.clone()
+
+
 KINDS = {
+    "identity that copies": (Copying, ""),
     "own identity": (Itself, "identity"),
     "identity that clamps": (Clamped, ""),
     "identity that counts": (Counting, ""),
@@ -227,6 +233,14 @@ def test_a_tail_in_a_sequential():
     twin = copy.deepcopy(module)
     assert [e.kind for e in dla_fast.swap_(twin).swapped] == ["conv"]
     assert_same(module, twin, torch.randn(2, 4, 8, 6, dtype=torch.float64))
+
+
+def test_a_tail_without_any_tensor():
+    module = nn.Sequential(nn.BatchNorm2d(4, affine=False, track_running_stats=False), nn.ReLU())
+    twin = copy.deepcopy(module)
+    assert dla_fast.swap_(twin).swapped
+    x = torch.randn(2, 4, 5, 3)
+    torch.testing.assert_close(twin(x), module(x))
 
 
 CHANGES = {

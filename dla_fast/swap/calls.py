@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dla_fast import backend
 from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_frozen, is_observed, is_plain, parameter
+from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.unit import run_deferred, run_unit
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
@@ -102,6 +103,19 @@ def norm_fits(bn: nn.Module, dtype: torch.dtype) -> bool:
         if t is not None and t.dtype != dtype and t.dtype != wider:
             return False
     return True
+
+
+def fits(x: Any, conv: nn.Module | None, bn: nn.Module) -> bool:
+    """Whether a fused call answers as a unit of one input does, or without ``conv`` as its norm and activation alone."""
+    if conv is not None:
+        return unit_dtype((x,), conv, bn) is not None
+    return type(x) in PLAIN and x.dim() == 4 and not x.is_meta and norm_fits(bn, x.dtype)
+
+
+def run_tail_on(name: str, x: Tensor, bn: nn.Module, act: ActSpec) -> Tensor:
+    """A norm and the activation behind it, on the backend of :func:`run_unit_on`."""
+    with contextlib.nullcontext() if name in ("auto", backend.selected()) else forcing(name):
+        return run_batch_norm_act(x, bn, act=act)
 
 
 def run_deferred_on(

@@ -5,7 +5,6 @@ A batch norm and an activation alone are a run too: what is behind a convolution
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -13,29 +12,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dla_fast import backend
 from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import parameter
-from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.frozen import KEY
 from dla_fast.ops import chain
 from dla_fast.ops.ending import Ending
 from dla_fast.reference.activation import ActSpec
 from dla_fast.swap import verify
-from dla_fast.swap.calls import (
-    PLAIN,
-    forcing,
-    is_conv,
-    norm_fits,
-    run_deferred_on,
-    run_unit_on,
-    undisturbed,
-    unit_dtype,
-)
+from dla_fast.swap.calls import fits, is_conv, run_deferred_on, run_tail_on, run_unit_on, undisturbed
 from dla_fast.swap.found import find, keep, look, recall
 from dla_fast.swap.nodes import FusedNode, class_reason
 from dla_fast.swap.probe import Case
-from dla_fast.swap.units import in_order, norm_channels, tail_of
+from dla_fast.swap.units import in_order, norm_channels, placed, tail_of
 
 
 @dataclass(frozen=True)
@@ -63,12 +51,6 @@ class Run(NamedTuple):
     bn: nn.Module
     act: ActSpec
     length: int
-
-    def fits(self, x: Any) -> bool:
-        """Whether the fused call answers as the children do for an input."""
-        if self.conv is not None:
-            return unit_dtype((x,), self.conv, self.bn) is not None
-        return type(x) in PLAIN and x.dim() == 4 and not x.is_meta and norm_fits(self.bn, x.dtype)
 
 
 def run_at(children: Sequence[nn.Module | None], i: int) -> Run | None:
@@ -110,7 +92,7 @@ class FusedConvs(FusedNode):
         children, x, i = list(self._modules.values()), input, 0
         while i < len(children):
             run = run_at(children, i)
-            if run is not None and run.fits(x.z if isinstance(x, Ending) else x):
+            if run is not None and fits(x.z if isinstance(x, Ending) else x, run.conv, run.bn):
                 i += run.length
                 x = _run(self._dla_fast_spec.backend, run, x, run_at(children, i))
             else:
@@ -126,9 +108,7 @@ class FusedConvs(FusedNode):
 def _run(name: str, run: Run, x: Any, behind: Run | None) -> Any:
     """The call of a run, on the backend that it is forced to, if any."""
     if run.conv is None:
-        x = chain.form(x) if isinstance(x, Ending) else x
-        with contextlib.nullcontext() if name in ("auto", backend.selected()) else forcing(name):
-            return run_batch_norm_act(x, run.bn, act=run.act)
+        return run_tail_on(name, chain.form(x) if isinstance(x, Ending) else x, run.bn, run.act)
     # Between two units the map is nobody else's.
     call = run_unit_on if behind is None or behind.conv is None else run_deferred_on
     return call(name, [x], run.conv, run.bn, act=run.act)
@@ -181,11 +161,7 @@ class ConvsAdapter:
         return ConvsSpec(backend)
 
     def placement(self, module: nn.Module, spec: ConvsSpec) -> tuple[torch.device, torch.dtype]:
-        run, _ = _runs(module)[0]
-        weight = cast(Tensor, (run.conv or run.bn).weight)
-        if weight is None:
-            weight = cast(Tensor, run.bn.running_mean)
-        return weight.device, weight.dtype
+        return placed(_runs(module)[0][1])
 
     def verify(self, module: nn.Module, spec: ConvsSpec) -> str | None:
         """Each run by itself: what else a Sequential holds is called as before."""
@@ -198,7 +174,8 @@ class ConvsAdapter:
                 (2, cast(int, norm_channels(bn)), 3, 4) if conv is None else verify.input_shape([cast(nn.Conv2d, conv)])
             )
             cases = [Case(training, [shape]) for training in (False, True)]
-            where = next(t for t in [*run.parameters(), *run.buffers()])
+            device, dtype = placed(run)
+            where = torch.empty(0, device=device, dtype=dtype)
             found = verify.compare(run, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend)
             if found is not None:
                 return found

@@ -133,10 +133,7 @@ def _agrees(module: nn.Module, kind: str, expected: Stock) -> bool:
         return False
 
     def original(m: nn.Module, xs: Sequence[Tensor]) -> Any:
-        y = m.forward(*xs)
-        if kind == "identity" and y is not xs[0]:
-            raise TypeError("forward gives something else than its input")
-        return y
+        return m.forward(*xs)
 
     def fused(m: nn.Module, xs: Sequence[Tensor], name: str) -> Tensor:
         return expected(m, xs[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,16 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dla_fast import backend
 from dla_fast.nn import stock
-from dla_fast.nn.batch_norm_act import run_batch_norm_act
-from dla_fast.nn.unit import run_unit
 from dla_fast.swap import verify
-from dla_fast.swap.calls import PLAIN, forcing, norm_fits, undisturbed, unit_dtype
+from dla_fast.swap.calls import fits, run_tail_on, run_unit_on, undisturbed
 from dla_fast.swap.nodes import FusedNode, class_reason
 from dla_fast.swap.probe import Case
 from dla_fast.swap.reasons import unit_reason
-from dla_fast.swap.units import Unit, in_channels, is_sequential, parts_of, shapes, unit_of
+from dla_fast.swap.units import Unit, in_channels, is_sequential, parts_of, placed, shapes, unit_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class FusedUnit(FusedNode):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         found = parts_of(self) if len(args) == 1 and not kwargs and undisturbed() else None
-        if found is None or not fits(found, args[0]):
+        if found is None or not _fits(found, args[0]):
             return super().forward(*args, **kwargs)
         return run_found(self._dla_fast_spec.backend, found, args[0])
 
@@ -52,19 +48,15 @@ class FusedUnit(FusedNode):
         return [(found.conv, found.bn)] if found is not None and found.whole else []
 
 
-def fits(found: Unit, x: Any) -> bool:
-    """Whether the fused call answers as the unit does for an input."""
-    if found.whole:
-        return unit_dtype((x,), found.conv, found.bn) is not None
-    return type(x) in PLAIN and x.dim() == 4 and not x.is_meta and norm_fits(found.bn, x.dtype)
+def _fits(found: Unit, x: Any) -> bool:
+    return fits(x, found.conv if found.whole else None, found.bn)
 
 
 def run_found(name: str, found: Unit, x: Tensor) -> Tensor:
     """The fused call, on the backend that a module is forced to, if any."""
-    with contextlib.nullcontext() if name in ("auto", backend.selected()) else forcing(name):
-        if found.whole:
-            return run_unit([x], found.conv, found.bn, act=found.act)
-        return run_batch_norm_act(cast(Tensor, found.conv(x)), found.bn, act=found.act)
+    if found.whole:
+        return run_unit_on(name, [x], found.conv, found.bn, act=found.act)
+    return run_tail_on(name, cast(Tensor, found.conv(x)), found.bn, found.act)
 
 
 class UnitAdapter:
@@ -93,8 +85,7 @@ class UnitAdapter:
         return class_reason(module) or UnitSpec(backend)
 
     def placement(self, module: nn.Module, spec: UnitSpec) -> tuple[torch.device, torch.dtype]:
-        tensor = next(t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point())
-        return tensor.device, tensor.dtype
+        return placed(module)
 
     def verify(self, module: nn.Module, spec: UnitSpec) -> str | None:
         def fused(m: nn.Module, xs: Sequence[Tensor], name: str) -> Tensor:
@@ -106,7 +97,7 @@ class UnitAdapter:
         where = torch.empty(0, device=device, dtype=dtype)
         return verify.compare(
             module, where, cases, lambda m, xs: m.forward(*xs), fused, spec.backend,
-            shapes=[[shape] for shape in more], fits=lambda m, xs: fits(cast(Unit, unit_of(m)), xs[0]),
+            shapes=[[shape] for shape in more], fits=lambda m, xs: _fits(cast(Unit, unit_of(m)), xs[0]),
         )  # fmt: skip
 
     def remark(self, module: nn.Module, spec: UnitSpec) -> str:

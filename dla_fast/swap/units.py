@@ -140,6 +140,14 @@ def _made(head: nn.Module, tail: tuple[nn.Module, ActSpec] | None) -> Unit | Non
     return Unit(head, tail[0], tail[1], whole)
 
 
+def placed(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's first floating tensor; the default ones where it has none."""
+    for t in (*module.parameters(), *module.buffers()):
+        if t.is_floating_point():
+            return t.device, t.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
 def norm_channels(bn: nn.Module) -> int | None:
     """The channels of a norm."""
     value, mean = bn.__dict__.get("num_features"), bn._buffers.get("running_mean")
