@@ -106,7 +106,7 @@ def norm_fits(bn: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def fits(x: Any, conv: nn.Module | None, bn: nn.Module) -> bool:
-    """Whether a fused call answers as a unit of one input does, or without ``conv`` as its norm and activation alone."""
+    """Whether a fused call answers as a unit of one input, or without ``conv`` as its norm and activation alone."""
     if conv is not None:
         return unit_dtype((x,), conv, bn) is not None
     return type(x) in PLAIN and x.dim() == 4 and not x.is_meta and norm_fits(bn, x.dtype)
