@@ -178,8 +178,9 @@ def test_the_tests_do_not_run_without_what_they_test(tree, env, status, by):
         pytest.skip("no pytest beside this Python")
     command = [str(pytest_script)] if by == "script" else [sys.executable, "-m", "pytest"]
     (tree / "tests").mkdir()
-    for name in ("conftest.py", "serving.py", "quick_interpreter.py"):
-        shutil.copy(ROOT / "tests" / name, tree / "tests")
+    (tree / "benchmarks" / "gates").mkdir(parents=True)
+    for name in ("tests/conftest.py", "tests/serving.py", "benchmarks/gates/quick_interpreter.py"):
+        shutil.copy(ROOT / name, tree / name)
     (tree / "tests" / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
     result = run([*command, "-q", "-p", "no:cacheprovider"], tree, **env)
     assert result.returncode == status, result.stdout + result.stderr

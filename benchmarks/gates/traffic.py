@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.gates import quick_interpreter
 from benchmarks.gates.passes import MODES, Row, Unit, measure, over
 from dla_fast import models, use_backend
 from dla_fast.bench import DTYPES, LAYOUTS, Case, ida_cases, network_cases
@@ -87,9 +88,13 @@ def units(suites: Iterable[str], networks: Iterable[str], layouts: Iterable[str]
     return list(found.values())
 
 
+def _start() -> None:
+    torch.set_num_threads(1)
+    quick_interpreter.install()
+
+
 def _measured(work: tuple[Unit, str]) -> tuple[list[Row], str]:
     """Rows, or an error in words: one node must not hide the others'."""
-    torch.set_num_threads(1)
     try:
         return measure(*work), ""
     except Exception as error:
@@ -141,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: dict[tuple[Unit, str], list[Row]] = {}
     errors = []
     progress = tqdm(total=len(work), unit="pass", disable=not sys.stderr.isatty(), leave=False)
-    with progress, ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+    with progress, ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=_start) as pool:
         for one, (found, error) in zip(work, pool.map(_measured, work), strict=True):
             rows[one] = found
             errors += [error] if error else []

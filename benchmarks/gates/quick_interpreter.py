@@ -6,10 +6,10 @@ description of a type or of a tensor's shape is made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-import pytest
 import triton
 from triton import language
 from triton.runtime import interpreter
@@ -18,8 +18,8 @@ from triton.runtime import interpreter
 VERSIONS = ("3.6.",)
 
 
-def install(patches: pytest.MonkeyPatch) -> None:
-    """Until ``patches`` is undone."""
+def install(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Patch Triton; ``replace`` is setattr, or one that can be undone."""
     if not triton.__version__.startswith(VERSIONS):
         return
     core = language.core
@@ -55,7 +55,7 @@ def install(patches: pytest.MonkeyPatch) -> None:
         self.__dict__.update(tensors[type.name])
         self.handle, self.type = handle, type
 
-    patches.setattr(interpreter, "_patch_lang", patch)
-    patches.setattr(interpreter, "_get_np_dtype", dtype)
-    patches.setattr(core.block_type, "__init__", block)
-    patches.setattr(core.tensor, "__init__", tensor)
+    replace(interpreter, "_patch_lang", patch)
+    replace(interpreter, "_get_np_dtype", dtype)
+    replace(core.block_type, "__init__", block)
+    replace(core.tensor, "__init__", tensor)
