@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 from serving import DTYPES
+from triton.runtime import interpreter
 
+from benchmarks.gates import quick_interpreter
 from dla_fast import backend, functional, ops, reference, use_backend
 from dla_fast.kernels import config, host, launch, moments, table
 from dla_fast.proof import parity
@@ -282,3 +284,16 @@ def test_reasons():
     xs, *rest = node(dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="cannot run aggregate: Triton's interpreter reads bfloat16"):
         functional.aggregate(xs, *rest, training=True)
+
+
+@pytest.mark.skipif(not quick_interpreter.is_known(), reason="not this Triton's interpreter")
+def test_the_quick_interpreter_reduces_as_the_slow_one(monkeypatch):
+    z = torch.randn(3, 24, 9, 7) + 5
+    z[0, 3, 2, 1] = torch.inf
+    running = torch.zeros(24), torch.ones(24)
+    found = []
+    for reduce in (interpreter.ReduceOps.generic_reduce, quick_interpreter.one_by_one):
+        monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce)
+        found.append(torch.ops.dla_fast_triton.moments(z, *(t.clone() for t in running), 0.1))
+    for quick, slow in zip(*found, strict=True):
+        torch.testing.assert_close(quick, slow, rtol=0, atol=0, equal_nan=True)
