@@ -102,7 +102,7 @@ def use_backend(name: str) -> Iterator[None]:
     threads that run in a copy of its context (``contextvars.copy_context``, ``asyncio.to_thread``); any other thread,
     DataParallel's too, begins with the default. What a call is served by serves its backward pass, whichever thread
     runs that. Activation checkpointing runs the forward pass again with the choice that is in force at the backward
-    pass, in its thread: ``checkpoint(..., context_fn=lambda: (nullcontext(), use_backend(name)))`` makes it there too.
+    pass, in its thread: ``checkpoint(..., context_fn=lambda: (use_backend(name), use_backend(name)))`` makes it there.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. A forced backend that cannot run a
