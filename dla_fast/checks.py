@@ -146,7 +146,7 @@ def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm:
 
 def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: int) -> None:
     """A norm for ``channels`` channels of activations like ``like``."""
-    weight, bias, running_mean, running_var, training, _, eps, group = norm
+    weight, bias, running_mean, running_var, training, _, eps, group, _ = norm
     # aten takes a norm's tensors in one dtype only.
     first: tuple[str, Tensor] | None = None
     for name, t in zip(_NORM, (weight, bias, running_mean, running_var), strict=True):

@@ -69,7 +69,7 @@ def run_link(
     xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope = checked(
         op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
     )
-    gamma, beta, running_mean, running_var, training, momentum, eps, group = norm
+    gamma, beta, running_mean, running_var, training, momentum, eps, group, batches = norm
     x, device = xs[0], xs[0].device.type
     differentiable = training or requires_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
     serving = None
@@ -92,6 +92,8 @@ def run_link(
             op, whole, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act,
             deferred=deferred, carries=carries, low=low,
         )  # fmt: skip
+    if batches is not None:
+        batches.add_(1)
     if chains:
         of_first: tuple[Any, ...] = (None,) * 8
         carrier = arrived = None
@@ -316,7 +318,7 @@ def batch_norm_act(
 
 def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
     """:func:`batch_norm_act`, with a norm in one piece."""
-    gamma, beta, running_mean, running_var, training, momentum, eps, group = norm
+    gamma, beta, running_mean, running_var, training, momentum, eps, group, batches = norm
     checks.check_tensor("x", x, rank=4)
     name, slope = parse_act(act)
     if residual is not None:
@@ -324,6 +326,8 @@ def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Te
     values = x.shape[0] * x.shape[2] * x.shape[3]
     checks.check_norm(norm, channels=x.shape[1], like=x, values_per_channel=values)
     serving = _serving("batch_norm_act", x.device.type, x.dtype)
+    if batches is not None:
+        batches.add_(1)
     if group is not None:
         return synced.batch_norm_act(serving, x, norm, residual, act)
     if serving == "reference":
