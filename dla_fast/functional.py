@@ -319,7 +319,9 @@ def batch_norm_act(
 def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
     """:func:`batch_norm_act`, with a norm in one piece."""
     gamma, beta, running_mean, running_var, training, momentum, eps, group, batches = norm
-    checks.check_tensor("x", x, rank=4)
+    checks.check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions, got shape {tuple(x.shape)}")
     name, slope = parse_act(act)
     if residual is not None:
         checks.check_residual(residual, x.shape, x)
@@ -357,7 +359,7 @@ def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:
         RuntimeError: a forced backend cannot run the call.
     """
     x, weight = autocast([x, weight])
-    checks.check_tensor("x", x, rank=4)
+    checks.check_map("x", x)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     serving = _serving("upsample", x.device.type, x.dtype)
     if serving == "reference":
@@ -383,7 +385,7 @@ def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor
         RuntimeError: a forced backend cannot run the call.
     """
     x, weight, skip = autocast([x, weight, skip])
-    checks.check_tensor("x", x, rank=4)
+    checks.check_map("x", x)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     size = (*x.shape[:2], checks.upsampled(x.shape[2], factor), checks.upsampled(x.shape[3], factor))
     checks.check_residual(skip, size, x, "skip")
