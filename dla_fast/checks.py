@@ -34,7 +34,9 @@ def check_tensor(name: str, value: object, rank: int | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
-        raise MismatchTypeError(f"{name}: expected a floating dtype (float64, float32, float16, bfloat16), got {value.dtype}")
+        raise MismatchTypeError(
+            f"{name}: expected a floating dtype (float64, float32, float16, bfloat16), got {value.dtype}"
+        )
     if rank is not None and value.dim() != rank:
         raise MismatchError(f"{name}: expected {rank} dimensions, got shape {_shape(value)}")
     return value
@@ -88,7 +90,9 @@ def check_same_size(xs: Sequence[Tensor], name: str = "xs") -> None:
 def check_channels(name: str, xs: Sequence[object], channels: Sequence[int], source: str) -> None:
     """As many inputs as ``source`` lists, with its channels each; what is no map at all is told where it is used."""
     if len(xs) != len(channels):
-        raise MismatchError(f"{name}: expected {len(channels)} tensors, as {source} {list(channels)} has, got {len(xs)}")
+        raise MismatchError(
+            f"{name}: expected {len(channels)} tensors, as {source} {list(channels)} has, got {len(xs)}"
+        )
     for i, (x, c) in enumerate(zip(xs, channels, strict=True)):
         if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != c:
             raise MismatchError(f"{name}[{i}]: expected {c} channels ({source}[{i}]), got shape {_shape(x)}")

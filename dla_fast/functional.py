@@ -1,4 +1,8 @@
-"""The functional API: check the arguments, ask :mod:`dla_fast.backend` who serves the call, run it."""
+"""The functional API: check the arguments, ask :mod:`dla_fast.backend` who serves the call, run it.
+
+A ValueError or TypeError about what PyTorch's own modules would answer with RuntimeError is a RuntimeError, too
+(:class:`dla_fast.checks.MismatchError`, :class:`dla_fast.checks.MismatchTypeError`).
+"""
 
 from __future__ import annotations
 

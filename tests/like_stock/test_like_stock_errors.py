@@ -1,4 +1,4 @@
-"""Calls that stock PyTorch refuses: the swapped model refuses them with an error of the same kind, and has written no more.
+"""What stock PyTorch refuses a swapped model refuses with the same kind of error, and has written no more by then.
 
 What a shape or out-of-memory fallback catches (``except RuntimeError``) has to be caught around a swapped model, too.
 """
@@ -10,13 +10,12 @@ from functools import partial
 
 import pytest
 import torch
-from nn_helpers import randomise
 from pairs import LAYOUTS, assert_alike, compare, image, pair, see, step
 from torch import nn
 
-from dla_fast import checks, functional, reference, use_backend
+import dla_fast
+from dla_fast import functional, reference
 from dla_fast import nn as fused
-from examples.networks import Root
 
 
 def same_kind(stock, other):
@@ -147,13 +146,13 @@ def norms(model):
 
 
 def narrowed(model, name):
-    for bn in norms(model)[1:]:
+    for bn in norms(model)[-1:]:
         held = getattr(bn, name).detach()[1:].clone()
         setattr(bn, name, nn.Parameter(held) if name in bn._parameters else held)
 
 
 def cast(model, name, dtype):
-    for bn in norms(model)[1:]:
+    for bn in norms(model)[-1:]:
         setattr(bn, name, None) if dtype is None else setattr(bn, name, getattr(bn, name).to(dtype))
 
 
@@ -233,3 +232,157 @@ def test_one_value_per_channel_counts_the_batch(name, momentum):
         return more, step(model, image())
 
     compare(scenario, name, x=of(1, 3, 8, 8) if name in ("concatenating", "adding") else of(1, 3, 1, 1))
+
+
+def unit_arguments(**changed):
+    norm = {"bn_weight": of(4), "bn_bias": of(4), "running_mean": of(4), "running_var": of(4).abs() + 1}
+    arguments = {"xs": [of(2, 4, 5, 6), of(2, 3, 5, 6)], "weight": of(4, 7, 1, 1), **norm, "training": False}
+    return {**arguments, **changed}
+
+
+def norm_arguments(**changed):
+    arguments = unit_arguments(x=of(2, 4, 5, 6))
+    del arguments["xs"], arguments["weight"]
+    return {**arguments, **changed}
+
+
+def up_arguments(**changed):
+    return {"x": of(2, 3, 5, 6), "weight": of(3, 1, 4, 4), "factor": 2, **changed}
+
+
+BAD_UNITS = {
+    "sizes": {"xs": [of(2, 4, 5, 6), of(2, 3, 6, 6)]},
+    "batches": {"xs": [of(2, 4, 5, 6), of(1, 3, 5, 6)]},
+    "no height": {"xs": [of(2, 4, 0, 6), of(2, 3, 0, 6)]},
+    "channels": {"xs": [of(2, 4, 5, 6), of(2, 4, 5, 6)]},
+    "ranks": {"xs": [of(2, 4, 5, 6), of(3, 5, 6)]},
+    "no inputs": {"xs": []},
+    "none": {"xs": [of(2, 4, 5, 6), None]},
+    "dtype of the weight": {"weight": of(4, 7, 1, 1, dtype=torch.float32)},
+    "rank of the weight": {"weight": of(4, 7, 1)},
+    "no outputs": {"weight": of(0, 7, 1, 1)},
+    "size of the bias": {"conv_bias": of(3)},
+    "dtype of the bias": {"conv_bias": of(4, dtype=torch.float32)},
+    "size of the residual": {"residual": of(2, 4, 5, 7)},
+    "channels of the residual": {"residual": of(2, 3, 5, 6)},
+    "no momentum left": {"running_mean": None},
+    "one of the running statistics": {"running_var": None, "training": True},
+    "no running statistics": {"running_mean": None, "running_var": None},
+    "size of the scale": {"bn_weight": of(5)},
+    "dtype of the shift": {"bn_bias": of(4, dtype=torch.float32)},
+    "one value": {"xs": [of(1, 4, 1, 1), of(1, 3, 1, 1)], "training": True},
+    "eps below 0": {"eps": -1.0},
+}
+CONVOLUTIONS = {
+    "stride": {"stride": 0},
+    "dilation": {"dilation": 0},
+    "groups": {"groups": 2},
+    "outputs in groups": {"xs": [of(2, 3, 5, 6), of(2, 3, 5, 6)], "weight": of(4, 2, 1, 1), "groups": 3},
+}
+UPSAMPLED = {
+    "sizes": {"xs": [of(2, 4, 5, 6), of(2, 3, 3, 3)], "upsample": [None, (of(3, 1, 4, 4), 2)]},
+    "channels of the up-weight": {"xs": [of(2, 4, 4, 6), of(2, 3, 2, 3)], "upsample": [None, (of(4, 1, 4, 4), 2)]},
+}
+UPS = {
+    "channels": {"weight": of(4, 1, 4, 4)},
+    "dtype": {"weight": of(3, 1, 4, 4, dtype=torch.float32)},
+    "no height": {"x": of(2, 3, 0, 6)},
+    "two dimensions": {"x": of(5, 6)},
+}
+BAD_NORMS = {name: BAD_UNITS[name] for name in ("no running statistics", "size of the scale", "dtype of the shift")}
+FUNCTIONS = [
+    *(("aggregate", name, unit_arguments(**bad)) for name, bad in BAD_UNITS.items()),
+    *(("merge", name, unit_arguments(**BAD_UNITS[name])) for name in ("sizes", "channels", "one value")),
+    *(("merge", name, unit_arguments(**bad)) for name, bad in UPSAMPLED.items()),
+    *(("conv_norm_act", name, unit_arguments(**bad)) for name, bad in CONVOLUTIONS.items()),
+    *(("batch_norm_act", name, norm_arguments(**bad)) for name, bad in BAD_NORMS.items()),
+    ("batch_norm_act", "size of the residual", norm_arguments(residual=of(2, 4, 5, 7))),
+    ("batch_norm_act", "one value", norm_arguments(x=of(1, 4, 1, 1), training=True)),
+    *(("upsample", name, up_arguments(**bad)) for name, bad in UPS.items()),
+    ("upsample_add", "size of the skip", up_arguments(skip=of(2, 3, 10, 13))),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "arguments"), FUNCTIONS, ids=[f"{op}-{name}" for op, name, _ in FUNCTIONS])
+def test_functions_refuse_as_plain_pytorch_does(op, name, arguments):
+    before = {key: value.clone() for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(Exception) as stock:
+        getattr(reference, op)(**arguments)
+    for key, value in before.items():
+        arguments[key].copy_(value)
+    with pytest.raises((ValueError, TypeError)) as own:
+        getattr(functional, op)(**arguments)
+    assert same_kind(stock.value, own.value), (stock.value, own.value)
+    assert all(torch.equal(arguments[key], value) for key, value in before.items())
+    again = pickle.loads(pickle.dumps(own.value))
+    assert type(again) is type(own.value)
+    assert str(again) == str(own.value)
+
+
+@pytest.mark.parametrize("other", ["weight", "conv_bias", "bn_weight", "running_mean", "residual"])
+def test_another_device(other):
+    """PyTorch says RuntimeError; the device here is one that it would take silently."""
+    arguments = unit_arguments(conv_bias=of(4), residual=of(2, 4, 5, 6))
+    arguments[other] = arguments[other].to("meta")
+    with pytest.raises(RuntimeError, match=f"{other}: expected device cpu") as caught:
+        functional.aggregate(**arguments)
+    assert isinstance(caught.value, ValueError)
+
+
+FROZEN = ("channels", "no height", "unbatched", "another dtype", "integers", "odd sizes")
+
+
+@pytest.mark.parametrize("name", ["nodes", "adding"])
+def test_frozen_models(name):
+    stock, swapped = pair(name)
+    stock.eval(), swapped.eval()
+    dla_fast.freeze_(swapped)
+    with torch.inference_mode():
+        for wrong in FROZEN:
+            for _ in range(2):  # what is kept of a good call does not answer a bad one
+                good = [model(image()) for model in (stock, swapped)]
+                torch.testing.assert_close(*good, rtol=1e-9, atol=1e-9)
+                with pytest.raises(Exception) as want:
+                    stock(INPUTS[wrong])
+                with pytest.raises(type(want.value)) as got:
+                    swapped(INPUTS[wrong])
+                assert same_kind(want.value, got.value)
+
+
+MODULES = {
+    "node": (lambda: fused.AggregationNode([4, 3], 4), [of(2, 4, 5, 6), of(2, 4, 5, 6)]),
+    "norm": (lambda: fused.BatchNormAct2d(4), [of(2, 3, 5, 6)]),
+    "ladder": (lambda: fused.IDAUp(4, (4, 6), (1, 2)), [[of(2, 4, 4, 4), of(2, 5, 2, 2)]]),
+    "ladder's sizes": (lambda: fused.IDAUp(4, (4, 6), (1, 2)), [[of(2, 4, 4, 4), of(2, 6, 3, 2)]]),
+    "ladders": (lambda: fused.DLAUp((4, 6)), [[of(2, 4, 4, 4), of(2, 5, 2, 2)]]),
+    "ladders' sizes": (lambda: fused.DLAUp((4, 6)), [[of(2, 4, 4, 4), of(2, 6, 3, 2)]]),
+    "upsampling": (lambda: fused.Upsample(4, 2), [of(2, 3, 4, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_raise_what_fallbacks_catch(name):
+    make, arguments = MODULES[name]
+    module = make().double()
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError) as caught:
+        module(*arguments)
+    assert isinstance(caught.value, ValueError)
+    # A norm's own counts, as nn.BatchNorm2d has by then.
+    changed = [key for key, value in module.state_dict().items() if not torch.equal(value, state[key])]
+    assert changed == (["num_batches_tracked"] if name == "norm" else [])
+
+
+@pytest.mark.parametrize("wrong", ["channels", "height", "one value"])
+def test_compiled(wrong):
+    """A compiled forward pass refuses what the compiled stock one refuses, and takes the next one."""
+
+    def scenario(model, x):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda *xs: model.root(*xs), fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception) as caught:
+            compiled(*(t.detach() for t in CALLS[wrong](model.left(x), model.right(x))))
+        assert isinstance(caught.value, RuntimeError)
+        return compiled(model.left(x), model.right(x))
+
+    compare(scenario, "node")
