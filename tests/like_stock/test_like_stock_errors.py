@@ -59,21 +59,23 @@ INPUTS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "training", "wrong"),
+    ("name", "layout", "training", "cases"),
     [
-        *(("concatenating", "nchw", True, wrong) for wrong in INPUTS),
-        *(("adding", "channels_last", False, wrong) for wrong in INPUTS if wrong != "one value"),
-        *(("nodes", "channels_last", True, wrong) for wrong in ("channels", "no height", "another dtype", "one value")),
+        ("concatenating", "nchw", True, list(INPUTS)),
+        ("adding", "channels_last", False, [wrong for wrong in INPUTS if wrong != "one value"]),
+        ("nodes", "channels_last", True, ["channels", "no height", "another dtype", "one value"]),
     ],
 )
-def test_inputs_of_networks(name, layout, training, wrong):
-    given = INPUTS[wrong]
+def test_inputs_of_networks(name, layout, training, cases):
+    models = pair(name, layout)
+    for wrong in cases:
+        given = INPUTS[wrong]
 
-    def scenario(model, x):
-        model.train(training)
-        return step(model, x if given.is_floating_point() else given)
+        def scenario(model, x, given=given):
+            model.train(training)
+            return step(model, x if given.is_floating_point() else given)
 
-    models = refused(scenario, name, layout, given if given.is_floating_point() else None)
+        refused(scenario, name, layout, given if given.is_floating_point() else None, models)
     goes_on(models, layout)
 
 
@@ -206,7 +208,7 @@ def test_an_eps_of_zero(name, training):
     assert all(isinstance(s.raised, ValueError) for s in seen) or not training
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0, 1.0, 1, None, 2.5])
+@pytest.mark.parametrize("momentum", [0, 1.0, None])
 @pytest.mark.parametrize("name", ["node", "blocks", "concatenating"])
 def test_momentum(name, momentum):
     def scenario(model, x):
@@ -373,7 +375,7 @@ def test_modules_raise_what_fallbacks_catch(name):
     assert changed == (["num_batches_tracked"] if name == "norm" else [])
 
 
-@pytest.mark.parametrize("wrong", ["channels", "height", "one value"])
+@pytest.mark.parametrize("wrong", ["height", "one value"])
 def test_compiled(wrong):
     """A compiled forward pass refuses what the compiled stock one refuses, and takes the next one."""
 
