@@ -127,7 +127,7 @@ def checked(
         TypeError: as :func:`dla_fast.functional.conv_norm_act`.
     """
     arguments = op, xs, weight, norm, kernels, conv_bias, stride, dilation, groups, residual, upsample, act
-    gamma, beta, mean, var, training, _, eps, group = norm
+    gamma, beta, mean, var, training, _, eps, group, _ = norm
     added = residual if isinstance(residual, Tensor) else None
     index: Any = residual if added is None else None
     # Equal keys have to be equal calls: 1, 1.0 and True are equal, too, and sizes that are traced are tensors.

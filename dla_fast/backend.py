@@ -7,7 +7,9 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,29 +51,58 @@ def _backend_from_environment() -> str:
     return "reference" if _disabled() else name
 
 
-# A plain global: a ContextVar breaks torch.compile(fullgraph=True), and a backward runs on another thread anyway.
-_selected = _backend_from_environment()
+# The choice of the thread or task that asks; unset where it has made none.
+_choices: ContextVar[_Choice] = ContextVar("dla_fast_backend")
+
+
+class _Choice:
+    """A backend that calls are asked to run on.
+
+    Attributes:
+        name: ``auto`` or a backend.
+        outer: the choice that is in force again once this one is left; None of the default, which is never left.
+        in_force: the choice of whoever asks, or where none was made the one that is asked.
+    """
+
+    # torch.compile cannot call a ContextVar; what a property reads in C it takes for an attribute, and guards on it.
+    in_force: Any = property(_choices.get)
+
+    def __init__(self, name: str, outer: _Choice | None) -> None:
+        self.name, self.outer = name, outer
+
+
+_default = _Choice(_backend_from_environment(), None)
+# What is chosen inside of code that is being compiled. It is written in the compiler's eyes only, never for others.
+_traced: str | None = None
 
 
 def selected() -> str:
-    """The backend in force: ``auto`` or a forced one."""
-    return _selected
+    """The backend in force for the calling thread or task: ``auto`` or a forced one."""
+    name: str = _traced or _default.in_force.name
+    return name
 
 
 def asked_by() -> str | None:
     """Who forced the backend in force, for a message; None where it is ``auto``."""
-    if _selected == "auto":
+    name = selected()
+    if name == "auto":
         return None
     if _disabled():
         return f"DLA_FAST_DISABLE={os.environ['DLA_FAST_DISABLE']}"
-    if os.environ.get("DLA_FAST_BACKEND") == _selected:
-        return f"DLA_FAST_BACKEND={_selected}"
-    return f"use_backend({_selected!r})"
+    if os.environ.get("DLA_FAST_BACKEND") == name:
+        return f"DLA_FAST_BACKEND={name}"
+    return f"use_backend({name!r})"
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every call inside on one backend.
+
+    The choice belongs to the thread and the asyncio task that makes it. Tasks that it starts inside begin with it, and
+    threads that run in a copy of its context (``contextvars.copy_context``, ``asyncio.to_thread``); any other thread,
+    DataParallel's too, begins with the default. What a call is served by serves its backward pass, whichever thread
+    runs that. Activation checkpointing runs the forward pass again with the choice that is in force at the backward
+    pass, in its thread: ``checkpoint(..., context_fn=lambda: (use_backend(name), use_backend(name)))`` makes it there.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. A forced backend that cannot run a
@@ -80,16 +111,44 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: unknown name.
+        RuntimeError: left in another thread or task than it was entered in, where it stays in force.
     """
-    global _selected
+    global _traced
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"name: unknown backend {name!r}, expected auto, {', '.join(BACKENDS)}")
-    before = _selected
-    _selected = "reference" if _disabled() else name
+    name = "reference" if _disabled() else name
+    if torch.compiler.is_dynamo_compiling():
+        before, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    choice = _Choice(name, _default.in_force)
+    token = _choices.set(choice)
     try:
         yield
     finally:
-        _selected = before
+        _leave(choice, token)
+
+
+def _leave(choice: _Choice, token: Token[_Choice]) -> None:
+    current = _default.in_force
+    try:
+        _choices.reset(token)
+    except ValueError:
+        raise RuntimeError(
+            f"use_backend({choice.name!r}) was entered in another thread or task, where it stays in force"
+        ) from None
+    if current is choice:
+        current = choice.outer
+    else:
+        # Two generators may each hold a choice, and the first to begin may be the first to end.
+        later = current
+        while later.outer is not choice:
+            later = later.outer
+        later.outer = choice.outer
+    _choices.set(current)
 
 
 @cuda.constant_when_traced
@@ -166,17 +225,18 @@ def resolve(op: str, device: str, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: a backend is forced and cannot run it.
     """
-    if _selected == "auto":
+    name = selected()
+    if name == "auto":
         backend = "reference"
         if dtype in _DTYPES:
             backend = _chosen_for(op, device)
         if backend == "reference" and not torch.compiler.is_compiling():
             _log_once(op, device, dtype)
         return backend
-    reason = can_run(_selected, op, device, dtype)
+    reason = can_run(name, op, device, dtype)
     if reason is not None:
-        raise RuntimeError(f"backend {_selected!r} was asked for and cannot run {op}: {reason}")
-    return _selected
+        raise RuntimeError(f"backend {name!r} was asked for and cannot run {op}: {reason}")
+    return name
 
 
 def serves_inference(op: str, device: str, dtype: torch.dtype) -> str | None:
@@ -190,9 +250,12 @@ def serves_inference(op: str, device: str, dtype: torch.dtype) -> str | None:
         device: a device type.
         dtype: the dtype of the inputs.
     """
-    if op != "aggregate" or device != cuda.DEVICE or _selected not in ("auto", "cuda"):
+    if op != "aggregate" or device != cuda.DEVICE:
         return None
-    if _selected == "auto" and can_run("triton", op, device, dtype) is None:
+    name = selected()
+    if name not in ("auto", "cuda"):
+        return None
+    if name == "auto" and can_run("triton", op, device, dtype) is None:
         return None
     if can_run("cuda", "aggregate_inference", device, dtype) or cuda.refuses_aggregate(dtype):
         return None
@@ -209,5 +272,6 @@ def explain(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     """
     if op not in OPS:
         raise ValueError(f"op: unknown op {op!r}, expected one of {', '.join(OPS)}")
-    chosen = _automatic(op, device, dtype) if _selected == "auto" else _selected
+    asked = selected()
+    chosen = _automatic(op, device, dtype) if asked == "auto" else asked
     return [Candidate(name, can_run(name, op, device, dtype), name == chosen) for name in BACKENDS]

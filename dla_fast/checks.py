@@ -14,6 +14,17 @@ _NORM = ("bn_weight", "bn_bias", "running_mean", "running_var")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+class MismatchError(ValueError, RuntimeError):
+    """Sizes, channels, devices or options that do not fit, where PyTorch's own modules raise RuntimeError.
+
+    Whoever catches that around a forward pass catches this too.
+    """
+
+
+class MismatchTypeError(TypeError, RuntimeError):
+    """Dtypes that do not fit, where PyTorch's own modules raise RuntimeError."""
+
+
 def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
@@ -23,10 +34,20 @@ def check_tensor(name: str, value: object, rank: int | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected a floating dtype (float64, float32, float16, bfloat16), got {value.dtype}")
+        raise MismatchTypeError(
+            f"{name}: expected a floating dtype (float64, float32, float16, bfloat16), got {value.dtype}"
+        )
     if rank is not None and value.dim() != rank:
-        raise ValueError(f"{name}: expected {rank} dimensions, got shape {_shape(value)}")
+        raise MismatchError(f"{name}: expected {rank} dimensions, got shape {_shape(value)}")
     return value
+
+
+def check_map(name: str, value: object) -> Tensor:
+    """``value`` as a floating tensor (N, C, H, W) that a convolution reads; there may be no images in it."""
+    x = check_tensor(name, value, rank=4)
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise MismatchError(f"{name}: expected a height and width >= 1, got shape {_shape(x)}")
+    return x
 
 
 def check_inputs(xs: object, name: str = "xs") -> list[Tensor]:
@@ -37,7 +58,7 @@ def check_inputs(xs: object, name: str = "xs") -> list[Tensor]:
         raise TypeError(f"{name}: expected a sequence of tensors, got {type(xs).__name__}")
     if len(xs) == 0:
         raise ValueError(f"{name}: expected at least one input, got none")
-    return [check_tensor(f"{name}[{i}]", x, rank=4) for i, x in enumerate(xs)]
+    return [check_map(f"{name}[{i}]", x) for i, x in enumerate(xs)]
 
 
 def check_one_kind(xs: Sequence[Tensor], name: str = "xs") -> None:
@@ -51,9 +72,9 @@ def check_one_kind(xs: Sequence[Tensor], name: str = "xs") -> None:
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """``value`` has the dtype and device of ``other``."""
     if value.dtype != other.dtype:
-        raise TypeError(f"{name}: expected {other.dtype} as {other_name} has, got {value.dtype}")
+        raise MismatchTypeError(f"{name}: expected {other.dtype} as {other_name} has, got {value.dtype}")
     if value.device != other.device:
-        raise ValueError(f"{name}: expected device {other.device} as {other_name} has, got {value.device}")
+        raise MismatchError(f"{name}: expected device {other.device} as {other_name} has, got {value.device}")
 
 
 def check_same_size(xs: Sequence[Tensor], name: str = "xs") -> None:
@@ -63,22 +84,26 @@ def check_same_size(xs: Sequence[Tensor], name: str = "xs") -> None:
         n, _, h, w = x.shape
         if n != images or h != height or w != width:
             want = f"({images}, C, {height}, {width})"
-            raise ValueError(f"{name}[{i}]: expected shape {want} as {name}[0] has, got {_shape(x)}")
+            raise MismatchError(f"{name}[{i}]: expected shape {want} as {name}[0] has, got {_shape(x)}")
 
 
 def check_channels(name: str, xs: Sequence[object], channels: Sequence[int], source: str) -> None:
     """As many inputs as ``source`` lists, with its channels each; what is no map at all is told where it is used."""
     if len(xs) != len(channels):
-        raise ValueError(f"{name}: expected {len(channels)} tensors, as {source} {list(channels)} has, got {len(xs)}")
+        raise MismatchError(
+            f"{name}: expected {len(channels)} tensors, as {source} {list(channels)} has, got {len(xs)}"
+        )
     for i, (x, c) in enumerate(zip(xs, channels, strict=True)):
         if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != c:
-            raise ValueError(f"{name}[{i}]: expected {c} channels ({source}[{i}]), got shape {_shape(x)}")
+            raise MismatchError(f"{name}[{i}]: expected {c} channels ({source}[{i}]), got shape {_shape(x)}")
 
 
 def check_weight(weight: object, xs: Sequence[Tensor], kernels: tuple[int, ...] | None, groups: int = 1) -> Tensor:
     """A weight (N, K / groups, k, k), K the sum of the inputs' channels, k one of ``kernels`` or any odd."""
     w = check_tensor("weight", weight, rank=4)
     outputs, depth, k, other_side = w.shape
+    if outputs == 0:
+        raise MismatchError(f"weight: expected one output channel or more, got shape {_shape(w)}")
     if k != other_side or (k % 2 == 0 if kernels is None else k not in kernels):
         allowed = "square, odd" if kernels is None else " or ".join(f"{i}x{i}" for i in kernels)
         raise ValueError(f"weight: expected a {allowed} kernel, got shape {_shape(w)}")
@@ -86,9 +111,9 @@ def check_weight(weight: object, xs: Sequence[Tensor], kernels: tuple[int, ...] 
     if depth * groups != sum(channels):
         total = " + ".join(map(str, channels))
         per_group = "" if groups == 1 else f" in {groups} groups"
-        raise ValueError(f"weight: expected {total} = {sum(channels)} input channels{per_group}, got {depth}")
+        raise MismatchError(f"weight: expected {total} = {sum(channels)} input channels{per_group}, got {depth}")
     if groups > 1 and outputs % groups:
-        raise ValueError(f"weight: expected a multiple of {groups} groups of output channels, got {outputs}")
+        raise MismatchError(f"weight: expected a multiple of {groups} groups of output channels, got {outputs}")
     check_same("weight", w, "xs[0]", xs[0])
     return w
 
@@ -99,7 +124,7 @@ def check_geometry(stride: object, dilation: object, groups: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
         if value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+            raise MismatchError(f"{name}: expected an integer >= 1, got {value}")
 
 
 def check_residual_input(residual: object, xs: Sequence[Tensor], shape: Sequence[int]) -> int:
@@ -110,11 +135,11 @@ def check_residual_input(residual: object, xs: Sequence[Tensor], shape: Sequence
         raise ValueError(f"residual: expected the index of one of {len(xs)} inputs or a tensor, got {residual}")
     x = xs[residual]
     if x.shape[1] != shape[1]:
-        raise ValueError(
+        raise MismatchError(
             f"residual: expected xs[{residual}] to have the output's {shape[1]} channels, got {x.shape[1]}"
         )
     if tuple(x.shape) != tuple(shape):
-        raise ValueError(
+        raise MismatchError(
             f"residual: expected xs[{residual}] to have the output's shape {tuple(shape)}, got {_shape(x)}"
         )
     return residual
@@ -134,19 +159,29 @@ def check_vector(name: str, value: object, channels: int, like: Tensor, *, norm:
         return
     v = check_tensor(name, value)
     if v.shape != (channels,):
-        raise ValueError(f"{name}: expected shape ({channels},), got {_shape(v)}")
+        raise MismatchError(f"{name}: expected shape ({channels},), got {_shape(v)}")
     if v.dtype != like.dtype:
         half = norm and like.dtype in (torch.float16, torch.bfloat16)
         if not half or v.dtype != torch.float32:
             want = f"{like.dtype} or torch.float32" if half else str(like.dtype)
-            raise TypeError(f"{name}: expected {want} beside {like.dtype} activations, got {v.dtype}")
+            raise MismatchTypeError(f"{name}: expected {want} beside {like.dtype} activations, got {v.dtype}")
     if v.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} as the activations have, got {v.device}")
+        raise MismatchError(f"{name}: expected device {like.device} as the activations have, got {v.device}")
 
 
 def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: int) -> None:
     """A norm for ``channels`` channels of activations like ``like``."""
-    weight, bias, running_mean, running_var, training, _, eps, group = norm
+    try:
+        _check_norm(norm, channels, like, values_per_channel)
+    except (ValueError, TypeError):
+        # nn.BatchNorm2d has counted a batch by the time that it refuses it.
+        if norm.batches is not None:
+            norm.batches.add_(1)
+        raise
+
+
+def _check_norm(norm: Norm, channels: int, like: Tensor, values_per_channel: int) -> None:
+    weight, bias, running_mean, running_var, training, _, eps, group, _ = norm
     # aten takes a norm's tensors in one dtype only.
     first: tuple[str, Tensor] | None = None
     for name, t in zip(_NORM, (weight, bias, running_mean, running_var), strict=True):
@@ -156,12 +191,13 @@ def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: i
         if first is None:
             first = (name, t)
         elif t.dtype != first[1].dtype:
-            raise TypeError(f"{name}: expected {first[1].dtype} as {first[0]} has, got {t.dtype}")
+            raise MismatchTypeError(f"{name}: expected {first[1].dtype} as {first[0]} has, got {t.dtype}")
     if (running_mean is None) != (running_var is None):
         given, absent = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
-        raise ValueError(f"{absent}: expected a tensor because {given} is given, got None")
+        kind = ValueError if training else MismatchError
+        raise kind(f"{absent}: expected a tensor because {given} is given, got None")
     if not training and running_mean is None:
-        raise ValueError("running_mean: expected a tensor when training is false, got None")
+        raise MismatchError("running_mean: expected a tensor when training is false, got None")
     # Of several processes one may have a single value, or none.
     if training and values_per_channel == 1 and group is None:
         raise ValueError(
@@ -170,13 +206,29 @@ def check_norm(norm: Norm, *, channels: int, like: Tensor, values_per_channel: i
         )
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+    if eps == 0 and _refuses_zero(training):
+        raise ValueError(f"eps: expected a number > 0{' when training' if training else ''}, got {eps!r}")
+
+
+def _refuses_zero(training: bool) -> bool:
+    """Whether this PyTorch's batch norm refuses an eps of 0: in training since 2.13, and before in evaluation too."""
+    some = torch.ones(2, 1)
+    try:
+        torch.nn.functional.batch_norm(some, some[0].clone(), some[0].clone(), training=training, eps=0.0)
+    except ValueError:
+        return True
+    return False
+
+
+# A constant to torch.compile, as torch.compiler.assume_constant_result would have it at the price of an import.
+_refuses_zero._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_residual(residual: Tensor, shape: Sequence[int], like: Tensor, name: str = "residual") -> None:
     """A residual has exactly the shape, dtype and device of what it is added to."""
     r = check_tensor(name, residual, rank=4)
     if tuple(r.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {_shape(r)}")
+        raise MismatchError(f"{name}: expected shape {tuple(shape)}, got {_shape(r)}")
     check_same(name, r, "x", like)
 
 
@@ -204,7 +256,7 @@ def check_up_weight(name: str, weight: object, x: Tensor, factor: int) -> None:
     w = check_tensor(name, weight, rank=4)
     want = (x.shape[1], 1, 2 * factor, 2 * factor)
     if tuple(w.shape) != want:
-        raise ValueError(f"{name}: expected shape {want} for factor {factor}, got {_shape(w)}")
+        raise MismatchError(f"{name}: expected shape {want} for factor {factor}, got {_shape(w)}")
     check_same(name, w, "x", x)
 
 
@@ -237,7 +289,7 @@ def check_same_size_upsampled(xs: Sequence[Tensor], upsample: Upsampling) -> tup
             height, width = upsampled(height, up[1]), upsampled(width, up[1])
         first = first or (images, height, width)
         if (images, height, width) != first:
-            raise ValueError(
+            raise MismatchError(
                 f"xs[{i}]: expected (N, H, W) = {first} after upsampling as xs[0] has, got {(images, height, width)}"
             )
     assert first is not None

@@ -1,4 +1,8 @@
-"""The functional API: check the arguments, ask :mod:`dla_fast.backend` who serves the call, run it."""
+"""The functional API: check the arguments, ask :mod:`dla_fast.backend` who serves the call, run it.
+
+A ValueError or TypeError about what PyTorch's own modules would answer with RuntimeError is a RuntimeError, too
+(:class:`dla_fast.checks.MismatchError`, :class:`dla_fast.checks.MismatchTypeError`).
+"""
 
 from __future__ import annotations
 
@@ -69,7 +73,7 @@ def run_link(
     xs, weight, conv_bias, added, residual_input, upsample, up_weights, factors, name, slope = checked(
         op, given, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act
     )
-    gamma, beta, running_mean, running_var, training, momentum, eps, group = norm
+    gamma, beta, running_mean, running_var, training, momentum, eps, group, batches = norm
     x, device = xs[0], xs[0].device.type
     differentiable = training or requires_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
     serving = None
@@ -92,6 +96,8 @@ def run_link(
             op, whole, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act,
             deferred=deferred, carries=carries, low=low,
         )  # fmt: skip
+    if batches is not None:
+        batches.add_(1)
     if chains:
         of_first: tuple[Any, ...] = (None,) * 8
         carrier = arrived = None
@@ -316,14 +322,18 @@ def batch_norm_act(
 
 def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
     """:func:`batch_norm_act`, with a norm in one piece."""
-    gamma, beta, running_mean, running_var, training, momentum, eps, group = norm
-    checks.check_tensor("x", x, rank=4)
+    gamma, beta, running_mean, running_var, training, momentum, eps, group, batches = norm
+    checks.check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions, got shape {tuple(x.shape)}")
     name, slope = parse_act(act)
     if residual is not None:
         checks.check_residual(residual, x.shape, x)
     values = x.shape[0] * x.shape[2] * x.shape[3]
     checks.check_norm(norm, channels=x.shape[1], like=x, values_per_channel=values)
     serving = _serving("batch_norm_act", x.device.type, x.dtype)
+    if batches is not None:
+        batches.add_(1)
     if group is not None:
         return synced.batch_norm_act(serving, x, norm, residual, act)
     if serving == "reference":
@@ -353,7 +363,7 @@ def upsample(x: Tensor, weight: Tensor, factor: int) -> Tensor:
         RuntimeError: a forced backend cannot run the call.
     """
     x, weight = autocast([x, weight])
-    checks.check_tensor("x", x, rank=4)
+    checks.check_map("x", x)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     serving = _serving("upsample", x.device.type, x.dtype)
     if serving == "reference":
@@ -379,7 +389,7 @@ def upsample_add(x: Tensor, skip: Tensor, weight: Tensor, factor: int) -> Tensor
         RuntimeError: a forced backend cannot run the call.
     """
     x, weight, skip = autocast([x, weight, skip])
-    checks.check_tensor("x", x, rank=4)
+    checks.check_map("x", x)
     checks.check_up_weight("weight", weight, x, checks.check_factor(factor))
     size = (*x.shape[:2], checks.upsampled(x.shape[2], factor), checks.upsampled(x.shape[3], factor))
     checks.check_residual(skip, size, x, "skip")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -52,6 +56,211 @@ def test_use_backend_restores_and_nests():
     assert backend.selected() == before
     with pytest.raises(ValueError, match="name: unknown backend 'tpu', expected auto, reference"), use_backend("tpu"):
         pass
+
+
+@pytest.fixture
+def nothing_forced(monkeypatch):
+    """The environment forces no backend, whatever the tests are run under."""
+    monkeypatch.delenv("DLA_FAST_DISABLE", raising=False)
+    monkeypatch.setattr(backend._default, "name", "auto")
+
+
+def elsewhere(function):
+    """What a function gives in a thread that begins now."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_choice_is_its_threads_own(nothing_forced):
+    turn = Barrier(2, timeout=60)
+
+    def first():
+        with use_backend("reference"):
+            turn.wait()
+            turn.wait()
+            inside = backend.selected()
+        turn.wait()
+        return inside, backend.selected()
+
+    def second():
+        turn.wait()
+        with use_backend("cpu"):
+            turn.wait()
+            turn.wait()  # the first has left
+            inside = backend.selected()
+        return inside, backend.selected()
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(first), pool.submit(second)]
+        assert [one.result() for one in both] == [("reference", "auto"), ("cpu", "auto")]
+        assert list(pool.map(lambda _: backend.selected(), range(4))) == ["auto"] * 4
+    assert backend.selected() == "auto"
+
+
+def test_a_new_thread_begins_with_the_default_and_a_copied_context_with_the_choice(nothing_forced):
+    with use_backend("reference"):
+        copied = contextvars.copy_context()
+        assert elsewhere(backend.selected) == "auto"
+        assert backend.asked_by() == "use_backend('reference')"
+        assert elsewhere(backend.asked_by) is None
+        assert elsewhere(lambda: [c.backend for c in backend.explain("merge") if c.chosen]) != ["reference"]
+    assert elsewhere(lambda: copied.run(backend.selected)) == "reference"
+    assert backend.selected() == "auto"
+
+
+def test_a_choice_is_its_tasks_own(nothing_forced):
+    async def task(name, turns, child):
+        seen = []
+        with use_backend(name):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                seen.append(backend.selected())
+            seen.append(await asyncio.to_thread(backend.selected))
+            started = asyncio.create_task(child())
+        seen.append(backend.selected())
+        return seen, await started
+
+    async def child():
+        await asyncio.sleep(0)
+        return backend.selected()
+
+    async def main():
+        return await asyncio.gather(task("reference", 3, child), task("cpu", 1, child)), backend.selected()
+
+    (first, second), outside = asyncio.run(main())
+    assert first == (["reference"] * 4 + ["auto"], "reference")
+    assert second == (["cpu"] * 2 + ["auto"], "cpu")
+    assert outside == backend.selected() == "auto"
+
+
+def test_choices_that_generators_hold_end_in_any_order(nothing_forced):
+    def holds(name):
+        with use_backend(name):
+            yield backend.selected()
+
+    first, second, third = holds("reference"), holds("cpu"), holds("triton")
+    assert [next(g) for g in (first, second, third)] == ["reference", "cpu", "triton"]
+    second.close()
+    assert backend.selected() == "triton"
+    first.close()
+    assert backend.selected() == "triton"
+    with use_backend("reference"):
+        third.close()
+        assert backend.selected() == "reference"
+    assert backend.selected() == "auto"
+
+
+def test_a_choice_cannot_be_left_in_another_thread(nothing_forced):
+    choices = [use_backend("reference"), use_backend("cpu")]
+    for choice in choices:
+        choice.__enter__()
+    copied = contextvars.copy_context()
+
+    def leave(choice):
+        with pytest.raises(
+            RuntimeError, match=r"use_backend\('(reference|cpu)'\) was entered in another thread or task"
+        ):
+            choice.__exit__(None, None, None)
+        return backend.selected()
+
+    assert elsewhere(lambda: leave(choices[0])) == "auto"
+    assert elsewhere(lambda: copied.run(leave, choices[1])) == "cpu"
+    assert backend.selected() == "cpu"
+    backend._choices.set(backend._default)
+
+
+def test_use_backend_decorates_and_is_entered_once(nothing_forced):
+    @use_backend("reference")
+    def inside(deep):
+        return inside(deep - 1) if deep else backend.selected()
+
+    assert inside(2) == "reference"
+    assert elsewhere(lambda: inside(1)) == "reference"
+    choice = use_backend("cpu")
+    with choice:
+        assert backend.selected() == "cpu"
+    with pytest.raises((RuntimeError, AttributeError)), choice:
+        pass
+    assert backend.selected() == "auto"
+
+
+def test_no_compiled_code_is_reused_under_another_choice(nothing_forced):
+    torch._dynamo.reset()
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append("dla_fast_cpu" in graph.code)
+        return graph
+
+    x, weight = torch.randn(1, 3, 4, 4), torch.randn(3, 1, 4, 4)
+    compiled = torch.compile(lambda x: functional.upsample(x, weight, 2), fullgraph=True, backend=look)
+
+    def ran():
+        """Whether kernels ran, and whether that was compiled now."""
+        before = len(graphs)
+        y = compiled(x)
+        assert torch.allclose(y, functional.upsample(x, weight, 2), atol=1e-5)
+        return y.shape == (1, 3, 8, 8), len(graphs) - before
+
+    for new in (1, 0):
+        assert ran() == (True, new)
+        for name in ("reference", "cpu"):
+            with use_backend(name):
+                assert ran() == (True, new)
+                assert elsewhere(ran) == (True, 0)
+    assert graphs == [True, False, True]
+    with use_backend("cuda"), pytest.raises(Exception, match="backend 'cuda' was asked for and cannot run upsample"):
+        compiled(x)
+
+    async def alternate(name):
+        with use_backend(name):
+            for _ in range(3):
+                assert ran() == (True, 0)
+                await asyncio.sleep(0)
+
+    async def main():
+        await asyncio.gather(alternate("reference"), alternate("cpu"))
+
+    asyncio.run(main())
+
+
+def test_choices_inside_of_compiled_code(nothing_forced):
+    torch._dynamo.reset()
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append([name for name in ("dla_fast_cpu", "conv_transpose2d") if name in graph.code])
+        return graph
+
+    weight = torch.randn(3, 1, 4, 4)
+
+    def inside(x):
+        with use_backend("reference"):
+            x = functional.upsample(x, weight, 2)
+            with use_backend("cpu"):
+                assert backend.selected() == "cpu"
+            assert backend.selected() == "reference"
+        return functional.upsample(x, weight, 2)
+
+    compiled = torch.compile(inside, fullgraph=True, backend=look)
+    x = torch.randn(1, 3, 2, 2)
+    with use_backend("cpu"):
+        torch.testing.assert_close(compiled(x), inside(x))
+    with use_backend("reference"):
+        torch.testing.assert_close(compiled(x), inside(x))
+    assert graphs == [["dla_fast_cpu", "conv_transpose2d"], ["conv_transpose2d"]]
+
+    def broken(x):
+        with use_backend("reference"):
+            torch._dynamo.graph_break()
+            seen.append((backend.selected(), elsewhere(backend.selected)))
+            x = functional.upsample(x, weight, 2)
+        return functional.upsample(x, weight, 2)
+
+    seen: list[tuple[str, str]] = []
+    torch.testing.assert_close(torch.compile(broken, backend="eager")(x), inside(x))
+    assert set(seen) == {("reference", "auto")}
+    assert backend.selected() == "auto"
 
 
 def test_meta_tensors_run_on_the_reference():

@@ -185,7 +185,7 @@ def test_a_reader_that_leaves_is_no_traceback():
 @pytest.fixture
 def no_kernels(monkeypatch):
     """As where the extension was not built: nothing but the reference serves the CPU."""
-    monkeypatch.setattr(backend, "_selected", "auto")
+    monkeypatch.setattr(backend._default, "name", "auto")
     monkeypatch.delenv("DLA_FAST_DISABLE", raising=False)
     monkeypatch.setitem(ops._missing, ("cpu", "conv_norm_act"), "the C++ extension was not built: no compiler")
     monkeypatch.setitem(backend._chosen, ("conv_norm_act", "cpu"), "reference")
@@ -275,7 +275,7 @@ def test_demo_on_a_reference_that_was_asked_for(
 ):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(backend, "_selected", "reference")
+    monkeypatch.setattr(backend._default, "name", "reference")
     assert cli.main([*TINY, "--out", str(tmp_path / "demo.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"on the PyTorch reference, as {asks} asks: no kernel of dla_fast ran"

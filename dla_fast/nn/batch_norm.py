@@ -82,39 +82,18 @@ def is_frozen(bn: nn.Module) -> bool:
 def norm_of(bn: Any) -> Norm:
     """What a call of ``bn`` normalises with, following ``nn.BatchNorm2d.forward`` or SyncBatchNorm's to the letter.
 
-    ``bn.training`` decides, not a parent's flag. Writes nothing: call :func:`count_batch` once the call has succeeded.
+    ``bn.training`` decides, not a parent's flag. Writes nothing: the call of the norm counts the batch.
     """
     if is_frozen(bn):
         held = bn._buffers
         return Norm(held["weight"], held["bias"], held["running_mean"], held["running_var"], False, 0.0, bn.eps)
     training, tracks, momentum = bn.training, bn.track_running_stats, bn.momentum
+    batches = buffer(bn, "num_batches_tracked") if training and tracks else None
     mean, var = buffer(bn, "running_mean"), buffer(bn, "running_var")
     if momentum is None:
-        counted = bn.num_batches_tracked if training and tracks else None
-        momentum = 0.0 if counted is None else 1.0 / (float(counted) + 1.0)
+        momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
     batch = training or (mean is None and var is None)
     if training and not tracks:
         mean = var = None
-    return Norm(parameter(bn, "weight"), parameter(bn, "bias"), mean, var, batch, momentum, bn.eps, sync_group(bn))
-
-
-def batch_norm_arguments(bn: nn.Module) -> dict[str, Any]:
-    """:func:`norm_of` as the keyword arguments of a functional call."""
-    weight, bias, mean, var, training, momentum, eps = norm_of(bn)[:7]
-    return {
-        "bn_weight": weight,
-        "bn_bias": bias,
-        "running_mean": mean,
-        "running_var": var,
-        "training": training,
-        "momentum": momentum,
-        "eps": eps,
-    }
-
-
-def count_batch(bn: Any) -> None:
-    """Count a training batch in ``num_batches_tracked``, as ``nn.BatchNorm2d.forward`` does."""
-    if bn.training and not is_frozen(bn) and bn.track_running_stats:
-        batches = buffer(bn, "num_batches_tracked")
-        if batches is not None:
-            batches.add_(1)
+    weight, bias = parameter(bn, "weight"), parameter(bn, "bias")
+    return Norm(weight, bias, mean, var, batch, momentum, bn.eps, sync_group(bn), batches)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dla_fast import functional
-from dla_fast.nn.batch_norm import batch_norm_arguments, count_batch, is_plain, norm_of
+from dla_fast.nn.batch_norm import is_plain, norm_of
 from dla_fast.reference.activation import ActSpec, activate, parse_act
 
 
@@ -19,9 +19,7 @@ def run_batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None,
     if not is_plain(bn):
         y = bn(x)
         return activate(y if residual is None else y + residual, act)
-    y = functional.run_norm(x, norm_of(bn), residual, act)
-    count_batch(bn)
-    return y
+    return functional.run_norm(x, norm_of(bn), residual, act)
 
 
 class BatchNormAct2d(_NormBase):
@@ -64,9 +62,7 @@ class BatchNormAct2d(_NormBase):
         self.act = act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = functional.batch_norm_act(x, residual=residual, act=self.act, **batch_norm_arguments(self))
-        count_batch(self)
-        return y
+        return functional.run_norm(x, norm_of(self), residual, self.act)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

@@ -121,12 +121,12 @@ class IDAUp(nn.Module):
         for i, (x, c, f) in enumerate(zip(layers, self.channels, self.up_factors, strict=True)):
             checks.check_tensor(f"layers[{i}]", x, rank=4)
             if x.shape[1] != c:
-                raise ValueError(f"layers[{i}]: expected {c} channels, got shape {tuple(x.shape)}")
+                raise checks.MismatchError(f"layers[{i}]: expected {c} channels, got shape {tuple(x.shape)}")
             height, width = (side if f == 1 else checks.upsampled(side, f) for side in x.shape[2:])
             size = (x.shape[0], height, width)
             first = first or size
             if size != first:
-                raise ValueError(
+                raise checks.MismatchError(
                     f"layers[{i}]: expected (N, H, W) = {first} after upsampling by {f}, as layers[0] has, got {size} "
                     f"from shape {tuple(x.shape)}"
                 )
@@ -234,13 +234,13 @@ class DLAUp(nn.Module):
         for i, (x, c) in enumerate(zip(layers, self.channels, strict=True)):
             checks.check_tensor(f"layers[{i}]", x, rank=4)
             if x.shape[1] != c:
-                raise ValueError(f"layers[{i}]: expected {c} channels, got shape {tuple(x.shape)}")
+                raise checks.MismatchError(f"layers[{i}]: expected {c} channels, got shape {tuple(x.shape)}")
             if i == 0:
                 continue
             factor, finer = self.scales[i] // self.scales[i - 1], layers[i - 1]
             sides = tuple(checks.upsampled(side, factor) for side in x.shape[2:])
             if x.shape[0] != finer.shape[0] or sides != tuple(finer.shape[2:]):
-                raise ValueError(
+                raise checks.MismatchError(
                     f"layers[{i}]: expected batch {finer.shape[0]} and a size that upsampling by {factor} brings to "
                     f"{tuple(finer.shape[2:])}, that of layers[{i - 1}], got shape {tuple(x.shape)}"
                 )

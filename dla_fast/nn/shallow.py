@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dla_fast import checks
 from dla_fast.nn.ida import ConvNormAct
 
 
@@ -22,7 +23,7 @@ def _check(layers: Sequence[Tensor], channels: Sequence[int]) -> None:
         raise ValueError(f"layers: expected {len(channels)} layers, got {got}")
     for i, (x, c) in enumerate(zip(layers, channels, strict=True)):
         if x.dim() != 4 or x.shape[1] != c:
-            raise ValueError(f"layers[{i}]: expected (N, {c}, H, W), got shape {tuple(x.shape)}")
+            raise checks.MismatchError(f"layers[{i}]: expected (N, {c}, H, W), got shape {tuple(x.shape)}")
 
 
 class FCNMerge(nn.Module):

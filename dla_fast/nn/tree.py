@@ -177,7 +177,7 @@ class Tree(nn.Module):
         height, width = x.shape[-2:]
         if height % self.stride or width % self.stride:
             low = [max(size - size % self.stride, self.stride) for size in (height, width)]
-            raise ValueError(
+            raise checks.MismatchError(
                 f"x: expected a height and width that the stride {self.stride} divides, got {height}x{width}; "
                 f"{low[0]}x{low[1]} would fit"
             )

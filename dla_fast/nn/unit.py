@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla_fast import functional
 from dla_fast.checks import Upsampling
-from dla_fast.nn.batch_norm import count_batch, is_plain, norm_of, parameter, trains
+from dla_fast.nn.batch_norm import is_plain, norm_of, parameter, trains
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.conv import is_plain_conv
 from dla_fast.nn.frozen import KEY, Frozen
@@ -131,13 +131,11 @@ def _run_link(
         y = frozen.run(xs, conv, bn, act, residual, upsample)
         if y is not None:
             return y
-    made = functional.run_link(
+    return functional.run_link(
         "conv_norm_act", xs, parameter(conv, "weight"), norm_of(bn), None, parameter(conv, "bias"), conv.stride[0],
         conv.dilation[0], conv.groups, residual, upsample, act, first, ending, deferred, carries,
         carried, LOW in conv.__dict__,
     )  # fmt: skip
-    count_batch(bn)
-    return made
 
 
 def _op_by_op(

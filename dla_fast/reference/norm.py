@@ -19,6 +19,8 @@ class Norm(NamedTuple):
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
         group: the process group whose processes' values together are the batch, in training; None for this one's alone.
+        batches: the number of batches so far, which a call in training counts up once its arguments have passed the
+            checks, and before any work: what recomputes a call may stop it as soon as it has what it wants.
     """
 
     weight: Tensor | None
@@ -29,3 +31,4 @@ class Norm(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
     group: Any = None
+    batches: Tensor | None = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,19 +21,6 @@ from dla_fast.reference.activation import ActSpec
 PLAIN = (Tensor, nn.Parameter)
 _ACTS: dict[type, ActSpec] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity", nn.Hardswish: "hardswish"}
 _HALF = (torch.float16, torch.bfloat16)
-# Two threads (DataParallel) that force a backend at once would restore each other's choice and leave one in force.
-_forcing = threading.RLock()
-
-
-@contextlib.contextmanager
-def forcing(name: str) -> Iterator[None]:
-    """Force a backend for a call of one swapped module."""
-    if torch.compiler.is_compiling():
-        with backend.use_backend(name):
-            yield
-    else:
-        with _forcing, backend.use_backend(name):
-            yield
 
 
 def undisturbed() -> bool:
@@ -114,7 +100,7 @@ def fits(x: Any, conv: nn.Module | None, bn: nn.Module) -> bool:
 
 def run_tail_on(name: str, x: Tensor, bn: nn.Module, act: ActSpec) -> Tensor:
     """A norm and the activation behind it, on the backend of :func:`run_unit_on`."""
-    with contextlib.nullcontext() if name in ("auto", backend.selected()) else forcing(name):
+    with contextlib.nullcontext() if name in ("auto", backend.selected()) else backend.use_backend(name):
         return run_batch_norm_act(x, bn, act=act)
 
 
@@ -124,7 +110,7 @@ def run_deferred_on(
     """:func:`dla_fast.nn.unit.run_deferred` on the backend of :func:`run_unit_on`."""
     if name in ("auto", backend.selected()):
         return run_deferred(xs, conv, bn, **options)
-    with forcing(name):
+    with backend.use_backend(name):
         return run_deferred(xs, conv, bn, **options)
 
 
@@ -132,5 +118,5 @@ def run_unit_on(name: str, xs: Sequence[Tensor | Ending], conv: nn.Module, bn: n
     """:func:`dla_fast.nn.unit.run_unit` on the backend a module is forced to, or on the one in force for "auto"."""
     if name in ("auto", backend.selected()):
         return run_unit(xs, conv, bn, **options)
-    with forcing(name):
+    with backend.use_backend(name):
         return run_unit(xs, conv, bn, **options)

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from dla_fast import functional
 from dla_fast.arguments import autocast
+from dla_fast.backend import use_backend
 from dla_fast.checks import convolved
 from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_plain, parameter
 from dla_fast.nn.conv import is_plain_conv
 from dla_fast.reference.activation import ActSpec, activate
 from dla_fast.swap import verify
-from dla_fast.swap.calls import PLAIN, forcing, run_unit_on, undisturbed, unit_dtype
+from dla_fast.swap.calls import PLAIN, run_unit_on, undisturbed, unit_dtype
 from dla_fast.swap.nodes import MAX_INPUTS, FusedNode, class_reason
 from dla_fast.swap.probe import Case
 from dla_fast.swap.reader import (
@@ -120,7 +121,7 @@ class Merge:
             xs, added = [torch.cat(xs, 1)], residual
         if bn is not None:
             return run_unit_on(self.spec.backend, xs, conv, bn, act=act, residual=added)
-        with contextlib.nullcontext() if self.spec.backend == "auto" else forcing(self.spec.backend):
+        with contextlib.nullcontext() if self.spec.backend == "auto" else use_backend(self.spec.backend):
             return _folded(xs, conv, act, added)
 
     def _one_by_one(self, x: Tensor, residual: Tensor | None, act: bool, in_place: bool) -> Tensor:

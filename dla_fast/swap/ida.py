@@ -14,7 +14,7 @@ from dla_fast.nn import stock
 from dla_fast.nn.batch_norm import is_observed
 from dla_fast.nn.batch_norm_act import run_batch_norm_act
 from dla_fast.nn.unit import run_unit
-from dla_fast.swap.calls import PLAIN, forcing, norm_fits, undisturbed
+from dla_fast.swap.calls import PLAIN, norm_fits, undisturbed
 from dla_fast.swap.nodes import FusedNode
 from dla_fast.swap.units import Unit, unit_of
 
@@ -210,5 +210,5 @@ def run_forced(module: nn.Module, spec: IDASpec, layers: Any, start: int, end: i
     """The fused loop on the backend the ladder is forced to, if any."""
     if spec.backend in ("auto", backend.selected()):
         return run_ida(module, spec, layers, start, end)
-    with forcing(spec.backend):
+    with backend.use_backend(spec.backend):
         return run_ida(module, spec, layers, start, end)
