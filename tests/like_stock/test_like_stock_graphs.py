@@ -119,7 +119,8 @@ def test_networks(name):
 
 
 def test_inductor():
-    assert _of_model("node", [(2, 5, 6), (3, 6, 7)], backend="inductor", **HOW["marked"]) == 1
+    # Of stock it fixes heights and widths in the backward of convolutions: marked, those are an error there.
+    assert _of_model("node", [(2, 5, 6), (3, 5, 6)], backend="inductor", marked=(0,)) == 1
 
 
 def test_what_changes_between_calls():
