@@ -273,7 +273,7 @@ def test_what_is_no_pixel_adds_nothing():
     x_hat = (z.float() - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
     sums = dy.float().sum((0, 2, 3)), (dy.float() * x_hat).sum((0, 2, 3))
     _, _, dw, *_ = conv_norm_act_backward.conv_norm_act_backward(
-        dy, [x], [], weight, None, z, mean, var, v, v, *sums, [1], 1, 1, 1, -1, 33.0, 1e-5, "identity", 0.0,
+        dy, [x], [], weight, None, z, mean, var, v, v, *sums, [1], 1, 1, 1, -1, 33, 1e-5, "identity", 0.0,
         [True], [], True, False,
     )  # fmt: skip
     dz = dy.float() - (sums[0] / 33)[:, None, None] - x_hat * (sums[1] / 33)[:, None, None]

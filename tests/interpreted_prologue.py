@@ -89,7 +89,7 @@ class Chain:
         index = -1 if isinstance(self.added, bool) else self.added
         return OPS.conv_norm_act_backward(
             self.dy, xs, self.ups, self.weight, self.own, self.z, *self.own_norm, *self.sums, *self.geometry, index,
-            float(self.z.numel() // self.out_channels), EPS, "silu", 0.0, need_dx, need_dup, need_dw, need_own, *pre,
+            self.z.numel() // self.out_channels, EPS, "silu", 0.0, need_dx, need_dup, need_dw, need_own, *pre,
         )  # fmt: skip
 
     def expected(self, through: bool, **more: Any) -> list[Tensor]:
@@ -100,7 +100,7 @@ class Chain:
             z, options = self.xs[self.index], (EPS, self.act, SLOPE)
             norm = (dxs[self.index], z, *self.norm, self.of_input)
             sums = OPS.tail_backward_reduce(*norm, *options)
-            dxs[self.index] = OPS.tail_backward_apply(*norm, None, None, 0.0, *options, True)[1]
+            dxs[self.index] = OPS.tail_backward_apply(*norm, None, None, 0, *options, True)[1]
         return [*dxs, *dups, dw, dresidual, *sums]
 
 

@@ -77,7 +77,7 @@ def test_the_tail(layout):
     for added in (residual, None):
         same(OPS.tail, z, *vectors, added, 1e-5, "silu", 0.0)
         same(OPS.tail_backward_reduce, dy, z, *vectors, added, 1e-5, "silu", 0.0)
-        same(OPS.tail_backward_apply, dy, z, *vectors, added, *norm()[:2], 30.0, 1e-5, "silu", 0.0, True)
+        same(OPS.tail_backward_apply, dy, z, *vectors, added, *norm()[:2], 30, 1e-5, "silu", 0.0, True)
     same(OPS.moments, z, None, None, 0.1)
 
 
@@ -102,7 +102,7 @@ def test_the_node(kernel, stride, factors, layout):
     same(OPS.conv_norm_act_stage, xs, ups, weight, bias, None, None, *geometry[:-1], 0.1, True)
     z = draw(*residual.shape).contiguous(memory_format=LAYOUTS[layout])
     dy = draw(*residual.shape, 2)[..., 0]
-    count = float(z.numel() // 8)
+    count = z.numel() // 8
     for own, needed in ((residual, True), (residual, False), (None, False)):
         wanted = [True] * len(xs), [True] * len(ups), True, needed
         same(

@@ -467,7 +467,7 @@ def test_what_is_carried_is_added_to_the_first_gradient(size, out, kernel, strid
     op = torch.ops.dla_fast_cpu
     z, mean, var = op.conv_norm_act_stage(xs, [], weight, None, None, None, [1, 1], stride, 1, 1, 0.1, True)
     dy, v = torch.randn_like(z), torch.rand(out, dtype=mean.dtype) + 0.5
-    node = (dy, xs, [], weight, None, z, mean, var, v, v, mean, mean, [1, 1], stride, 1, 1, -1, float(z[:, :1].numel()))
+    node = (dy, xs, [], weight, None, z, mean, var, v, v, mean, mean, [1, 1], stride, 1, 1, -1, z[:, :1].numel())
     node += (1e-5, "identity", 0.0, [True, True], [], True, False, *ending.NO_PROLOGUE, False)
     carried = torch.randn(size, dtype=torch.float64).to(dtype)
     (dx, other), _, dw, *_ = op.conv_norm_act_backward(*node, carried)

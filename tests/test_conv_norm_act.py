@@ -166,7 +166,7 @@ def test_opcheck(served, layout, kernel, stride):
         opcheck(
             namespace.conv_norm_act_backward.default,
             (torch.randn_like(z), *node[:3], residual, z, mean, var, *norm[:2], mean, var, *geometry, -1)
-            + (float(z[:, 0].numel()), *options, *wanted),
+            + (z[:, 0].numel(), *options, *wanted),
         )
     for leaf in (*xs, *ups, t["weight"], bias, residual, *norm[:2]):
         leaf.requires_grad_()

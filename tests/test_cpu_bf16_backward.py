@@ -42,7 +42,7 @@ class Backward:
         return cls(xs, weight, dy, z, (mean, var, gamma, beta, *sums), residual)
 
     def run(self, need_dx: list[bool] | None = None, need_dw: bool = True) -> list[Tensor]:
-        count, inputs = float(self.z.numel() // self.z.shape[1]), len(self.xs)
+        count, inputs = self.z.numel() // self.z.shape[1], len(self.xs)
         dxs, _, dw, *_ = torch.ops.dla_fast_cpu.conv_norm_act_backward(
             self.dy,
             self.xs,

@@ -76,7 +76,7 @@ class Problem:
         self.added = tensor(n, channels[first], h, w) if residual else None
         self.ending = (*vectors(channels[first]), 1e-5, act, 0.1)
         high, wide = (h - 1) // stride + 1, (w - 1) // stride + 1
-        self.dy, self.norm, self.count = tensor(n, out, high, wide), vectors(out), float(n * high * wide)
+        self.dy, self.norm, self.count = tensor(n, out, high, wide), vectors(out), n * high * wide
         self.sums = tuple(torch.randn(out, dtype=sums) for _ in range(2))
 
     @property
@@ -106,7 +106,7 @@ class Problem:
         """dy' and its sums from the gradient of y."""
         z, norm, rest = self.xs[self.first], self.ending[:4], self.ending[4:]
         sums = self.op.tail_backward_reduce(dy, z, *norm, self.added, *rest)
-        return (self.op.tail_backward_apply(dy, z, *norm, self.added, None, None, 0.0, *rest, True)[1], *sums)
+        return (self.op.tail_backward_apply(dy, z, *norm, self.added, None, None, 0, *rest, True)[1], *sums)
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype, what: Any) -> None:

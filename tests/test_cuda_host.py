@@ -333,7 +333,7 @@ def test_opcheck(layout):
     opcheck(namespace.moments, (x, v.clone(), v.clone(), 0.1))
     opcheck(namespace.tail, (x, *norm))
     opcheck(namespace.tail_backward_reduce, (x, x, *norm))
-    opcheck(namespace.tail_backward_apply, (x, x, v, v, v, v, x, v, v, 24.0, 1e-5, "relu", 0.0, True))
+    opcheck(namespace.tail_backward_apply, (x, x, v, v, v, v, x, v, v, 24, 1e-5, "relu", 0.0, True))
     weight = torch.randn(8, 1, 4, 4)
     y = namespace.upsample(x, weight, 2)
     opcheck(namespace.upsample_add, (x, y, weight, 2))

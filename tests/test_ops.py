@@ -45,7 +45,7 @@ def test_opcheck(namespace, dtype, layout):
     dy = torch.randn_like(z)
     opcheck(
         namespace.conv_norm_act_backward.default,
-        (dy, xs, [], weight, None, z, mu, sigma2, gamma, beta, mu, sigma2, *geometry, 0, 30.0, *options)
+        (dy, xs, [], weight, None, z, mu, sigma2, gamma, beta, mu, sigma2, *geometry, 0, 30, *options)
         + ([True, False], [], True, False),
     )
     opcheck(namespace.moments.default, (z, mean, var, 0.1))
@@ -53,7 +53,7 @@ def test_opcheck(namespace, dtype, layout):
     opcheck(namespace.tail_backward_reduce.default, (dy, z, mu, sigma2, gamma, beta, None, *options))
     opcheck(
         namespace.tail_backward_apply.default,
-        (dy, z, mu, sigma2, gamma, beta, dy, mu, sigma2, 30.0, *options, True),
+        (dy, z, mu, sigma2, gamma, beta, dy, mu, sigma2, 30, *options, True),
     )
 
 

@@ -171,7 +171,7 @@ def work_of(unit: Unit, mode: str, sizes: tuple[int, int, int], device: str) -> 
     y, z = some(images, n, height, width), some(images, n, height, width)
     vector = some(n, of=torch.float32)
     norm = (vector,) * 4
-    sums, count = (vector, vector), float(unit.pixels)
+    sums, count = (vector, vector), unit.pixels
     act = (_EPS, _ACT, _SLOPE)
     skip = some(images, n, height, width) if case.residual else None
     if case.op in ("upsample", "upsample_add"):

@@ -48,7 +48,7 @@ def _calls(
         "tail": (lambda: operators.tail(z, *norm), 2 * one),
         "tail_backward_reduce": (lambda: operators.tail_backward_reduce(dy, z, *norm), 2 * one),
         "tail_backward_apply": (
-            lambda: operators.tail_backward_apply(dy, z, v, v, v, v, None, v, v, 1e6, 1e-5, "relu", 0.0, False),
+            lambda: operators.tail_backward_apply(dy, z, v, v, v, v, None, v, v, 1_000_000, 1e-5, "relu", 0.0, False),
             3 * one,
         ),
         "upsample": (lambda: operators.upsample(small, weight, factor), quarter + one),

@@ -74,7 +74,7 @@ def _backward(channels: tuple[int, ...], outputs: int, side: int, batch: int, la
     xs, (z, dy) = [_map(c, side, batch, setting) for c in channels], (_map(outputs, side, batch, setting),) * 2
     weight = torch.randn(outputs, sum(channels), 1, 1, device=setting.device, dtype=setting.dtype)
     v, pixels = torch.rand(outputs, device=setting.device) + 0.5, batch * side * side
-    node = (dy, xs, [], weight, None, z, v, v, v, v, v, v, [1] * len(xs), 1, 1, 1, -1, float(pixels), 1e-5, "relu", 0.0)
+    node = (dy, xs, [], weight, None, z, v, v, v, v, v, v, [1] * len(xs), 1, 1, 1, -1, pixels, 1e-5, "relu", 0.0)
 
     def call() -> list[Tensor]:
         dxs, _, dw, *_ = ops.namespace("triton").conv_norm_act_backward(*node, [True] * len(xs), [], True, False)

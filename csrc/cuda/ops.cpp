@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor> tail_backward_apply_op(const Tensor& dy_in, const Ten
                                                   const Tensor& var, const OptionalTensor& bn_weight,
                                                   const OptionalTensor& bn_bias, const OptionalTensor& residual_in,
                                                   const OptionalTensor& sum_dy, const OptionalTensor& sum_dy_xhat,
-                                                  double count, double eps, std::string_view act, double slope,
+                                                  int64_t count, double eps, std::string_view act, double slope,
                                                   bool residual_grad) {
   const OnDevice device(z_in);
   const bool channels_last = is_channels_last(z_in);

@@ -211,7 +211,7 @@ def conv_norm_act_backward(
     dilation: int,
     groups: int,
     residual_input: int,
-    count: float,
+    count: int,
     eps: float,
     act: str,
     slope: float,
@@ -341,12 +341,12 @@ def specialisations() -> Iterable[launch.Specialisation]:
         with examples.recording(example) as launches:
             for act, residual in itertools.product(example.acts, example.residuals):
                 for total in (v, None) if example.frozen else (v,):
-                    options = (example.factors, 1, 1, 1, 0 if residual else -1, 4.0, 1e-5, act, 0.0)
+                    options = (example.factors, 1, 1, 1, 0 if residual else -1, 4, 1e-5, act, 0.0)
                     conv_norm_act_backward(
                         z, xs, [], weight, None, z, v, v, v, v, total, total, *options, every, [], True, False
                     )  # fmt: skip
             # Of the weight alone, whose gradient is a product of dz.
-            needed, options = [False] * len(xs), (example.factors, 1, 1, 1, -1, 4.0, 1e-5, "relu", 0.0)
+            needed, options = [False] * len(xs), (example.factors, 1, 1, 1, -1, 4, 1e-5, "relu", 0.0)
             conv_norm_act_backward(z, xs, [], weight, None, z, v, v, v, v, v, v, *options, needed, [], True, False)
         found += [launch.specialisation("conv_norm_act_backward", example.dtype, o, example.label) for o in launches]
     for example in examples.chains():
@@ -357,7 +357,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
             # Its norm's backward left to the unit before, or a map that is formed again for dW alone.
             for act, residual, through in itertools.product(example.acts, example.residuals, (True, False)):
                 conv_norm_act_backward(
-                    z, xs, [], weight, None, z, v, v, v, v, v, v, *geometry, 4.0, 1e-5, "relu", 0.0, every, [], True,
+                    z, xs, [], weight, None, z, v, v, v, v, v, v, *geometry, 4, 1e-5, "relu", 0.0, every, [], True,
                     False, *examples.prologue(example, act, residual), through,
                 )  # fmt: skip
         kernels = (dx_kernel, fused_kernel, weight_kernel)

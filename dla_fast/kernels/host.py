@@ -343,7 +343,7 @@ def like(z: Tensor, channels_last: bool) -> Tensor:
     return empty_like_layout(z, z.shape, channels_last)
 
 
-def inverse(count: float) -> float:
+def inverse(count: int) -> float:
     """1 / count; an empty batch has no terms that it could scale."""
     return 1.0 / count if count > 0 else 0.0
 

@@ -321,7 +321,7 @@ def tail_backward_apply(
     residual: Tensor | None,
     sum_dy: Tensor | None,
     sum_dy_xhat: Tensor | None,
-    count: float,
+    count: int,
     eps: float,
     act: str,
     slope: float,
@@ -375,7 +375,7 @@ def specialisations() -> Iterable[launch.Specialisation]:
             with examples.recording(example) as launches:
                 tail(z, v, v, v, v, residual, 1e-5, act, 0.0)
                 sums = tail_backward_reduce(z, z, v, v, v, v, residual, 1e-5, act, 0.0)
-                tail_backward_apply(z, z, v, v, v, v, residual, *sums, 4.0, 1e-5, act, 0.0, with_residual)
+                tail_backward_apply(z, z, v, v, v, v, residual, *sums, 4, 1e-5, act, 0.0, with_residual)
                 reduced(z, z, host.Norm(v, v, v, v), residual, (1e-5, act, 0.0), z)
             for one in launches:
                 op = {tail_kernel: "tail", apply_kernel: "tail_backward_apply"}.get(one.kernel, "tail_backward_reduce")

@@ -75,7 +75,7 @@ class _BatchNormAct:
             sums = self.tail_backward_reduce(dy, x, *tail, *options)
         dx = dresidual = None
         if need_dx or need_residual:
-            count = float(x.shape[0] * x.shape[2] * x.shape[3])
+            count = x.shape[0] * x.shape[2] * x.shape[3]
             batch = sums if ctx.training else (None, None)
             dx, dresidual = self.tail_backward_apply(dy, x, *tail, *batch, count, *options, need_residual)
         _, dgamma, dbeta = norm_gradients(ctx, sums, var, None, bn_weight, bn_bias, (False, need_gamma, need_beta))

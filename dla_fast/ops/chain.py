@@ -124,7 +124,7 @@ class _Formed(torch.autograd.Function):
             return (None, None, *second_order(run, tensors, needed[:6], (dy,)), None, None, None)
         z, residual, *norm = tensors
         sums = ctx.kernels.reduce(dy, z, *norm, residual, *ctx.options)
-        _, du = ctx.kernels.apply(dy, z, *norm, residual, None, None, 0.0, *ctx.options, True)
+        _, du = ctx.kernels.apply(dy, z, *norm, residual, None, None, 0, *ctx.options, True)
         found = [None, du, None, None, like(sums[1], norm[2]), like(sums[0], norm[3]), du, *sums]
         return (None, None, *(grad if wanted else None for grad, wanted in zip(found, needed, strict=True)))
 

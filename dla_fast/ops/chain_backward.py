@@ -157,7 +157,7 @@ def once(
         joint = sums if call.group is None else joint_sums(sums, ctx.share, call.group)
         dxs, dups, dw, dresidual, through_sums = kernels.backward(
             dy, xs, flat[n:at], weight, residual, z, mean, var, bn_weight, bn_bias, *joint, *call.geometry,
-            -1 if call.deferred else call.residual_input, float(pixels(z)), eps, act, slope, need_dx,
+            -1 if call.deferred else call.residual_input, pixels(z), eps, act, slope, need_dx,
             need_dup, need_dw, need_residual, *pre, through, grads[6] if call.carries and need_dx[0] else None,
         )  # fmt: skip
         of_norm = through_sums if through else of_norm

@@ -43,7 +43,7 @@ SCHEMAS = (
     # gradient of the first input.
     "conv_norm_act_backward(Tensor dy, Tensor[] xs, Tensor[] up_weights, Tensor weight, Tensor? residual, Tensor z, "
     f"Tensor mean, Tensor var, {_NORM}, Tensor? sum_dy, Tensor? sum_dy_xhat, {_GEOMETRY}, int residual_input, "
-    f"float count, {_OPTIONS}, bool[] need_dx, bool[] need_dup, bool need_dw, bool need_dresidual, {_PROLOGUE}, "
+    f"SymInt count, {_OPTIONS}, bool[] need_dx, bool[] need_dup, bool need_dw, bool need_dresidual, {_PROLOGUE}, "
     "bool through=False, Tensor? carried=None) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor[])",
     # The differentiable whole: y, then what its backward needs.
     f"conv_norm_act({_NODE}, Tensor? residual, {_NORM}, {_RUNNING}, {_GEOMETRY}, int residual_input, bool training, "
@@ -188,7 +188,7 @@ class _ConvNormAct:
             made = self.stage_backward(
                 dy, xs, ups, weight, residual, z, mean, var, bn_weight, bn_bias,
                 *(sums if ctx.training else (None, None)), *geometry, residual_input,
-                float(images * height * width), *options, need_dx, need_dup, need_dw, need_residual, *NO_PROLOGUE,
+                images * height * width, *options, need_dx, need_dup, need_dw, need_residual, *NO_PROLOGUE,
                 False, None,
             )  # fmt: skip
         dbias, dgamma, dbeta = norm_gradients(

@@ -57,7 +57,7 @@ class _BatchNormAct(torch.autograd.Function):
         dx = dresidual = None
         if need_dx or need_residual:
             joint = joint_sums(sums, share, ctx.group) if need_dx else (None, None)
-            dx, dresidual = ctx.kernels.apply(dy, x, *tail, *joint, float(pixels(x)), *ctx.options, need_residual)
+            dx, dresidual = ctx.kernels.apply(dy, x, *tail, *joint, pixels(x), *ctx.options, need_residual)
         return (
             None, None, None, dx if need_dx else None, like(sums[1], weight) if need_weight else None,
             like(sums[0], bias) if need_bias else None, dresidual if need_residual else None,

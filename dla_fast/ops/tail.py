@@ -21,7 +21,7 @@ SCHEMAS = (
     "moments(Tensor z, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) -> (Tensor, Tensor)",
     f"tail(Tensor z, {_NORM}, {_OPTIONS}) -> Tensor",
     f"tail_backward_reduce(Tensor dy, Tensor z, {_NORM}, {_OPTIONS}) -> (Tensor, Tensor)",
-    f"tail_backward_apply(Tensor dy, Tensor z, {_NORM}, Tensor? sum_dy, Tensor? sum_dy_xhat, float count, {_OPTIONS}, "
+    f"tail_backward_apply(Tensor dy, Tensor z, {_NORM}, Tensor? sum_dy, Tensor? sum_dy_xhat, SymInt count, {_OPTIONS}, "
     "bool residual_grad) -> (Tensor, Tensor)",
 )
 

@@ -8,7 +8,7 @@ parameters, buffers and gradients, and that of the input.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,3 +199,35 @@ def compare(scenario: Scenario, name: str, layout: str = "nchw", x: Tensor | Non
     seen = [see(model, scenario, x) for model in pair(name, layout, **options)]
     assert_alike(seen)
     return seen
+
+
+def graphs(
+    function: Callable[..., Tensor],
+    calls: Iterable[Sequence[Tensor]],
+    backend: str = "aot_eager",
+    marked: Sequence[int] = (),
+    **options: Any,
+) -> int:
+    """How many graphs torch.compile makes of a function in one piece, over its calls and their backward passes.
+
+    Args:
+        function: gives one tensor; a backward pass follows where that requires grad.
+        calls: the arguments of each; a generator may change the world in between.
+        backend: of torch.compile, like ``options``.
+        marked: the dimensions of the first call's tensors that mark_dynamic is told of.
+        options: see ``backend``.
+    """
+    # Not before it is needed: this import takes longer than many a test.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, backend=counter, fullgraph=True, **options)
+    for i, call in enumerate(calls):
+        for x in call if i == 0 else ():
+            for dim in marked:
+                torch._dynamo.mark_dynamic(x, dim)
+        y = compiled(*call)
+        if y.requires_grad:
+            loss_of(y).backward()
+    return int(counter.frame_count)

@@ -142,7 +142,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, std::vector
     const OptionalTensor& residual_given, const Tensor& z_in, const Tensor& mean, const Tensor& var,
     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& sum_dy,
     const OptionalTensor& sum_dy_xhat, at::IntArrayRef factors, int64_t stride, int64_t dilation, int64_t groups,
-    int64_t residual_input, double count, double eps, std::string_view act, double slope,
+    int64_t residual_input, int64_t count, double eps, std::string_view act, double slope,
     const c10::List<bool>& need_dx, const c10::List<bool>& need_dup, bool need_dw, bool need_dresidual,
     int64_t pre_input, const OptionalTensor& pre_residual, const OptionalTensor& pre_mean,
     const OptionalTensor& pre_var, const OptionalTensor& pre_weight, const OptionalTensor& pre_bias, double pre_eps,

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy_in, const Tensor
                                                const Tensor& var, const OptionalTensor& bn_weight,
                                                const OptionalTensor& bn_bias, const OptionalTensor& residual_in,
                                                const OptionalTensor& sum_dy, const OptionalTensor& sum_dy_xhat,
-                                               double count, double eps, std::string_view act, double slope,
+                                               int64_t count, double eps, std::string_view act, double slope,
                                                bool residual_grad) {
   const bool channels_last = is_channels_last(z_in);
   const Tensor z = arranged(z_in, channels_last), dy = arranged(dy_in, channels_last);

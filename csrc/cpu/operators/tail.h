@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> tail_backward_reduce(const Tensor& dy, const Tensor& 
 std::tuple<Tensor, Tensor> tail_backward_apply(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& var,
                                                const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                                                const OptionalTensor& residual, const OptionalTensor& sum_dy,
-                                               const OptionalTensor& sum_dy_xhat, double count, double eps,
+                                               const OptionalTensor& sum_dy_xhat, int64_t count, double eps,
                                                std::string_view act, double slope, bool residual_grad);
 
 }  // namespace dla_fast::cpu

@@ -79,7 +79,7 @@ struct NormArgs {
 // The sums over the batch that its statistics take from a gradient; none where they are frozen.
 struct BatchSums {
   const OptionalTensor &dy, &dy_xhat;
-  double count;
+  int64_t count;
 };
 
 template <class T>
