@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dla_fast import reference
-from dla_fast.ops.autograd import frozen_statistics, norm_gradients, register_autograd, second_order
+from dla_fast.ops.autograd import by_reference, frozen_statistics, norm_gradients, register_autograd, second_order
 from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.tail import _FLOPS, _like, _statistics
 
@@ -66,7 +66,7 @@ class _BatchNormAct:
         *inputs, mean, var = ctx.saved_tensors
         x, bn_weight, bn_bias, residual = inputs
         need_dx, need_gamma, need_beta, need_residual = needed
-        if torch.is_grad_enabled():
+        if by_reference((dy,)):
             return second_order(self._recompute(ctx, mean, var), inputs, needed, (dy,))
         tail = (mean, var, bn_weight, bn_bias, residual)
         options = (ctx.eps, ctx.act, ctx.slope)

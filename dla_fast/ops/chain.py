@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_fast.ops.autograd import requires_grad, second_order
+from dla_fast.ops.autograd import by_reference, requires_grad, second_order
 from dla_fast.ops.chain_backward import BN_WEIGHT, FIRST, PORTS, Call, Kernels, formed, like, once, pixels, twice
 from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, keep, port, recall, remember
-from dla_fast.ops.joint import joint_moments, refuse_second_order
+from dla_fast.ops.joint import joint_moments, refuse
 
 
 def _computed(
@@ -85,13 +85,14 @@ class _Unit(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (len(needed) + 2)
         call: Call = ctx.call
-        if call.group is not None:
-            refuse_second_order()
+        reference = by_reference(grads)
+        if reference and call.group is not None:
+            refuse()
         count = call.behind + PORTS
         tensors = list(ctx.saved_tensors)
         flat, (z, mean, var), rest = tensors[:count], tensors[count : count + 3], iter(tensors[count + 3 :])
         endings = [None if kept is None else kept.ending.with_tensors(rest) for kept in call.kept]
-        if torch.is_grad_enabled():
+        if reference:
             made = twice(ctx, flat, endings, needed, grads, (z, mean, var))
         else:
             made = once(ctx, flat, endings, needed, grads, (z, mean, var))
@@ -116,7 +117,7 @@ class _Formed(torch.autograd.Function):
         if dy is None:
             return (None,) * (len(needed) + 2)
         tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_reference((dy,)):
 
             def run(z: Tensor, residual: Tensor | None, *norm: Any) -> Tensor:
                 return formed(z, norm, residual, ctx.options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dla_fast import checks, reference
-from dla_fast.ops.autograd import frozen_statistics, norm_gradients, register_autograd, second_order
+from dla_fast.ops.autograd import by_reference, frozen_statistics, norm_gradients, register_autograd, second_order
 from dla_fast.ops.direct import direct
 from dla_fast.ops.ending import NO_PROLOGUE
 from dla_fast.ops.flops import register_flop_formula
@@ -172,7 +172,7 @@ class _ConvNormAct:
 
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]:
         *inputs, z, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_reference((dy,)):
             return second_order(self._recompute(ctx, mean, var), inputs, needed, (dy,))
         n, m, geometry, residual_input, options = ctx.rest
         xs, ups, (weight, conv_bias, residual, bn_weight, bn_bias) = inputs[:n], inputs[n : n + m], inputs[n + m :]

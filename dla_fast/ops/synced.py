@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_fast.ops.autograd import by_reference
 from dla_fast.ops.chain import kernels_of
 from dla_fast.ops.chain_backward import Kernels, formed, like, pixels
-from dla_fast.ops.joint import joint_moments, joint_sums, refuse_second_order
+from dla_fast.ops.joint import joint_moments, joint_sums, refuse
 from dla_fast.ops.layout import accumulation_dtype
 from dla_fast.reference.activation import ActSpec, parse_act
 from dla_fast.reference.conv_norm_act import convolve
@@ -49,7 +50,8 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
-        refuse_second_order()
+        if by_reference((dy,)):
+            refuse()
         need_dx, need_weight, need_bias, need_residual = ctx.needs_input_grad[3:]
         x, weight, bias, residual, mean, var, share = ctx.saved_tensors
         tail = (mean, var, weight, bias, residual)
@@ -84,7 +86,8 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, None]:
-        refuse_second_order()
+        if by_reference((dmean, dvar)):
+            refuse()
         x, mean, share = ctx.saved_tensors
         dmean, dvar = joint_sums((dmean, dvar), share, ctx.group)
         centered = x.to(mean.dtype) - mean[:, None, None]

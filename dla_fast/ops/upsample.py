@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dla_fast import checks, reference
-from dla_fast.ops.autograd import register_autograd, second_order
+from dla_fast.ops.autograd import by_reference, register_autograd, second_order
 from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import empty_like_layout, is_channels_last
 
@@ -69,7 +69,7 @@ class _Upsample:
         need_dx, need_dw = needed[0], needed[-1]
         dx: Tensor | None
         dw: Tensor | None
-        if torch.is_grad_enabled():
+        if by_reference((dy,)):
 
             def run(x: Tensor, weight: Tensor) -> Tensor:
                 return reference.upsample(x, weight, ctx.factor)
