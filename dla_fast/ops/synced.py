@@ -17,6 +17,7 @@ from dla_fast.ops.chain import kernels_of
 from dla_fast.ops.chain_backward import Kernels, formed, like, pixels
 from dla_fast.ops.joint import joint_moments, joint_sums, refuse
 from dla_fast.ops.layout import accumulation_dtype
+from dla_fast.ops.saved import saved
 from dla_fast.reference.activation import ActSpec, parse_act
 from dla_fast.reference.conv_norm_act import convolve
 from dla_fast.reference.norm import Norm
@@ -53,7 +54,13 @@ class _BatchNormAct(torch.autograd.Function):
         if by_reference((dy,)):
             refuse()
         need_dx, need_weight, need_bias, need_residual = ctx.needs_input_grad[3:]
-        x, weight, bias, residual, mean, var, share = ctx.saved_tensors
+        x, weight, bias, residual, mean, var, share = saved(
+            ctx,
+            "batch_norm_act",
+            (dy,),
+            lambda: ("x", "bn_weight", "bn_bias", "residual", "mean", "var", "share"),
+            lambda: (2, 3) if ctx.options[1] == "identity" else (),
+        )
         tail = (mean, var, weight, bias, residual)
         sums = ctx.kernels.reduce(dy, x, *tail, *ctx.options)
         dx = dresidual = None
