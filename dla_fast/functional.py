@@ -19,6 +19,7 @@ from dla_fast.checks import Upsampling
 from dla_fast.ops import chain, cuda, synced
 from dla_fast.ops.autograd import is_transformed, requires_grad
 from dla_fast.ops.ending import Ending
+from dla_fast.ops.inference import saveable
 from dla_fast.reference.activation import ActSpec, parse_act
 from dla_fast.reference.batch_norm_act import normalise
 from dla_fast.reference.conv_norm_act import added_to_aggregate, node
@@ -96,6 +97,10 @@ def run_link(
             op, whole, given_weight, norm, kernels, given_bias, stride, dilation, groups, residual, given_upsample, act,
             deferred=deferred, carries=carries, low=low,
         )  # fmt: skip
+    if serving != "reference" and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        xs, up_weights, weight, conv_bias, added, gamma, beta = saveable(
+            xs, up_weights, weight, conv_bias, added, gamma, beta, factors, batches
+        )
     if batches is not None:
         batches.add_(1)
     if chains:
@@ -332,6 +337,9 @@ def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Te
     values = x.shape[0] * x.shape[2] * x.shape[3]
     checks.check_norm(norm, channels=x.shape[1], like=x, values_per_channel=values)
     serving = _serving("batch_norm_act", x.device.type, x.dtype)
+    if serving != "reference" and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        (x,), _, _, _, residual, gamma, beta = saveable([x], [], None, None, residual, gamma, beta, (1,), batches)
+        norm = norm._replace(weight=gamma, bias=beta)
     if batches is not None:
         batches.add_(1)
     if group is not None:

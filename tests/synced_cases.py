@@ -303,16 +303,21 @@ def told(rank) -> dict:
     unit = converted(Unit(conv(6))).double()
     x = torch.randn(2, 6, 4, 3, dtype=torch.float64, requires_grad=True)
     few = torch.randn(1 - rank, 6, 1, 1, dtype=torch.float64)
+    twos = torch.ones(2, dtype=torch.float64)
     for backend in ("auto", "reference"):
         with dla_fast.use_backend(backend):
             before = copy.deepcopy(unit.state_dict())
             ask(f"{backend}, one value", lambda: unit(few))
-            assert all(torch.equal(a, b) for a, b in zip(unit.state_dict().values(), before.values(), strict=True))
+            # The batch is counted, as PyTorch does before it looks; nothing else is written.
+            assert [k for k, v in unit.state_dict().items() if not torch.equal(v, before[k])] == [
+                "bn.num_batches_tracked"
+            ]
             nothing = unit(x[:0])
             found[f"{backend}, nothing"] = list(nothing.shape)
             changed = [k for k, v in unit.state_dict().items() if not torch.equal(v, before[k])]
             found[f"{backend}, nothing changes"] = changed
             ask(f"{backend}, twice", lambda: torch.autograd.grad(unit(x).sum(), x, create_graph=True))
+            ask(f"{backend}, batched", lambda: torch.autograd.grad(unit(x).sum(), x, twos, is_grads_batched=True))
     # Where a call is taken apart the module runs, which wants no tensors of a CPU.
     ask("transformed", lambda: torch.func.grad(lambda x: unit(x).sum())(x))
     ask("traced", lambda: torch.jit.trace(unit, x))

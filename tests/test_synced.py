@@ -97,6 +97,7 @@ def test_what_cannot_be_is_told(ranks):
             assert told[f"{backend}, nothing"] == [0, 6, 4, 3]
             assert told[f"{backend}, nothing changes"] == ["bn.num_batches_tracked"]
             assert told[f"{backend}, twice"].startswith("RuntimeError: batch statistics of several processes")
+            assert told[f"{backend}, batched"].startswith("RuntimeError: batch statistics of several processes")
         assert told["traced"].startswith("ValueError: SyncBatchNorm expected input tensor to be on GPU")
         assert told["transformed"].startswith("RuntimeError: During a grad")
         assert found["failing"]["raised"] == ("RuntimeError", "ValueError")[rank]

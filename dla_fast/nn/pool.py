@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla_fast.backend import needs_reference
 from dla_fast.nn.memory import LOW
-from dla_fast.ops.autograd import is_transformed, requires_grad
+from dla_fast.ops.autograd import by_reference, is_transformed, requires_grad
 
 
 class _MaxPool(torch.autograd.Function):
@@ -33,9 +33,9 @@ class _MaxPool(torch.autograd.Function):
 
 def _scattered(dy: Tensor, place: Tensor, side: int) -> Tensor:
     images, channels, height, width = dy.shape
-    if torch.is_grad_enabled():
+    if by_reference((dy,)):
         parts = [torch.where(place == i, dy, 0) for i in range(side * side)]
-        return F.pixel_shuffle(torch.stack(parts, 2).flatten(1, 2), side)
+        return F.pixel_shuffle(torch.stack(parts, 2).reshape(images, channels * side * side, height, width), side)
     last = place.is_contiguous(memory_format=torch.channels_last) and not place.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     sizes = (images, channels, height * side, width * side)

@@ -44,6 +44,25 @@ def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
     return any(t is not None and wrapped(t) for t in tensors)
 
 
+def by_reference(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass is one that kernels cannot do, see :func:`second_order`.
+
+    It is differentiated itself (``create_graph=True``, forward mode), or runs for a batch of gradients at once: what
+    ``is_grads_batched=True``, ``vectorize=True`` and :func:`torch.vmap` hand out are no tensors that a kernel can read.
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    # Of a batch is the first of them, or none.
+    return next((_is_wrapped(t) or _is_batched(t) for t in grads if t is not None), False)
+
+
+_is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+
+
 def register_autograd(
     library: torch.library.Library, op: Any, formula: Differentiable, *, differentiable: int, lists: int = 0
 ) -> Callable[..., Any]:
@@ -185,7 +204,7 @@ def norm_gradients(
 def second_order(
     run: Callable[..., Any], inputs: Sequence[Tensor | None], needed: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """First-order gradients that can be differentiated again: recompute through the reference.
+    """First-order gradients that can be differentiated again, or of a batch of gradients: through the reference.
 
     Mean and variance are functions of z there, so second derivatives are complete. Kernels serve first order only.
 
@@ -196,6 +215,7 @@ def second_order(
         grads: one for each of what ``run`` gives, None where nothing came back.
     """
     device = next(t.device.type for t in inputs if t is not None)
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(device, enabled=False):
         # One input may come from another: what goes through that is not this operator's.
         own = [t.view_as(t) if n and t is not None else t for t, n in zip(inputs, needed, strict=True)]
@@ -204,5 +224,5 @@ def second_order(
         outputs = made if isinstance(made, tuple) else (made,)
         there = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None]
         ys, dys = zip(*there, strict=True)
-        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=differentiable, allow_unused=True))
     return [next(found) if n and t is not None else None for t, n in zip(inputs, needed, strict=True)]

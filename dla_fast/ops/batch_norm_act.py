@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dla_fast import reference
-from dla_fast.ops.autograd import frozen_statistics, norm_gradients, register_autograd, second_order
+from dla_fast.ops.autograd import by_reference, frozen_statistics, norm_gradients, register_autograd, second_order
 from dla_fast.ops.flops import register_flop_formula
+from dla_fast.ops.saved import saved
 from dla_fast.ops.tail import _FLOPS, _like, _statistics
 
 SCHEMAS = (
@@ -63,10 +64,16 @@ class _BatchNormAct:
         ctx.save_for_backward(x, bn_weight, bn_bias, residual, *output[1:])
 
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]:
-        *inputs, mean, var = ctx.saved_tensors
+        *inputs, mean, var = saved(
+            ctx,
+            "batch_norm_act",
+            (dy,),
+            lambda: ("x", "bn_weight", "bn_bias", "residual", "mean", "var"),
+            lambda: (2, 3) if ctx.act == "identity" else (),
+        )
         x, bn_weight, bn_bias, residual = inputs
         need_dx, need_gamma, need_beta, need_residual = needed
-        if torch.is_grad_enabled():
+        if by_reference((dy,)):
             return second_order(self._recompute(ctx, mean, var), inputs, needed, (dy,))
         tail = (mean, var, bn_weight, bn_bias, residual)
         options = (ctx.eps, ctx.act, ctx.slope)

@@ -15,15 +15,17 @@ the sums; what its reader forms and gives back is as with any other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dla_fast.ops.autograd import requires_grad, second_order
+from dla_fast.ops.autograd import by_reference, requires_grad, second_order
 from dla_fast.ops.chain_backward import BN_WEIGHT, FIRST, PORTS, Call, Kernels, formed, like, once, pixels, twice
 from dla_fast.ops.ending import NO_PROLOGUE, Ending, Kept, keep, port, recall, remember
-from dla_fast.ops.joint import joint_moments, refuse_second_order
+from dla_fast.ops.joint import joint_moments, refuse
+from dla_fast.ops.saved import saved, spared_of_unit, unit_names
 
 
 def _computed(
@@ -46,6 +48,23 @@ def _computed(
         with torch._C._AutoDispatchBelowAutograd():
             y = kernels.tail(z, mean, var, bn_weight, bn_bias, added, *call.options)
     return z, mean, var, y, added, share
+
+
+_FORMED = ("z", "residual", "mean", "var", "bn_weight", "bn_bias")
+
+
+def _names(call: Call) -> list[str]:
+    """What a unit has saved."""
+    kept = sum(len(one.ending.flat()) for one in call.kept if one is not None)
+    before = [f"the {name} of the unit before" for name in _FORMED[1:]]
+    formed = ["what an input or a residual is formed of again"] * kept
+    return [*unit_names(call.inputs, call.ups), *before, "z", "mean", "var", *formed]
+
+
+def _spared(call: Call, needed: Sequence[bool]) -> set[int]:
+    plain = call.deferred or call.options[1] == "identity"
+    found = spared_of_unit(needed, call.geometry[0], call.ups, call.residual_input, plain, call.first)
+    return found - set(range(call.inputs)) if any(call.kept) else found
 
 
 class _Unit(torch.autograd.Function):
@@ -85,13 +104,14 @@ class _Unit(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (len(needed) + 2)
         call: Call = ctx.call
-        if call.group is not None:
-            refuse_second_order()
+        reference = by_reference(grads)
+        if reference and call.group is not None:
+            refuse()
         count = call.behind + PORTS
-        tensors = list(ctx.saved_tensors)
+        tensors = list(saved(ctx, "conv_norm_act", grads, partial(_names, call), partial(_spared, call, needed)))
         flat, (z, mean, var), rest = tensors[:count], tensors[count : count + 3], iter(tensors[count + 3 :])
         endings = [None if kept is None else kept.ending.with_tensors(rest) for kept in call.kept]
-        if torch.is_grad_enabled():
+        if reference:
             made = twice(ctx, flat, endings, needed, grads, (z, mean, var))
         else:
             made = once(ctx, flat, endings, needed, grads, (z, mean, var))
@@ -115,8 +135,10 @@ class _Formed(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if dy is None:
             return (None,) * (len(needed) + 2)
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        tensors = saved(
+            ctx, "conv_norm_act", (dy,), lambda: _FORMED, lambda: (1, 5) if ctx.options[1] == "identity" else ()
+        )
+        if by_reference((dy,)):
 
             def run(z: Tensor, residual: Tensor | None, *norm: Any) -> Tensor:
                 return formed(z, norm, residual, ctx.options)

@@ -215,14 +215,15 @@ def twice(
     grads: Sequence[Tensor | None],
     made: tuple[Tensor, Tensor, Tensor],
 ) -> list[Tensor | None]:
-    """The gradients by the reference, to be differentiated again."""
+    """The gradients by the reference, to be differentiated again, or of batches of gradients."""
     call: Call = ctx.call
     n, at = call.inputs, call.inputs + call.ups
     for i, (kept, ending) in enumerate(zip(call.kept, endings, strict=True)):
         if kept is not None and ending is not None:
             with torch.no_grad():
                 y = ending.form(ctx.kernels.tail, {})
-            flat[call.place(i)] = valued(kept.edge, y)
+            with torch.enable_grad():
+                flat[call.place(i)] = valued(kept.edge, y)
 
     def run(*tensors: Any) -> Any:
         xs, ups = list(tensors[:n]), iter(tensors[n:at])

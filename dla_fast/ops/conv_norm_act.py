@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dla_fast import checks, reference
-from dla_fast.ops.autograd import frozen_statistics, norm_gradients, register_autograd, second_order
+from dla_fast.ops.autograd import by_reference, frozen_statistics, norm_gradients, register_autograd, second_order
 from dla_fast.ops.direct import direct
 from dla_fast.ops.ending import NO_PROLOGUE
 from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import accumulation_dtype, empty_like_layout, node_channels_last
+from dla_fast.ops.saved import saved, spared_of_unit, unit_names
 from dla_fast.ops.upsample import upsample_flops
 
 # factors: per input, 1 where it is taken as it is; up_weights: of the others, in order.
@@ -171,10 +172,16 @@ class _ConvNormAct:
         ctx.save_for_backward(*xs, *ups, weight, conv_bias, residual, bn_weight, bn_bias, *output[1:])
 
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]:
-        *inputs, z, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return second_order(self._recompute(ctx, mean, var), inputs, needed, (dy,))
         n, m, geometry, residual_input, options = ctx.rest
+        *inputs, z, mean, var = saved(
+            ctx,
+            "conv_norm_act",
+            (dy,),
+            lambda: [*unit_names(n, m), "z", "mean", "var"],
+            lambda: spared_of_unit(needed, geometry[0], m, residual_input, options[1] == "identity"),
+        )
+        if by_reference((dy,)):
+            return second_order(self._recompute(ctx, mean, var), inputs, needed, (dy,))
         xs, ups, (weight, conv_bias, residual, bn_weight, bn_bias) = inputs[:n], inputs[n : n + m], inputs[n + m :]
         need_dx, need_dup = needed[:n], needed[n : n + m]
         need_dw, need_bias, need_residual, need_gamma, need_beta = needed[n + m :]

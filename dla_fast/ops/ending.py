@@ -117,9 +117,15 @@ class _Edge(torch.autograd.Function):
 class _Valued(torch.autograd.Function):
     """Values in the place of an edge."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, edge: Tensor, values: Tensor) -> Tensor:
+    def forward(edge: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

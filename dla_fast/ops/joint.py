@@ -89,14 +89,14 @@ def joint_sums(sums: Sequence[Tensor], share: Tensor, group: Any) -> list[Tensor
     return [total * share for total in both.unbind(0)]
 
 
-def refuse_second_order() -> None:
-    """For backwards that can not be differentiated.
+def refuse() -> None:
+    """For backwards that the reference would have to do, which asks no other process.
 
     Raises:
-        RuntimeError: the backward is recorded (``create_graph=True``).
+        RuntimeError: always.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "batch statistics of several processes (SyncBatchNorm) are differentiable once: no create_graph=True; "
-            "train such a model with nn.BatchNorm2d, or put its norms in evaluation mode"
-        )
+    raise RuntimeError(
+        "batch statistics of several processes (SyncBatchNorm) are differentiable once, for one gradient at a time: no "
+        "create_graph=True, no batched gradients (is_grads_batched, vectorize, vmap); train such a model with "
+        "nn.BatchNorm2d, or put its norms in evaluation mode"
+    )

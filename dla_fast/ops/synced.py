@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_fast.ops.autograd import by_reference
 from dla_fast.ops.chain import kernels_of
 from dla_fast.ops.chain_backward import Kernels, formed, like, pixels
-from dla_fast.ops.joint import joint_moments, joint_sums, refuse_second_order
+from dla_fast.ops.joint import joint_moments, joint_sums, refuse
 from dla_fast.ops.layout import accumulation_dtype
+from dla_fast.ops.saved import saved
 from dla_fast.reference.activation import ActSpec, parse_act
 from dla_fast.reference.conv_norm_act import convolve
 from dla_fast.reference.norm import Norm
@@ -49,9 +51,16 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
-        refuse_second_order()
+        if by_reference((dy,)):
+            refuse()
         need_dx, need_weight, need_bias, need_residual = ctx.needs_input_grad[3:]
-        x, weight, bias, residual, mean, var, share = ctx.saved_tensors
+        x, weight, bias, residual, mean, var, share = saved(
+            ctx,
+            "batch_norm_act",
+            (dy,),
+            lambda: ("x", "bn_weight", "bn_bias", "residual", "mean", "var", "share"),
+            lambda: (2, 3) if ctx.options[1] == "identity" else (),
+        )
         tail = (mean, var, weight, bias, residual)
         sums = ctx.kernels.reduce(dy, x, *tail, *ctx.options)
         dx = dresidual = None
@@ -84,7 +93,8 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, None]:
-        refuse_second_order()
+        if by_reference((dmean, dvar)):
+            refuse()
         x, mean, share = ctx.saved_tensors
         dmean, dvar = joint_sums((dmean, dvar), share, ctx.group)
         centered = x.to(mean.dtype) - mean[:, None, None]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dla_fast import checks, reference
-from dla_fast.ops.autograd import register_autograd, second_order
+from dla_fast.ops.autograd import by_reference, register_autograd, second_order
 from dla_fast.ops.flops import register_flop_formula
 from dla_fast.ops.layout import empty_like_layout, is_channels_last
+from dla_fast.ops.saved import saved
 
 # The kernels of a backend, and the differentiable operators over them.
 SCHEMAS = (
@@ -65,11 +66,17 @@ class _Upsample:
         ctx.save_for_backward(*tensors)
 
     def backward(self, ctx: Any, dy: Tensor, needed: list[bool]) -> list[Tensor | None]:
-        x, weight = ctx.saved_tensors
         need_dx, need_dw = needed[0], needed[-1]
+        x, weight = saved(
+            ctx,
+            "upsample",
+            (dy,),
+            lambda: ("x", "weight"),
+            lambda: {i for i, read in enumerate((need_dw, need_dx)) if not read},
+        )
         dx: Tensor | None
         dw: Tensor | None
-        if torch.is_grad_enabled():
+        if by_reference((dy,)):
 
             def run(x: Tensor, weight: Tensor) -> Tensor:
                 return reference.upsample(x, weight, ctx.factor)
