@@ -5,7 +5,6 @@ Both go through the same steps in the same process; each writes ``FOLDER/RANK.pt
 
 from __future__ import annotations
 
-import copy
 import datetime
 import sys
 import traceback
@@ -31,7 +30,7 @@ def shown(parallel, model, outputs):
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
 
 
-def trained(parallel, model, rank, *, steps=3, dtype=torch.float64, call=None):
+def trained(parallel, model, rank, *, steps=2, dtype=torch.float64, call=None):
     """Training steps on images of this process, with another number of them each."""
     from pairs import image, loss_of
 
@@ -39,7 +38,7 @@ def trained(parallel, model, rank, *, steps=3, dtype=torch.float64, call=None):
     outputs = []
     for i in range(steps):
         optimizer.zero_grad()
-        y = (call or parallel)(image((2 + rank, 16, 16), dtype=dtype, seed=10 * i + rank))
+        y = (parallel if call is None else call)(image((2 + rank, 16, 16), dtype=dtype, seed=10 * i + rank))
         loss_of(y).backward()
         optimizer.step()
         outputs.append(y)
@@ -53,6 +52,7 @@ class Unused(nn.Module):
         super().__init__()
         from examples.networks import Root
 
+        torch.manual_seed(0)
         self.model, self.never, self.sometimes = model, Root(6, 3).double(), Root(6, 3).double()
         self.calls = 0
 
@@ -64,21 +64,17 @@ class Unused(nn.Module):
 
 
 def ddp(rank, swaps, *, wrap=lambda model: model, sync=False, **options):
-    """The model of one process, or SyncBatchNorm's joint batches where asked for, under DistributedDataParallel."""
+    """DistributedDataParallel, with norms of joint batches where ``sync``, which stock cannot do on a CPU."""
     import dla_fast
     from pairs import pair
 
-    stock, swapped = (wrap(m) for m in pair("adding", verify=False))
-    model = swapped if swaps else stock
+    model = wrap(pair("adding", verify=False)[swaps])
     if swaps:
         dla_fast.swap_(model, verify=False)
-    if sync:
-        # Stock's SyncBatchNorm refuses tensors on a CPU: its joint batch is computed in test_synced.py.
-        assert swaps
     parallel = nn.parallel.DistributedDataParallel(model, **options)
     if sync:
         nn.SyncBatchNorm.convert_sync_batchnorm(parallel.module)
-    return trained(parallel, model, rank, steps=4)
+    return trained(parallel, model, rank, steps=3)
 
 
 def accumulating(rank, swaps):
@@ -118,30 +114,26 @@ def compressed(rank, swaps):
     return {**trained(parallel, model, rank), "calls": calls}
 
 
-def compiled(rank, swaps):
+def sharded(rank, swaps, *, half=False, **options):
+    """FSDP2: parameters of each part sharded by itself, gathered for its forward and backward.
+
+    ``half``: gathered in bfloat16. A CPU wants the statistics of norms in it too.
+    """
     from pairs import pair
-
-    torch._dynamo.reset()
-    model = pair("node", verify=False)[swaps]
-    parallel = nn.parallel.DistributedDataParallel(model)
-    return trained(parallel, model, rank, call=torch.compile(parallel, backend="aot_eager"))
-
-
-def sharded(rank, swaps, *, dtype=torch.float64, policy=None, each=True, checkpoint=False, **options):
-    """FSDP2: parameters of each part sharded by itself, gathered for its forward and backward."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from pairs import pair
-
-    model = pair("concatenating", verify=False, dtype=dtype)[swaps]
-    mesh = init_device_mesh("cpu", (WORLD,))
-    if policy is not None:
-        options["mp_policy"] = MixedPrecisionPolicy(**policy)
-    if each:
-        for part in (model.level1, model.level2.tree1, model.level2, model.level3, *model.dla_up.children()):
-            fully_shard(part, mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
+    dtype = torch.float32 if half else torch.float64
+    model = pair("node" if half else "concatenating", verify=False, dtype=dtype)[swaps]
+    options["mesh"] = init_device_mesh("cpu", (WORLD,))
+    if half:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean, module.running_var = (b.bfloat16() for b in (module.running_mean, module.running_var))
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+    parts = [model.root] if half else [model.level1, model.level2.tree1, model.level2, *model.dla_up.children()]
+    for part in [*parts, model]:
+        fully_shard(part, **options)
     return trained(model, model, rank, dtype=dtype)
 
 
@@ -152,7 +144,7 @@ def sharded_units(rank, swaps):
 
     from pairs import pair
 
-    model = pair("adding", verify=False)[swaps]
+    model = pair("blocks", verify=False)[swaps]
     mesh = init_device_mesh("cpu", (WORLD,))
     for module in list(model.modules()):
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.ConvTranspose2d)):
@@ -183,31 +175,26 @@ def saved_by_parts(rank, swaps):
     return trained(model, model, rank)
 
 
-HALF = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-BUFFERS = {"broadcast_buffers": False}
 SCENARIOS = {
     "static graph": lambda r, s: ddp(r, s, static_graph=True),
     "unused": lambda r, s: ddp(r, s, wrap=Unused, find_unused_parameters=True),
     "bucket views": lambda r, s: ddp(r, s, gradient_as_bucket_view=True, bucket_cap_mb=1e-3),
-    "all options": lambda r, s: ddp(
-        r, s, gradient_as_bucket_view=True, find_unused_parameters=True, broadcast_buffers=False
-    ),
     "accumulating": accumulating,
     "compressed": compressed,
-    "compiled": compiled,
     "sharded": sharded,
-    "sharded at once": lambda r, s: sharded(r, s, each=False, reshard_after_forward=False),
-    "sharded in half": lambda r, s: sharded(r, s, dtype=torch.float32, policy=HALF),
-    "sharded in half, cast": lambda r, s: sharded(r, s, dtype=torch.float32, policy={**HALF, "output_dtype": torch.float32}),
+    "sharded in half": lambda r, s: sharded(r, s, half=True),
+    "sharded and kept": lambda r, s: sharded(r, s, half=True, reshard_after_forward=False),
     "sharded units": sharded_units,
     "saved by parts": saved_by_parts,
 }
-# Of these a stock model cannot run on a CPU: the swapped ones with each option are beside those with none.
+HALVES = ("sharded in half", "sharded and kept")
+# Of joint batches, which test_synced.py holds to those of one process: each option beside none.
 SYNCED = {
     "none": {},
     "static graph": {"static_graph": True},
     "bucket views": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-3},
-    "unused": {"find_unused_parameters": True},
+    "unused alone": {"find_unused_parameters": True},
+    "unused": {"find_unused_parameters": True, "gradient_as_bucket_view": True},
 }
 
 
@@ -230,7 +217,7 @@ def main(rank: int, folder: str, paths: list[str]) -> None:
             except Exception as error:
                 found[name, swaps] = {"raised": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"}
     for name, options in SYNCED.items():
-        wrap = Unused if name == "unused" else lambda model: model
+        wrap = Unused if "unused" in name else lambda model: model
         torch.manual_seed(0)
         found["synced", name] = ddp(rank, True, sync=True, wrap=wrap, **options)
     torch.save(found, Path(folder, f"{rank}.pt"))
