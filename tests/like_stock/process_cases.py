@@ -65,8 +65,9 @@ class Unused(nn.Module):
 
 def ddp(rank, swaps, *, wrap=lambda model: model, sync=False, **options):
     """DistributedDataParallel, with norms of joint batches where ``sync``, which stock cannot do on a CPU."""
-    import dla_fast
     from pairs import pair
+
+    import dla_fast
 
     model = wrap(pair("adding", verify=False)[swaps])
     if swaps:
@@ -98,9 +99,8 @@ def accumulating(rank, swaps):
 
 def compressed(rank, swaps):
     """A hook that sends gradients as halves, and the gradients of the last steps."""
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
     from pairs import pair
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
     model = pair("node", verify=False)[swaps]
     parallel = nn.parallel.DistributedDataParallel(model)
@@ -129,7 +129,9 @@ def sharded(rank, swaps, *, half=False, **options):
     if half:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean, module.running_var = (b.bfloat16() for b in (module.running_mean, module.running_var))
+                module.running_mean, module.running_var = (
+                    b.bfloat16() for b in (module.running_mean, module.running_var)
+                )
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
     parts = [model.root] if half else [model.level1, model.level2.tree1, model.level2, *model.dla_up.children()]
     for part in [*parts, model]:
@@ -139,10 +141,9 @@ def sharded(rank, swaps, *, half=False, **options):
 
 def sharded_units(rank, swaps):
     """Every single convolution and norm a part of its own: the units' children are wrapped where they stand."""
+    from pairs import pair
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    from pairs import pair
 
     model = pair("blocks", verify=False)[swaps]
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -158,7 +159,6 @@ def saved_by_parts(rank, swaps):
     import tempfile
 
     import torch.distributed.checkpoint as dcp
-
     from pairs import pair
 
     stock, swapped = pair("node", verify=False)

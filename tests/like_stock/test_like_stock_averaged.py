@@ -131,7 +131,7 @@ def load_other_dtype(model):
 
 def load_other_dtype_assigned(model):
     model.load_state_dict({k: v.float() for k, v in halved(model).items()}, assign=True)
-    return model.double()
+    model.double()
 
 
 def load_from_file(model):

@@ -81,11 +81,15 @@ def test_a_hook_at_any_module(name, kind, before):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("chosen", [nn.Conv2d, nn.BatchNorm2d, nn.ConvTranspose2d, nn.Sequential, "root", "tree"], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [nn.Conv2d, nn.BatchNorm2d, nn.ConvTranspose2d, nn.Sequential, "root", "tree"], ids=str
+)
 @pytest.mark.parametrize("name", ["concatenating", "adding"])
 def test_hooks_at_every_module_of_a_kind(name, chosen, before):
     def choose(module_name, module):
-        return module_name.rpartition(".")[2].startswith(chosen) if isinstance(chosen, str) else isinstance(module, chosen)
+        return (
+            module_name.rpartition(".")[2].startswith(chosen) if isinstance(chosen, str) else isinstance(module, chosen)
+        )
 
     # What an in-place activation writes to cannot be shown to a hook on the way back: an error in stock.
     models, seen = hooked(name, before, choose, HOOKS)

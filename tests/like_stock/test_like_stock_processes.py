@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 import process_cases
+import pytest
 import serving
 import torch
 import torch.distributed as dist
-from pairs import LAYOUTS, Seen, assert_alike, freeze, image, pair, see, step
+from pairs import Seen, assert_alike, freeze, image, pair, step
 
 pytestmark = pytest.mark.skipif(serving.INTERPRETED, reason="what lies between the operators is the same")
 
