@@ -32,7 +32,7 @@ def test_parallel_training(ranks, name):
         assert "raised" not in stock, stock["raised"]
         assert "raised" not in swapped, swapped["raised"]
         if name in process_cases.HALVES:
-            # Rounded to halves, gradients that are sums of what cancels are right to the size of the largest alone.
+            # In halves a gradient that is a sum of what cancels is right but to the size of the largest.
             gradients = [[seen.pop(k) for k in list(seen) if k.endswith(".grad")] for seen in (stock, swapped)]
             want, got = (torch.cat([g.flatten() for g in several]) for several in gradients)
             assert (got - want).abs().max() <= 2e-2 * want.abs().max()
