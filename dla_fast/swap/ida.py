@@ -162,6 +162,12 @@ def _dtypes_agree(module: nn.Module, xs: Sequence[Tensor]) -> bool:
     return True
 
 
+def _norms_differ(module: nn.Module) -> bool:
+    """Whether each norm is called once: with one that several steps share the order of its batches would matter."""
+    norms = [id(m) for _, m in module.named_modules(remove_duplicate=False) if m._buffers]
+    return len(norms) == len(set(norms))
+
+
 class FusedIDA(FusedNode):
     """An IDA ladder whose steps run through :mod:`dla_fast.functional`.
 
@@ -203,7 +209,7 @@ def can_fuse(module: nn.Module, spec: IDASpec, layers: Any, start: Any, end: Any
         if any(child(module, spec, kind, i) is None for kind in ("proj", "up", "node")):
             return False
     xs = layers[start:end]
-    return all(isinstance(x, Tensor) for x in xs) and _dtypes_agree(module, xs)
+    return all(isinstance(x, Tensor) for x in xs) and _dtypes_agree(module, xs) and _norms_differ(module)
 
 
 def run_forced(module: nn.Module, spec: IDASpec, layers: Any, start: int, end: int) -> Any:

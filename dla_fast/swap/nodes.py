@@ -9,6 +9,7 @@ original class.
 
 from __future__ import annotations
 
+import inspect
 import types
 import warnings
 from collections.abc import Iterable, Sequence
@@ -88,9 +89,35 @@ def fused_class(node: type[FusedNode], original: type[nn.Module], spec: Any) -> 
     known = _classes.get((node, original, spec))
     if known is not None:
         return known
-    body = {"_dla_fast_original": original, "_dla_fast_spec": spec, "__module__": __name__, "__doc__": node.__doc__}
+    body = {
+        "_dla_fast_original": original,
+        "_dla_fast_spec": spec,
+        "__module__": __name__,
+        "__doc__": node.__doc__,
+        "forward": _forward_of(node, original),
+    }
     made = types.new_class(f"Fused{original.__name__}", (node, original), exec_body=lambda ns: ns.update(body))
     return _classes.setdefault((node, original, spec), made)
+
+
+def _forward_of(node: type[FusedNode], original: type[nn.Module]) -> Any:
+    """The forward of ``node``, whose signature is the original's: exporters and tracers ask for names of arguments."""
+    fused: Any = node.forward
+    made: Any = types.FunctionType(
+        fused.__code__, fused.__globals__, fused.__name__, fused.__defaults__, fused.__closure__
+    )
+    made.__dict__.update(fused.__dict__)
+    made.__kwdefaults__, made.__qualname__, made.__doc__ = fused.__kwdefaults__, fused.__qualname__, fused.__doc__
+    made.__wrapped__ = original.forward
+    return made
+
+
+def _traced(module: FusedNode, args: Any) -> Any:
+    """The original forward where torch.fx traces a swapped module by itself: it has one value for all of ``*args``."""
+    forward: Any = type(module)._dla_fast_original.forward
+    flags = forward.__code__.co_flags & ~(inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    code = forward.__code__.replace(co_argcount=2, co_flags=flags)
+    return types.FunctionType(code, forward.__globals__, closure=forward.__closure__)(module, args)
 
 
 def rebuild(node: type[FusedNode], original: type[nn.Module], spec: Any, *arguments: Any) -> FusedNode:
@@ -177,6 +204,8 @@ class FusedAggregate(FusedNode):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if type(args) is not tuple:
+            return _traced(self, args)
         spec = self._dla_fast_spec
         xs = args
         if spec.takes_list and len(args) == 1 and type(args[0]) in (list, tuple):

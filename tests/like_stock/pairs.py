@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 import dla_fast
+from dla_fast.swap.nodes import FusedNode
 from examples.networks import AddingIDAUp, BasicBlock, ConcatIDAUp, DLAUp, Root, Tree, unit
 
 CHANNELS = (4, 6, 8, 12)
@@ -134,6 +135,13 @@ def step(model: nn.Module, x: Tensor) -> Tensor:
     y: Tensor = model(x)
     loss_of(y).backward()
     return y
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Freeze a model where it is swapped, so that a scenario may be of frozen models too."""
+    if any(isinstance(module, FusedNode) for module in model.modules()):
+        dla_fast.freeze_(model)
+    return model
 
 
 def see(model: nn.Module, scenario: Scenario, x: Tensor, requires_grad: bool = True) -> Seen:
