@@ -8,6 +8,9 @@ and :func:`use_backend` chooses who computes. ``__version__`` is the version of 
 CHANGELOG.md says what each brought.
 """
 
+from dla_fast import _starting  # noqa: F401, before torch
+
+# isort: split
 from dla_fast import functional, models, nn, reference
 from dla_fast._version import __version__
 from dla_fast.backend import use_backend

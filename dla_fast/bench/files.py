@@ -1,0 +1,57 @@
+"""Files that commands write: whether they can be, asked before anything is measured, and written at one stroke."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def why_not(path: Path) -> str | None:
+    """Why a file cannot be written there, in a few words; None where it can. Nothing is left behind.
+
+    Only what is not there yet or is an ordinary file is written: another is replaced when it is written, and a device
+    or a pipe is not to be.
+    """
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        if path.exists():
+            if not path.is_file():
+                return "it is no ordinary file, and no other is written"
+            if not os.access(path, os.W_OK):
+                return "it may not be written"
+        folder = path.resolve().parent
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            return f"{folder} is no folder"
+        # The name too: it may be too long.
+        os.path.lexists(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if len(os.fsencode(path.name)) > 200:
+            return "its name is too long"
+    except (OSError, ValueError) as error:
+        return (getattr(error, "strerror", None) or str(error)).lower()
+    return None
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file at one stroke, so that an interruption leaves the last whole one; its folder is made if need be.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # What a link points at is replaced, not the link.
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise FileExistsError(17, "it is no ordinary file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
