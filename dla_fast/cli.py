@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
     """A value that an option does not take is one line; what else is wrong comes with the usage."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("argument "):
+        if message.startswith("argument ") and not message.startswith("argument command"):
             self.exit(2, f"{self.prog}: {message}\n")
         super().error(message)
 

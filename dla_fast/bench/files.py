@@ -19,6 +19,8 @@ def why_not(path: Path) -> str | None:
         if path.exists():
             if not path.is_file():
                 return "it is no ordinary file, and no other is written"
+            if any(_is_open_as(path, number) for number in (1, 2)):
+                return "what is printed goes there"
             if not os.access(path, os.W_OK):
                 return "it may not be written"
         folder = path.resolve().parent
@@ -26,8 +28,6 @@ def why_not(path: Path) -> str | None:
             folder = folder.parent
         if not folder.is_dir():
             return f"{folder} is no folder"
-        # The name too: it may be too long.
-        os.path.lexists(path)
         with tempfile.TemporaryFile(dir=folder):
             pass
         if len(os.fsencode(path.name)) > 200:
@@ -35,6 +35,14 @@ def why_not(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return (getattr(error, "strerror", None) or str(error)).lower()
     return None
+
+
+def _is_open_as(path: Path, number: int) -> bool:
+    """Whether a file is the one that standard output or error goes to, as /dev/stdout is."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(number))
+    except OSError:
+        return False
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -157,7 +157,7 @@ def _suites(args: argparse.Namespace) -> list[str]:
             args.parser.error(
                 f"argument SUITE: unknown suite {word!r}: expected {', '.join(SUITES)}, all, cpu, cuda or compare"
             )
-    args.device = args.device or "cpu"
+    args.device = "cpu" if args.device is None else args.device
     return list(dict.fromkeys(chosen or DEFAULT_SUITES))
 
 
