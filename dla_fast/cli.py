@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
+from dla_fast import _starting
 from dla_fast._version import __version__
 from dla_fast.commands import CommandError
 
@@ -28,6 +30,15 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A value that an option does not take is one line; what else is wrong comes with the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument ") and not message.startswith("argument command"):
+            self.exit(2, f"{self.prog}: {message}\n")
+        super().error(message)
+
+
 def _module(command: str) -> ModuleType:
     """A command's module, imported only when it is asked for: the others may need extras that are not installed."""
     return importlib.import_module(f"dla_fast.commands.{command}")
@@ -35,9 +46,7 @@ def _module(command: str) -> ModuleType:
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser, with the arguments of ``command`` alone filled in."""
-    parser = argparse.ArgumentParser(
-        prog="dla_fast", description="Fused kernels for Deep Layer Aggregation networks in PyTorch."
-    )
+    parser = _Parser(prog="dla_fast", description="Fused kernels for Deep Layer Aggregation networks in PyTorch.")
     parser.add_argument("--version", action="version", version=f"dla_fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, summary in COMMANDS.items():
@@ -49,6 +58,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    _starting.started()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
@@ -58,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except CommandError as error:
         print(f"dla_fast {command}: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
-        print(f"\ndla_fast {command}: interrupted", file=sys.stderr)
+        print("\n" + " ".join(filter(None, ["dla_fast", command])) + ": interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader has gone, as in `dla_fast doctor | head`; the interpreter must not flush into the pipe again.

@@ -316,6 +316,7 @@ def test_demo_json(demo_extras, no_subprocesses, capsys, tmp_path):
     [
         (["--model", "resnet18"], "--model resnet18: expected a DLA of timm"),
         (["--size", "8"], "--size 8: expected at least 32"),
+        (["--size", "50"], "--size 50: expected a multiple of 32"),
         (["--batch", "1", "--size", "32"], "more than one value per channel"),
         (["--device", "nope"], "--device nope:"),
         (["--out", "demo.txt"], "--out demo.txt: expected a file ending in"),
@@ -324,9 +325,10 @@ def test_demo_json(demo_extras, no_subprocesses, capsys, tmp_path):
 )
 def test_demo_bad_options(demo_extras, capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo", *arguments]) == 1
+    assert cli.main(["demo", *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
+    assert said.err.count("\n") == 1
     assert said.err.startswith("dla_fast demo: ")
     assert message in said.err
     assert list(tmp_path.iterdir()) == []

@@ -208,10 +208,47 @@ def test_an_error_is_a_regression(tmp_path):
     assert cli.main(["bench", "compare", b, b]) == 0
 
 
-def test_runs_without_a_time_in_common(capsys, tmp_path):
-    a, b = written(tmp_path / "a.json", {"records": []}), written(tmp_path / "b.json", {"records": [record()]})
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ([], [record()], "one has no figure (0 and 1)"),
+        ([], [], "one has no figure (0 and 0)"),
+        ([record()], [record(dtype="bfloat16", threads=4)], "dtype was float32, is bfloat16; threads was 2, is 4"),
+        ([record(case="a"), record(case="b")], [record(case="c")], "case was a, b, is c"),
+        # The peers alone.
+        ([record(), record(impl="eager")], [record(impl="eager")], "none of 2 figures is among the 1"),
+    ],
+)
+def test_runs_without_a_case_in_common(capsys, tmp_path, before, after, why):
+    a, b = written(tmp_path / "a.json", {"records": before}), written(tmp_path / "b.json", {"records": after})
+    assert cli.main(["bench", "compare", a, b]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"dla_fast bench: {a} and {b} have no case of dla_fast in common: {why}\n"
+
+
+def test_what_is_missing_is_not_unchanged(capsys, tmp_path):
+    """Cases that the second run has not: an op altogether, and two cases of another."""
+    run = drawn(1)
+    after = copy.deepcopy(run)
+    gone = {("merge", "training"): range(6), ("aggregate", "inference"): (1, 3)}
+    after["records"] = [r for r in run["records"] if int(r["case"][-1]) not in gone.get((r["op"], r["mode"]), ())]
+    a, b = written(tmp_path / "a.json", run), written(tmp_path / "b.json", after)
     assert cli.main(["bench", "compare", a, b]) == 0
-    assert "0 figures compared; no peers" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("ops: "))
+    assert lines[head] == "ops: 0 worse, 0 better, 9 unchanged, 1 missing, of 10"
+    table = {tuple(line.split()[:2]): line.split()[2:5] for line in lines[head + 3 : head + 13]}
+    assert table["merge", "training"] == ["missing", "0", "6"]
+    assert table["aggregate", "inference"] == ["-", "4", "2"]
+    assert table["upsample", "inference"] == ["-", "6", "-"]
+    assert "missing: 16" in lines
+    assert "nothing changed beyond noise of what both runs have; 16 figures missing" in lines
+    # New cases are none of that.
+    assert cli.main(["bench", "compare", b, a]) == 0
+    out = capsys.readouterr().out
+    assert "new: 16" in out
+    assert "missing" not in out
 
 
 def test_what_a_gpu_run_has():
@@ -270,7 +307,7 @@ def test_an_op_that_takes_longer(monkeypatch, capsys, tmp_path):
 def test_what_is_no_run(capsys, tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
-    assert cli.main(["bench", "compare", str(path), str(path)]) == 1
+    assert cli.main(["bench", "compare", str(path), str(path)]) == 2
     assert str(path) in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ LINES = (
     ("arguments",),
     ("backend",),
     ("kernels", "ops"),
-    ("checks", "reference", "_extension", "_extras", "_timm", "_version", "_build"),
+    ("checks", "reference", "_extension", "_extras", "_starting", "_timm", "_version", "_build"),
 )
 LINE = {name: i for i, names in enumerate(LINES) for name in names}
 

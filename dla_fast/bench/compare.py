@@ -28,6 +28,7 @@ no statistics.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -80,6 +81,7 @@ class Pooled:
         high: and upper end.
         least: the smallest change, as a ratio above 1, that would be found four times of five.
         changed: whether it is a change.
+        missing: cases of the first run beside these that the second has no time of.
     """
 
     op: str
@@ -90,6 +92,22 @@ class Pooled:
     high: float
     least: float
     changed: bool
+    missing: int = 0
+
+
+@dataclass(frozen=True)
+class Gone:
+    """An op in a mode that the second run has no time of at all.
+
+    Attributes:
+        op: as in :class:`Pooled`.
+        mode: inference, forward or training.
+        missing: its cases in the first run.
+    """
+
+    op: str
+    mode: str
+    missing: int
 
 
 @dataclass(frozen=True)
@@ -98,11 +116,13 @@ class Result:
 
     Attributes:
         ops: each op in each mode: what became worse, what did not change, what became better; the worst first.
+        gone: ops in modes that the second run lacks altogether.
         changes: single cases and sizes in memory, the worst first.
         broken: cases that had a figure and are an error now.
         missing: records of the first run that the second lacks.
         new: records that the first run lacks.
         compared: records that both runs have.
+        ours: those of them that are of dla_fast.
         drift: geometric mean of the peers' change in time: how much the machine itself changed; None without peers.
         least: for each timed case the smallest change, as a ratio above 1, that would be found four times of five.
         disturbed: the machine had other work in one of the runs, and what that may do is allowed for.
@@ -113,11 +133,13 @@ class Result:
     """
 
     ops: list[Pooled]
+    gone: list[Gone]
     changes: list[Change]
     broken: list[Record]
     missing: list[Record]
     new: list[Record]
     compared: int
+    ours: int
     drift: float | None
     least: list[float]
     disturbed: bool
@@ -143,12 +165,15 @@ class _Row:
 
     def group(self) -> tuple[str, ...]:
         """What it is pooled with: mode, then what the op is called by, of which :func:`_names` drops what is common."""
-        r = self.after
-        # What calls cost, on maps so small that nothing else counts, is one thing for all ops: as in the tables.
-        op = "every op (launch)" if r.get("suite") == "launch" else str(r["op"])
-        backend = r["impl"].removeprefix(peers.FUSED).removeprefix(":")
-        facts = (str(r.get(name) or "") for name in ("dtype", "layout", "device"))
-        return (r["mode"], op, backend, *facts, "without peers" if self.alone else "")
+        return (*_facts(self.after), "without peers" if self.alone else "")
+
+
+def _facts(r: Record) -> tuple[str, ...]:
+    """What a record of dla_fast is pooled by, wherever it has peers."""
+    # What calls cost, on maps so small that nothing else counts, is one thing for all ops: as in the tables.
+    op = "every op (launch)" if r.get("suite") == "launch" else str(r["op"])
+    backend = r["impl"].removeprefix(peers.FUSED).removeprefix(":")
+    return (r["mode"], op, backend, *(str(r.get(name) or "") for name in ("dtype", "layout", "device")))
 
 
 def _case(record: Record) -> tuple[Any, ...]:
@@ -267,10 +292,19 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, 
     noise = _shared_noise(rows, drifts)
     drift = sum(drifts) / len(drifts) if drifts else None
     beyond = 0.0 if absolute or drift is None else max(0.0, abs(drift) - math.log(DISTURBED)) / 2
+    had = {_case(r) for r in old.values()}
+    known = {identity(r) for r in before["records"] if r.get("error")}
+    broken = [r for r in after["records"] if r.get("error") and _case(r) in had and identity(r) not in known]
+    failed = {_case(r) for r in broken}
+    missing = [r for key, r in old.items() if key not in new and _case(r) not in failed]
+    lost = Counter(_facts(r) for r in missing if _is_ours(r) and is_timed(r))
+    gone = [(*facts, "") for facts in lost if all(group[:-1] != facts for group in groups)]
+    names = _names([*groups, *gone]) if groups or gone else []
     ops, changes, shown = [], [], []
-    for name, (mode, *_), alike in zip(_names(list(groups)), groups, groups.values(), strict=True):
+    for name, group, alike in zip(names, groups, groups.values(), strict=False):
         extra = noise if alike[0].alone else beyond**2
-        ops.append(_pool(name, mode, alike, Judge(len(groups), threshold), extra))
+        pooled = _pool(name, group[0], alike, Judge(len(groups), threshold), extra)
+        ops.append(replace(pooled, missing=lost.pop(group[:-1], 0)))
         for i, row in enumerate(alike):
             others = alike[:i] + alike[i + 1 :]
             stands_out, needed = _single(row, others, Judge(len(rows), threshold), extra)
@@ -279,17 +313,15 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float, *, 
                 times = row.before["median_ms"], row.after["median_ms"]
                 changes.append(Change(row.after, "ms", *times, math.exp(row.change)))
     changes += _sizes(shared, threshold)
-    had = {_case(r) for r in old.values()}
-    known = {identity(r) for r in before["records"] if r.get("error")}
-    broken = [r for r in after["records"] if r.get("error") and _case(r) in had and identity(r) not in known]
-    failed = {_case(r) for r in broken}
     return Result(
         ops=sorted(ops, key=lambda op: (op.changed and (op.ratio < 1) - (op.ratio > 1), -op.ratio)),
+        gone=[Gone(name, group[0], lost[group[:-1]]) for name, group in zip(names[len(groups) :], gone, strict=True)],
         changes=sorted(changes, key=lambda change: -change.ratio),
         broken=broken,
-        missing=[r for key, r in old.items() if key not in new and _case(r) not in failed],
+        missing=missing,
         new=[r for key, r in new.items() if key not in old],
         compared=len(shared),
+        ours=sum(_is_ours(r) for r, _ in shared),
         drift=None if drift is None else math.exp(drift),
         least=sorted(shown),
         disturbed=beyond > 0,

@@ -8,6 +8,7 @@ from typing import Any
 
 from dla_fast.bench import table
 from dla_fast.bench.compare import FEW, Change, Result
+from dla_fast.bench.records import IDENTITY
 
 
 def _figure(value: float, what: str) -> str:
@@ -34,15 +35,20 @@ def _setting(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _ops(result: Result) -> list[str]:
-    """The table of ops."""
-    rows = [["op", "mode", "", "cases", "after/before", "95 % interval", "would show"]]
+    """The table of ops: what is missing has a column of its own, if anything is."""
+    lacks = any(op.missing for op in result.ops) or bool(result.gone)
+    rows = [["op", "mode", "", "cases", *(["missing"] if lacks else []), "after/before", "95 % interval", "would show"]]
     for op in result.ops:
         verdict = ("worse" if op.ratio > 1 else "better") if op.changed else "-"
-        figures = [str(op.cases), f"{op.ratio:.3f}x", f"{op.low:.2f} to {op.high:.2f}", _size(op.least)]
-        rows.append([op.op, op.mode, verdict, *figures])
+        counts = [str(op.cases), *([str(op.missing) if op.missing else "-"] if lacks else [])]
+        figures = [f"{op.ratio:.3f}x", f"{op.low:.2f} to {op.high:.2f}", _size(op.least)]
+        rows.append([op.op, op.mode, verdict, *counts, *figures])
+    rows += [[op.op, op.mode, "missing", "0", str(op.missing), "", "", ""] for op in result.gone]
     worse = sum(op.changed and op.ratio > 1 for op in result.ops)
     better = sum(op.changed and op.ratio < 1 for op in result.ops)
-    return [f"ops: {worse} worse, {better} better, of {len(result.ops)}", *table.align(rows, left=3)]
+    counts = [f"{worse} worse", f"{better} better", f"{len(result.ops) - worse - better} unchanged"]
+    counts += [f"{len(result.gone)} missing"] if result.gone else []
+    return [f"ops: {', '.join(counts)}, of {len(result.ops) + len(result.gone)}", *table.align(rows, left=3)]
 
 
 def _cases(changes: Sequence[Change]) -> list[str]:
@@ -54,6 +60,19 @@ def _cases(changes: Sequence[Change]) -> list[str]:
         names = [r["op"], r["case"], r["mode"], r["impl"], str(r["batch"]), what]
         rows.append([*names, _figure(c.before, c.what), _figure(c.after, c.what), f"{c.ratio:.2f}x"])
     return table.align(rows, left=4)
+
+
+def apart(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What tells the cases of two runs apart, in a line: the facts in which no two are alike."""
+    counts = [len(run["records"]) for run in (before, after)]
+    if not all(counts):
+        return f"one has no figure ({counts[0]} and {counts[1]})"
+    differ = []
+    for name in IDENTITY:
+        was, now = ({str(r.get(name)) for r in run["records"]} for run in (before, after))
+        if not was & now:
+            differ.append(f"{name} was {', '.join(sorted(was)[:4])}, is {', '.join(sorted(now)[:4])}")
+    return "; ".join(differ) or f"none of {counts[0]} figures is among the {counts[1]}"
 
 
 def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -76,7 +95,7 @@ def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str
             f"{table.counted(result.alone)} of these without a peer in both runs: compared as measured, "
             f"a slower machine {allowed}"
         )
-    if result.ops:
+    if result.ops or result.gone:
         lines += ["", *_ops(result)]
     for title, changes in (
         ("worse", [c for c in result.changes if c.ratio > 1]),
@@ -91,7 +110,10 @@ def render(result: Result, before: dict[str, Any], after: dict[str, Any]) -> str
             lines += names[:20] + ([f"  and {len(names) - 20} more"] if len(names) > 20 else [])
     lines.append("")
     if not result.changes and not result.broken and not any(op.changed for op in result.ops):
-        lines.append("nothing changed beyond noise")
+        lacks = (
+            f" of what both runs have; {table.counted(len(result.missing), 'figure')} missing" if result.missing else ""
+        )
+        lines.append(f"nothing changed beyond noise{lacks}")
     if result.ops:
         pooled, single = [op.least for op in result.ops], result.least
         lines += [

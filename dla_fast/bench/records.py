@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from dla_fast._version import __version__
-from dla_fast.bench import peers
+from dla_fast.bench import files, peers
 from dla_fast.bench.cases import Rates
 from dla_fast.proof import machine
 
@@ -130,13 +129,14 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write the file at one stroke, so that an interruption leaves the last whole one."""
+        """Write the file at one stroke, so that an interruption leaves the last whole one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        files.write(self.path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dla_fast.bench import pictures, table
+from dla_fast.bench import files, pictures, table
 from dla_fast.bench.records import Comparison, Record, geometric_mean, instruction_set, is_timed
 
 _STYLE = """
@@ -204,5 +204,4 @@ def render(run: dict[str, Any]) -> str:
 
 def write(run: dict[str, Any], path: Path) -> None:
     """Write the report to a file, making its folder where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(run), encoding="utf-8")
+    files.write(path, render(run))

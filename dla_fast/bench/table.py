@@ -29,9 +29,9 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
 
 
-def counted(number: int) -> str:
-    """So many cases."""
-    return f"{number} case" if number == 1 else f"{number} cases"
+def counted(number: int, what: str = "case") -> str:
+    """So many cases, or something else."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def align(rows: Sequence[Sequence[str]], left: int) -> list[str]:

@@ -6,11 +6,23 @@ from collections.abc import Mapping
 
 from dla_fast._extras import missing
 
-__all__ = ["CommandError", "require"]
+__all__ = ["CommandError", "UsageError", "require"]
 
 
 class CommandError(Exception):
-    """What a person at the command line is told in one line, in place of a traceback."""
+    """What a person at the command line is told in one line, in place of a traceback.
+
+    Attributes:
+        status: the exit status.
+    """
+
+    status = 1
+
+
+class UsageError(CommandError):
+    """The same of options and files that cannot be meant; nothing was measured."""
+
+    status = 2
 
 
 def require(modules: Mapping[str, str], extra: str) -> None:

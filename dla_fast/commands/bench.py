@@ -29,7 +29,8 @@ from dla_fast.bench import (
 )
 from dla_fast.bench.cases import DTYPES, LAYOUTS, MODES, Case, Rates
 from dla_fast.bench.records import NotARun, Run, load
-from dla_fast.commands import CommandError, require
+from dla_fast.commands import UsageError, require
+from dla_fast.commands.options import check_device, check_size, number, whole, writable
 
 SUITES = {
     "ops": "each op at a high and a low resolution",
@@ -47,6 +48,8 @@ DEFAULT_SUITES = ("nodes", "ida")
 NODE_MODELS = ("dla34", "dla60", "dla102")
 UNIT_MODELS = (*NODE_MODELS, "dla34up")
 BATCHES = (1, 8)
+# Suites that run whole networks on images, and which networks those are without --models.
+_NETWORKS_OF = {"nodes": NODE_MODELS, "convs": UNIT_MODELS, **dict.fromkeys(("models", "memory"), models.list_models())}
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,6 @@ class Job:
     suite: str
     label: str
     run: Callable[[], timing.Outcome]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SUITE",
         help=f"what to time, before any option: {what}; all: everything. Also cpu or cuda, for --device. "
         "Or: compare A.json B.json, what of dla_fast changed from A to B beyond the noise of both, by op and by case, "
-        f"and what would have shown; exits 1 on a regression (default: {' '.join(DEFAULT_SUITES)})",
+        "and what would have shown; exits 1 on a regression, 2 where they share no case "
+        f"(default: {' '.join(DEFAULT_SUITES)})",
     )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
@@ -83,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         nargs="+",
-        type=_positive,
+        type=whole(),
         metavar="N",
         help="images (default: 1 and 8; networks 8, dense ones 2, necks 1)",
     )
@@ -96,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models and memory)",
     )
     parser.add_argument(
-        "--size", type=_positive, help="side of the images in pixels (default: 224, dense ones and necks 512)"
+        "--size", type=whole(most=2**15), help="side of the images in pixels (default: 224, dense ones and necks 512)"
     )
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=MODES)
     parser.add_argument(
@@ -115,14 +112,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whole networks: beside the one of this package's modules, the stock network after swap_, and after "
         "freeze_ too; ops with a convolution: as frozen models run them (default: both)",
     )
-    parser.add_argument("--rounds", type=_positive, default=15, help="samples of each peer")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time for a case: a long one gets fewer rounds")
-    parser.add_argument("--minutes", type=float, help="start no new case after this time; what is left out is told")
-    parser.add_argument("--rotate", type=_positive, metavar="N", help="copies of the inputs (default: past a GPU's L2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there, after every case")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report there, in one file")
+    parser.add_argument("--rounds", type=whole(), default=15, help="samples of each peer")
     parser.add_argument(
-        "--threshold", type=float, default=0.05, help="compare: the smallest change that counts, as a fraction"
+        "--seconds", type=number(above=0), default=8.0, help="time for a case: a long one gets fewer rounds"
+    )
+    parser.add_argument(
+        "--minutes", type=number(above=0), help="start no new case after this time; what is left out is told"
+    )
+    parser.add_argument("--rotate", type=whole(), metavar="N", help="copies of the inputs (default: past a GPU's L2)")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the records there, after every case")
+    parser.add_argument("--html", type=writable, metavar="FILE", help="write a report there, in one file")
+    parser.add_argument(
+        "--threshold",
+        type=number(least=0),
+        default=0.05,
+        help="compare: the smallest change that counts, as a fraction",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -143,28 +147,34 @@ def _suites(args: argparse.Namespace) -> list[str]:
     for word in args.what:
         if word in ("cpu", "cuda"):
             if args.device not in (None, word):
-                args.parser.error(f"device given twice: {word} and --device {args.device}")
+                args.parser.error(f"argument --device: device given twice: {word} and --device {args.device}")
             args.device = word
         elif word == "all":
             chosen += SUITES
         elif word in SUITES:
             chosen.append(word)
         else:
-            args.parser.error(f"unknown suite {word!r}: expected {', '.join(SUITES)}, all, cpu, cuda or compare")
-    args.device = args.device or "cpu"
+            args.parser.error(
+                f"argument SUITE: unknown suite {word!r}: expected {', '.join(SUITES)}, all, cpu, cuda or compare"
+            )
+    args.device = "cpu" if args.device is None else args.device
     return list(dict.fromkeys(chosen or DEFAULT_SUITES))
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device {name}: expected cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CommandError("no CUDA device was found")
-    return device
+def _check(suites: list[str], args: argparse.Namespace) -> None:
+    """What options mean together.
+
+    Raises:
+        UsageError: they mean nothing.
+    """
+    if args.json is not None and args.html is not None and args.json.resolve() == args.html.resolve():
+        raise UsageError(f"--html {args.html}: --json is the same file")
+    if args.size is None:
+        return
+    for suite, usual in _NETWORKS_OF.items():
+        if suite in suites:
+            names = args.models or usual
+            check_size("--size", args.size, dense=any(name in models.list_models(dense=True) for name in names))
 
 
 class _Rates:
@@ -290,16 +300,18 @@ def run(args: argparse.Namespace) -> int:
     """Time what was asked for; what is done is reported and kept even when interrupted.
 
     Returns:
-        0; 1 where a case is an error, or ``compare`` found a regression; 130 after an interruption.
+        0; 1 where a case is an error, a file could not be written, or ``compare`` found a regression; 130 after an
+        interruption.
     """
     if args.what[:1] == ["compare"]:
         if len(args.what) != 3:
-            args.parser.error("compare: expected two files, A.json B.json")
+            args.parser.error("argument SUITE: compare: expected two files, A.json B.json")
         return _compare(Path(args.what[1]), Path(args.what[2]), args.threshold, absolute=args.absolute)
     suites = _suites(args)
+    device = check_device(args.device)
+    _check(suites, args)
     if args.html is not None:
         require({"matplotlib": "matplotlib"}, "demo")
-    device = _device(args.device)
     chosen = tuple(peers.PEERS) if "all" in args.peers else tuple(args.peers)
     settings = timing.Settings(
         device,
@@ -313,32 +325,44 @@ def run(args: argparse.Namespace) -> int:
     )
     result = Run(device, args.json, sys.argv[1:])
     rates = _Rates(settings, result)
-    interrupted = False
+    interrupted, unwritten = False, ""
     try:
         work = jobs(suites, args, settings, rates)
         rates.get()
         for job in _with_progress(work, args.minutes, result):
             outcome = job.run()
-            result.add(outcome.records, outcome.skipped)
-        result.complete = not result.left_out
+            try:
+                result.add(outcome.records, outcome.skipped)
+            except OSError as error:
+                # What comes after it could not be kept either.
+                unwritten = (
+                    f"--json {args.json}: {error.strerror or error}; no more was measured, what there is is above"
+                )
+                break
+        result.complete = not (result.left_out or unwritten)
     except KeyboardInterrupt:
         interrupted = True
-    return _finish(result, args, interrupted)
+    return _finish(result, args, interrupted, unwritten)
 
 
-def _finish(result: Run, args: argparse.Namespace, interrupted: bool) -> int:
+def _finish(result: Run, args: argparse.Namespace, interrupted: bool, unwritten: str = "") -> int:
     """Print and write what there is."""
     data: dict[str, Any] = result.to_dict()
     if result.records:
         print(table.render(data))
-        result.save()
-        if args.json is not None:
-            print(f"records: {args.json}")
-        if args.html is not None:
-            from dla_fast.bench import report
+        try:
+            if args.json is not None and not unwritten:
+                result.save()
+                print(f"records: {args.json}")
+            if args.html is not None:
+                from dla_fast.bench import report
 
-            report.write(data, args.html)
-            print(f"report: {args.html}")
+                report.write(data, args.html)
+                print(f"report: {args.html}")
+        except OSError as error:
+            unwritten = f"{error.filename or 'the files'}: {error.strerror or error}; what there is is above"
+    if unwritten:
+        print(f"bench: {unwritten}", file=sys.stderr)
     if result.left_out:
         print(f"time was up: {table.counted(len(result.left_out))} left out", file=sys.stderr)
     if interrupted:
@@ -348,19 +372,21 @@ def _finish(result: Run, args: argparse.Namespace, interrupted: bool) -> int:
     errors = sum(1 for record in result.records if record.get("error"))
     if errors:
         print(f"bench: errors in {table.counted(errors)}, see above", file=sys.stderr)
-    return 1 if errors else 0
+    return 1 if errors or unwritten else 0
 
 
 def _compare(a: Path, b: Path, threshold: float, *, absolute: bool = False) -> int:
     """Compare two files and print; 1 where dla_fast got worse past the threshold, or gives no figure any more.
 
     Raises:
-        CommandError: a file that is no run.
+        UsageError: a file that is no run, or two that have no case in common.
     """
     try:
         before, after = load(a), load(b)
     except NotARun as error:
-        raise CommandError(str(error)) from error
+        raise UsageError(str(error)) from error
     result = compare.compare(before, after, threshold, absolute=absolute)
+    if not result.ours and not result.broken:
+        raise UsageError(f"{a} and {b} have no case of dla_fast in common: {compare_table.apart(before, after)}")
     print(compare_table.render(result, before, after))
     return 1 if result.regressions() or result.broken else 0

@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import copy
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import dla_fast
 from dla_fast import backend
-from dla_fast.commands import CommandError, demo_memory, demo_report, demo_units, require
+from dla_fast.bench import files
+from dla_fast.commands import CommandError, UsageError, demo_memory, demo_report, demo_units, require
 from dla_fast.commands.demo_setup import (
     EXTRAS,
     LOGITS,
@@ -28,6 +29,7 @@ from dla_fast.commands.demo_setup import (
     make_model,
     training_step,
 )
+from dla_fast.commands.options import check_size, whole
 from dla_fast.proof import measure
 
 MEMORY = "dla_fast.commands.demo_memory"
@@ -35,19 +37,12 @@ MEMORY = "dla_fast.commands.demo_memory"
 OP = "conv_norm_act"
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text}")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``demo``."""
     parser.add_argument("--model", default="dla34", help="a DLA of timm")
-    parser.add_argument("--batch", type=_positive, default=8, help="photographs in a batch")
-    parser.add_argument("--size", type=_positive, default=224, help="side of a photograph in pixels")
-    parser.add_argument("--runs", type=_positive, default=11, help="rounds that each time is the median of")
+    parser.add_argument("--batch", type=whole(), default=8, help="photographs in a batch")
+    parser.add_argument("--size", type=whole(most=2**15), default=224, help="side of a photograph in pixels")
+    parser.add_argument("--runs", type=whole(), default=11, help="rounds that each time is the median of")
     parser.add_argument("--device", help="device to run on (default: cuda where there is one, else cpu)")
     parser.add_argument(
         "--layout",
@@ -64,27 +59,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same as --layout channels_last",
     )
     parser.add_argument("--pretrained", action="store_true", help="fetch timm's weights instead of drawing some")
-    parser.add_argument("--out", default="demo.png", help="where the picture goes")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the report")
 
 
 def _task(args: argparse.Namespace) -> Task:
     """The options, checked before anything long begins."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     # A device of another build raises what it likes.
     except Exception as error:
-        raise CommandError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if args.size < 32:
-        raise CommandError(f"--size {args.size}: expected at least 32, which is the stride of the last level")
+        raise UsageError(f"--size {args.size}: expected at least 32, which is the stride of the last level")
+    check_size("--size", args.size)
     if args.batch == 1 and args.size < 64:
-        raise CommandError("--batch 1: training needs more than one value per channel; use a larger --batch or --size")
-    if not args.out.lower().endswith((".png", ".pdf", ".svg", ".jpg")):
-        raise CommandError(f"--out {args.out}: expected a file ending in .png, .pdf, .svg or .jpg")
-    folder = os.path.dirname(os.path.abspath(args.out))
-    if not os.access(folder, os.W_OK):
-        raise CommandError(f"--out {args.out}: there is no folder {folder} that can be written to")
+        raise UsageError("--batch 1: training needs more than one value per channel; use a larger --batch or --size")
+    if args.out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise UsageError(f"--out {args.out}: expected a file ending in .png, .pdf, .svg or .jpg")
+    if not args.out.resolve().parent.is_dir():
+        raise UsageError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
+    reason = files.why_not(args.out)
+    if reason is not None:
+        raise UsageError(f"--out {args.out}: it cannot be written: {reason}")
     return Task(args.model, args.batch, args.size, device, args.layout == "channels_last", args.pretrained)
 
 
@@ -291,7 +291,11 @@ def run(args: argparse.Namespace) -> int:
         result, tensors = _compare(args, task, stages)
     finally:
         stages.close()
-    demo_report.draw(result, tensors, args.out)
-    result["picture"] = args.out
+    result["picture"] = str(args.out)
+    picture = demo_report.draw(result, tensors, args.out.suffix[1:].lower())
     print(json.dumps(result, indent=2) if args.json else demo_report.text(result))
+    try:
+        files.write(args.out, picture)
+    except OSError as error:
+        raise CommandError(f"--out {args.out}: {error.strerror or error}; the figures are above") from error
     return 1 if demo_report.failed(result) else 0

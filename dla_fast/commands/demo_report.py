@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from typing import Any
@@ -189,8 +190,17 @@ def _bars(axes: Any, rows: dict[str, dict[str, float]], title: str, unit: str, r
         axes.spines[side].set_visible(False)
 
 
-def draw(result: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
-    """The comparison as a picture: the photographs, what changed in the logits, times and memory."""
+def draw(result: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> bytes:
+    """The comparison as a picture: the photographs, what changed in the logits, times and memory.
+
+    Args:
+        result: what was measured.
+        tensors: the photographs and logits.
+        kind: of file: png, pdf, svg or jpg.
+
+    Returns:
+        The file.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -222,7 +232,9 @@ def draw(result: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
     longest = sorted(units, key=lambda name: -units[name]["before"])[:_SHOWN]
     title = "Each unit, inference" if len(units) <= _SHOWN else f"The {_SHOWN} units that took longest, inference"
     _bars(each, {name: units[name] for name in longest}, title, "ms", "before/after")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=kind)
+    return picture.getvalue()
 
 
 def _strip(figure: Any, batch: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_fast._timm import import_timm
-from dla_fast.commands import CommandError
+from dla_fast.commands import CommandError, UsageError
 
 EXTRAS = {"timm": "timm", "sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
@@ -77,12 +77,13 @@ def make_model(task: Task) -> nn.Module:
     """timm's network, with the same weights every time.
 
     Raises:
-        CommandError: timm has no such DLA, or its weights cannot be fetched.
+        UsageError: timm has no such DLA.
+        CommandError: its weights cannot be fetched.
     """
     timm = import_timm()
     known = timm.list_models("dla*")
     if task.model not in known:
-        raise CommandError(f"--model {task.model}: expected a DLA of timm, one of {', '.join(known)}")
+        raise UsageError(f"--model {task.model}: expected a DLA of timm, one of {', '.join(known)}")
     torch.manual_seed(0)
     try:
         model: nn.Module = timm.create_model(task.model, pretrained=task.pretrained)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dla_fast import functional, models, use_backend
-from dla_fast.bench import cases, timing
+from dla_fast.bench import cases, files, timing
 from dla_fast.bench.records import machine_facts, versions
 from dla_fast.commands import CommandError
+from dla_fast.commands.options import number, whole, writable
 from dla_fast.kernels import config, table
 from dla_fast.kernels.config import Key, TileConfig
 from dla_fast.proof import measure, parity
@@ -180,20 +180,17 @@ def write(path: Path, entries: list[Entry], device: torch.device) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "entries": [e.to_dict() for e in entries],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    files.write(path, json.dumps(data, indent=1) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``tune``."""
     parser.add_argument("--models", nargs="+", default=["dla34", "dla60", "dla102"], choices=models.list_models())
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32, 256], metavar="N", help="images")
+    parser.add_argument("--batch", nargs="+", type=whole(), default=[1, 32, 256], metavar="N", help="images")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--layout", default="channels_last", choices=list(cases.LAYOUTS))
-    parser.add_argument("--minutes", type=float, default=20.0, help="start no new pass after this time")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where the kernels read it)")
+    parser.add_argument("--minutes", type=number(above=0), default=20.0, help="start no new pass after this time")
+    parser.add_argument("--out", type=writable, metavar="FILE", help="the table (default: where the kernels read it)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -205,6 +202,9 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     arch = config.arch_of(device)
     path = args.out or table.table_path(arch)
+    reason = files.why_not(path)
+    if reason is not None:
+        raise CommandError(f"{path} cannot be written: {reason}; --out names another file")
     found = {c.name: c for name in args.models for c in cases.network_cases(name)} | {
         c.name: c for c in cases.ida_cases()
     }

@@ -188,11 +188,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything; 0 when every result holds, 1 on a miss."""
+    """Check everything; 0 when every result holds, 1 on a miss, 130 if interrupted: what was checked is shown."""
     from tqdm import tqdm
 
-    work = jobs(args.ops)
-    rows = [check(job) for job in tqdm(work, unit="check", disable=not sys.stderr.isatty(), leave=False)]
+    work, rows, interrupted = jobs(args.ops), list[Row](), False
+    try:
+        for job in tqdm(work, unit="check", disable=not sys.stderr.isatty(), leave=False):
+            rows.append(check(job))
+    except KeyboardInterrupt:
+        interrupted = True
     print(render(rows))
     missed = [r for r in rows if not r.ok]
     print(
@@ -200,4 +204,7 @@ def run(args: argparse.Namespace) -> int:
         "float64 plus the rounding of the result; tf32: of its ops with operands rounded to TF32; gradcheck and "
         "gradgradcheck in float64"
     )
+    if interrupted:
+        print(f"verify: interrupted; {len(rows)} of {len(work)} were checked", file=sys.stderr)
+        return 130
     return 1 if missed else 0
