@@ -1,0 +1,42 @@
+"""A value that is not finite in an image: it stands where it stands in stock, whether or not the loss looks there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import ALL, LAYOUTS, compare, image
+
+VALUES = (float("nan"), float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_the_loss_looks_elsewhere_and_norms_are_frozen(name, layout, value):
+    x = image((2, 32, 24), layout=layout)
+    x[0, 1, 4, 5] = value
+
+    def scenario(model, x):
+        model.eval()
+        y = model(x)
+        # What is finite in one image alone, of which the other has no part.
+        torch.where(y.isfinite(), y, 0.0).sin().sum().backward()
+        return y
+
+    stock, _ = compare(scenario, name, layout, x)
+    assert stock.values["input.grad"][1].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_running_statistics_of_training(name, layout, value):
+    x = image(layout=layout)
+    x[1, 2, 6, 7] = value
+
+    def scenario(model, x):
+        y = model(x)
+        y.sum().backward()
+        return y
+
+    compare(scenario, name, layout, x)
