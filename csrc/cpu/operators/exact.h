@@ -40,7 +40,7 @@ inline Node plainly(Node node) {
 
 // Whether all values are finite, by one pass; of values whose sum is not it may deny that.
 inline bool all_finite(const Tensor& t) {
-  return std::isfinite(at::sum(t).item<double>());
+  return std::isfinite(at::sum(t, at::kDouble).item<double>());
 }
 
 // `values`, of which those that are not finite are replaced by what a plain sum gives.
