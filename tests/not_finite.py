@@ -80,7 +80,7 @@ def drawn(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, layout: torch.
 def gradient(stock: Run, leaves: dict[str, Tensor], running: list[Tensor], blind: bool) -> Tensor:
     """Of a loss that looks at all pixels, or only at those that are finite in every channel.
 
-    It lies as the output does: of two layouts PyTorch takes values one by one, and hardswish then has no gradient of NaN.
+    It lies as the output does: of two layouts PyTorch takes values one by one, where hardswish has no gradient of NaN.
     """
     with torch.no_grad():
         y = stock(leaves, [t.clone() for t in running])
