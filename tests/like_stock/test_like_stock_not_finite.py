@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from pairs import ALL, LAYOUTS, NETWORKS, PARTS, compare, image
@@ -28,11 +30,11 @@ def test_the_loss_looks_elsewhere_and_norms_are_frozen(name, layout, value):
     assert stock.values["input.grad"][1].isfinite().all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "layout"), zip(ALL, itertools.cycle(LAYOUTS), strict=False))
 def test_running_statistics_of_training(name, layout):
     x = image(layout=layout)
-    x[1, 2, 6, 7] = INFINITY
+    # Among those that a mean is guessed from.
+    x[0, 2, 0, 1] = INFINITY
 
     def scenario(model, x):
         y = model(x)
