@@ -46,6 +46,12 @@ struct NormOf {
   }
 };
 
+// What sums are taken around has to be finite: what an infinity adds up to is infinite, less itself it is NaN.
+template <class A>
+__device__ __forceinline__ A finite_or_zero(A v) {
+  return v - v == A(0) ? v : A(0);
+}
+
 template <class T, int V, bool CL>
 __global__ void __launch_bounds__(kThreads, resident(Act::kIdentity))
     moments_kernel(Walk walk, const T* z, double* partial) {
@@ -60,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, resident(Act::kIdentity))
   if (here.left > 0) {
     const auto first = load<V>(z + here.offset);
 #pragma unroll
-    for (int k = 0; k < K; ++k) shift[k] = widen(first.v[k]);
+    for (int k = 0; k < K; ++k) shift[k] = finite_or_zero(widen(first.v[k]));
   }
   Pack<T, V> in[U];
   here.template each<U>([&](int u, int64_t at) { in[u] = load<V>(z + at); },
@@ -118,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int slot = threadIdx.x / kLanes;
   double sums[2] = {0.0, 0.0}, origin = 0.0;
   if (c < channels && groups > 0) {
-    origin = partial[c];
+    origin = finite_or_zero(partial[c]);
     const double whole = static_cast<double>(size), last = static_cast<double>(total - (groups - 1) * size);
     const auto add = [&](int64_t g, const double (&of)[2]) {
       const double n = g + 1 < groups ? whole : g < groups ? last : 0.0, off = of[0] - origin;
@@ -277,8 +283,10 @@ __global__ void __launch_bounds__(kThreads, kArchitecture < 90 && CL && sizeof(T
   constexpr int K = Position<T, V, CL>::K;
   Position<T, V, CL> here(walk);
   const NormOf<A, K> of(norm, here.channel, here.here);
-  // dz = (g - m0 - x_hat * m1) * scale with the batch's means m0 of g and m1 of g * x_hat, or none where statistics are
-  // frozen, as scale * g - drop - tilt * (z - mean).
+  // dz = (g - m0 - x_hat * m1) * scale with the batch's means m0 of g and m1 of g * x_hat, as
+  // scale * g - drop - tilt * (z - mean); scale * g where statistics are frozen: times a z that is not finite a zero is
+  // NaN.
+  const bool batch = sum_dy.data != nullptr;
   A drop[K], tilt[K];
   read_values(sum_dy, here.channel, here.here, A(0), drop);
   read_values(sum_dy_xhat, here.channel, here.here, A(0), tilt);
@@ -292,7 +300,8 @@ __global__ void __launch_bounds__(kThreads, kArchitecture < 90 && CL && sizeof(T
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int k = CL ? v : 0;
-      g[v] = g[v] * of.scale[k] - (off[v] * tilt[k] + drop[k]);
+      const A own = g[v] * of.scale[k];
+      g[v] = batch ? own - (off[v] * tilt[k] + drop[k]) : own;
     }
     store<V>(dz + at, narrow_all<T>(g));
   });

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dla_fast.kernels import config, examples, host, launch
-from dla_fast.kernels.tile import along, at, inside, multiple, pixel_range, program_of, read
+from dla_fast.kernels.tile import along, at, finite_or_zero, inside, multiple, pixel_range, program_of, read
 
 # Tiles that a program takes one after the other at most, its sums in registers.
 _TILES_PER_GROUP = 16
@@ -46,7 +46,7 @@ def moments_kernel(
     m = pixel_range(start * PARTS, PART, I64)
     rows = m < total
     value = read(z + at(m, pixels, channels, CL, ALIGN)[:, None] + column, inside(rows, cols, EVEN), ACC)
-    shift = tl.sum(value, 0) / tl.sum(rows.to(tl.int32), 0).to(ACC)
+    shift = finite_or_zero(tl.sum(value, 0) / tl.sum(rows.to(tl.int32), 0).to(ACC))
     rest = tl.zeros((PART, BN), ACC)
     squares = tl.zeros((PART, BN), ACC)
     for tile in range(start, last):

@@ -40,6 +40,7 @@ from dla_fast.kernels.tile import (
     along,
     at,
     fetch,
+    finite_or_zero,
     inside,
     multiple,
     norm_of,
@@ -356,7 +357,7 @@ def stage_kernel(
                 # Sums are taken around the mean of the first tile, any value near the others would do, or of each.
                 if WARPS == 0 or tile == begin:
                     first_pixel = (tile.to(tl.int64) if I64 else tile) * BM
-                    shift = tl.sum(value, 0) / tl.minimum(total - first_pixel, BM).to(ACC)
+                    shift = finite_or_zero(tl.sum(value, 0) / tl.minimum(total - first_pixel, BM).to(ACC))
                 off = value - shift[None, :]
                 if not EVEN_M:
                     off = tl.where((m < total)[:, None], off, 0.0)

@@ -97,6 +97,12 @@ def per_channel(pointer, c, mask, other: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def finite_or_zero(x):
+    """What sums are taken around: what an infinity adds up to is infinite, less itself it is NaN."""
+    return tl.where(x - x == 0, x, 0.0)
+
+
+@triton.jit
 def reciprocal_deviation(var, EPS: tl.constexpr):
     """1 / sqrt(var + eps), rounded as exactly as the dtype allows: it scales every value of a channel."""
     if var.dtype == tl.float64:

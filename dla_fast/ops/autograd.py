@@ -188,10 +188,12 @@ def norm_gradients(
     need_bias, need_gamma, need_beta = needed
     dbias = dgamma = dbeta = None
     if need_bias and conv_bias is not None:
+        assert sum_dy is not None
         if ctx.training:
-            dbias = torch.zeros_like(conv_bias)
+            assert sum_dy_xhat is not None
+            # Zero, unless something is not finite.
+            dbias = cast(sum_dy_xhat * 0, conv_bias.dtype)
         else:
-            assert sum_dy is not None
             scale = (var + ctx.eps).rsqrt() if bn_weight is None else bn_weight * (var + ctx.eps).rsqrt()
             dbias = (sum_dy * scale).to(conv_bias.dtype)
     if need_gamma and bn_weight is not None and sum_dy_xhat is not None:

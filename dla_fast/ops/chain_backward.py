@@ -161,7 +161,8 @@ def once(
             need_dup, need_dw, need_residual, *pre, through, grads[6] if call.carries and need_dx[0] else None,
         )  # fmt: skip
         of_norm = through_sums if through else of_norm
-    dbias = torch.zeros_like(conv_bias) if need_bias and conv_bias is not None else None
+    # Zero, unless something is not finite.
+    dbias = like(sums[1] * 0, conv_bias) if need_bias else None
     dgamma, dbeta = (None, None) if call.deferred else (sums[1], sums[0])
     du = dxs[call.first] if through else None
     dxs = [None if through and i == call.first else dx for i, dx in enumerate(dxs)]

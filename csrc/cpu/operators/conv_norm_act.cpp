@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "exact.h"
 #include "inference.h"
 
 namespace dla_fast::cpu {
@@ -24,7 +25,9 @@ Tensor stage(const Node& node, acc_t<T>* mean, acc_t<T>* var) {
     return z;
   }
   const NativeNode<T> product(node);
-  const Tensor z = node.map(node.out_channels);
+  Tensor z = node.map(node.out_channels);
+  // Moments tell as well.
+  Watch watch(!product->plain() && mean == nullptr);
   T* out = z.mutable_data_ptr<T>();
   A* in_place = nullptr;
   if constexpr (std::is_same_v<T, A>) in_place = out;
@@ -33,6 +36,7 @@ Tensor stage(const Node& node, acc_t<T>* mean, acc_t<T>* var) {
   product->forward(in_place, [&](const Piece& piece, Strided<const A> values) {
     const auto& k = kernels<T>();
     const auto& [shape, group, channel, first] = piece;
+    watch.see(values, shape);
     const Strided<T> to = {out + first, ld};
     if (static_cast<const void*>(values.data) != to.data) k.store(values, to, shape.rows, shape.cols);
     if (mean == nullptr) return;
@@ -40,7 +44,15 @@ Tensor stage(const Node& node, acc_t<T>* mean, acc_t<T>* var) {
     k.moments(shape, {to.data, to.ld}, &partials.mean[at], &partials.m2[at], &partials.delta[at]);
     if (channel == 0) partials.count[group] = shape.channels_are_rows ? shape.cols : shape.rows;
   });
-  if (mean != nullptr) partials.finalise(mean, var);
+  bool again = watch.found();
+  if (mean != nullptr) {
+    partials.finalise(mean, var);
+    for (int64_t c = 0; c < node.out_channels && !product->plain(); ++c) again = again || !std::isfinite(var[c]);
+  }
+  if (again) {
+    repair(z, stage<T>(plainly(node), nullptr, nullptr));
+    if (mean != nullptr) moments_pass(node.size(), z.template const_data_ptr<T>(), mean, var);
+  }
   return z;
 }
 

@@ -11,6 +11,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "conv_norm_act.h"
+#include "exact.h"
 #include "library.h"
 #include "prologue.h"
 #include "upsample.h"
@@ -132,6 +133,16 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
   if (needs.weight) out.dw = like(dw, node.weight);
   for (Tensor& dx : out.dxs) {
     if (dx.defined()) dx = scattered(dx, node);
+  }
+  // Of a batch's statistics all gradients are NaN then.
+  if (!tail.frozen() || product->plain() || !needs.weight || all_finite(dw)) return;
+  Results plain;
+  plain.dxs.resize(out.dxs.size());
+  if (needs.residual) plain.dresidual = node.map(node.out_channels);
+  natively(plainly(node), tail, needs, plain);
+  repair(out.dw, plain.dw);
+  for (size_t i = 0; i < out.dxs.size(); ++i) {
+    if (out.dxs[i].defined() && out.carried == plain.carried) repair(out.dxs[i], plain.dxs[i]);
   }
 }
 

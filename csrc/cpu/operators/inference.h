@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "exact.h"
 #include "library.h"
 #include "node.h"
 
@@ -25,10 +26,18 @@ void infer(const Node& node, const NativeNode<T>& product, const NormVectors<acc
   const int64_t ld = node.channels_last ? node.out_channels : node.height * node.width;
   A* in_place = nullptr;
   if constexpr (std::is_same_v<T, A>) in_place = product->in_place() ? out : nullptr;
+  Watch watch(!product->plain());
   product->forward(in_place, [&](const Piece& piece, Strided<const A> z) {
+    watch.see(z, piece.shape);
     kernels<T>().tail_accumulated(piece.shape, norm.from(piece.channel), z,
                                   {skip == nullptr ? nullptr : skip + piece.at, ld}, {out + piece.at, ld});
   });
+  if (watch.found()) {
+    const Node plain = plainly(node);
+    Tensor again = plain.map(plain.out_channels);
+    infer<T>(plain, NativeNode<T>(plain), norm, residual, again);
+    repair(y, again);
+  }
 }
 
 }  // namespace dla_fast::cpu

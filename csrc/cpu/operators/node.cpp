@@ -86,7 +86,7 @@ Way Node::way() const {
 }
 
 bool Node::upsamples_on_the_way() const {
-  return kernel == 3 && stride == 1 && dilation == 1;
+  return kernel == 3 && stride == 1 && dilation == 1 && !plainly;
 }
 
 Tensor Node::map(int64_t channels) const {
@@ -158,7 +158,9 @@ NativeNode<T>::NativeNode(const Node& node, const void* packed, std::optional<Ar
     }
     in_.xs.push_back(input);
   }
-  const Arithmetic way = arithmetic.has_value() ? *arithmetic : arithmetic_of(in_, false);
+  const Arithmetic way = node.plainly             ? Arithmetic::direct
+                         : arithmetic.has_value() ? *arithmetic
+                                                  : arithmetic_of(in_, false);
   if (node.prologue != nullptr) take_prologue(node, way);
   product_ = product_of(in_, way);
   forms_dz_ = cpu::forms_dz_on_load(in_, way);

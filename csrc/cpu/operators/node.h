@@ -27,6 +27,7 @@ struct Node {
   std::vector<int64_t> factors, offsets;
   Tensor weight;                       // as it was given
   const Prologue* prologue = nullptr;  // where an input is still z, for products that form it on load
+  bool plainly = false;                // by products that are plain sums alone
 
   // up_weights: of those inputs whose factor is not 1, in order.
   Node(at::TensorList xs, at::TensorList up_weights, const Tensor& weight, at::IntArrayRef factors, int64_t stride,

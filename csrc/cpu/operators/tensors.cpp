@@ -31,9 +31,10 @@ std::vector<A> vector_of(const OptionalTensor& t, int64_t n, A otherwise) {
   return out;
 }
 
-// sum / count per channel; zeros where there is no sum.
+// sum / count per channel; nothing where there is no sum.
 template <class A>
 std::vector<A> batch_term(const OptionalTensor& sum, int64_t count, int64_t channels) {
+  if (!sum.has_value()) return {};
   if (!(count > 0)) return std::vector<A>(channels, A(0));
   std::vector<A> out = vector_of<A>(sum, channels, A(0));
   for (A& v : out) v = static_cast<A>(v / static_cast<double>(count));

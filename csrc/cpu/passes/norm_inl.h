@@ -153,6 +153,24 @@ inline int64_t part_of(int64_t values) {
   return values < 16 ? values : (part < 16 ? 16 : part);
 }
 
+// Of a value that is not finite the difference is NaN, and so is the sum.
+template <class A>
+bool finite(Strided<const A> values, int64_t rows, int64_t cols) {
+  A sum = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* const row = values.data + r * values.ld;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < cols; ++i) sum += row[i] - row[i];
+  }
+  return sum == A(0);
+}
+
+// What sums are taken about has to be finite: what an infinity adds up to is infinite, less itself it is NaN.
+template <class A>
+inline A finite_or_zero(A v) {
+  return v - v == A(0) ? v : A(0);
+}
+
 template <class T, class A>
 void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
   const int64_t part = part_of(shape.channels_are_rows ? shape.cols : shape.rows);
@@ -160,7 +178,7 @@ void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
     for (int64_t r = 0; r < shape.rows; ++r) {
       A sum[1] = {}, sums[2] = {};
       sum_row<1>(z, r, part, sum, [](auto v, auto& to) { to[0] += v; });
-      const A m = sum[0] / A(part);
+      const A m = finite_or_zero(sum[0] / A(part));
       sum_row<2>(z, r, shape.cols, sums, [m](auto v, auto& to) {
         const auto d = v - m;
         to[0] += d;
@@ -188,7 +206,7 @@ void moments(const Shape& shape, Strided<const T> z, A* mean, A* m2, A* delta) {
         sum[i] += s;
       }
     });
-    for (int64_t i = 0; i < n; ++i) sum[i] *= inverse;
+    for (int64_t i = 0; i < n; ++i) sum[i] = finite_or_zero(sum[i] * inverse);
     rows_together(0, shape.rows, [&](int64_t r, auto count) {
       constexpr int R = decltype(count)::value;
       const Rows<A, R> zr(z, r, c, n, zb);
@@ -329,7 +347,8 @@ void reduce_tile(const Shape& shape, const Norm<A>& norm, Strided<const D> dy, S
   du.data == nullptr ? run(std::false_type()) : run(std::true_type());
 }
 
-// dz = scale * dy' + slope * (z - center) + offset, with what does not depend on the pixel in two vectors.
+// dz = scale * dy' + slope * (z - center) + offset, with what does not depend on the pixel in two vectors; scale * dy'
+// where statistics are frozen.
 template <class T, class A, Act ACT, bool ROWS>
 void apply_tile(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const A* mean_dy_xhat, Strided<const T> dy,
                 Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du) {
@@ -338,6 +357,7 @@ void apply_tile(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const
   for (int64_t c = 0; c < shape.cols; c += kChunk) {
     const int64_t n = shape.cols - c < kChunk ? shape.cols - c : kChunk;
     const auto prepare = [&](int64_t from, int64_t count) {
+      if (mean_dy == nullptr) return;
       for (int64_t i = 0; i < count; ++i) {
         offset[i] = -norm.scale[from + i] * mean_dy[from + i];
         slope[i] = -norm.scale[from + i] * norm.rstd[from + i] * mean_dy_xhat[from + i];
@@ -350,7 +370,7 @@ void apply_tile(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const
       const Along<A, ROWS> center(norm.center, r, c), scale(norm.scale, r, c), shift(norm.shift, r, c), by(slope, 0, 0),
           more(offset, 0, 0);
       const Rows<A, R> dr(dy, r, c, n, db), zr(z, r, c, n, zb), rr(residual, r, c, n, rb);
-      const auto write = [&](auto with_du) {
+      const auto write = [&](auto with_du, auto frozen) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
 #pragma GCC unroll 4
@@ -358,11 +378,16 @@ void apply_tile(const Shape& shape, const Norm<A>& norm, const A* mean_dy, const
             const A d = zr(j, i) - center[i];
             const A g = backward_of<ACT, A>(d * scale[i] + shift[i] + rr(j, i), dr(j, i), norm.slope);
             if constexpr (decltype(with_du)::value) du.data[(r + j) * du.ld + c + i] = g;
-            dz.data[(r + j) * dz.ld + c + i] = scale[i] * g + (by[i] * d + more[i]);
+            A out = scale[i] * g;
+            if constexpr (!decltype(frozen)::value) out += by[i] * d + more[i];
+            dz.data[(r + j) * dz.ld + c + i] = out;
           }
         }
       };
-      du.data == nullptr ? write(std::false_type()) : write(std::true_type());
+      const auto choose = [&](auto frozen) {
+        du.data == nullptr ? write(std::false_type(), frozen) : write(std::true_type(), frozen);
+      };
+      mean_dy == nullptr ? choose(std::true_type()) : choose(std::false_type());
     };
     if constexpr (ROWS) {
       for (int64_t r = 0; r < shape.rows; ++r) rows(r, std::integral_constant<int, 1>());

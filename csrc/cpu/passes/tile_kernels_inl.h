@@ -199,6 +199,7 @@ const Kernels<T>& kernels() {
                                    &Tail<T, T, T, A>::call,
                                    &Tail<A, T, T, A>::call,
                                    &Tail<T, T, A, A>::call,
+                                   &finite<A>,
                                    &moments<T, A>,
                                    &Reduce<T, T, A>::call,
                                    &Reduce<A, T, A>::call,

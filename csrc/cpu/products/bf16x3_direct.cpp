@@ -28,6 +28,7 @@ struct Sorted {
 class Bf16x3Direct : public Direct<float> {
  public:
   Bf16x3Direct(const Inputs<float>& in, const Bf16x3Kernels& kernels);
+  bool plain() const override { return false; }
   int64_t packed_bytes() const override {
     return divide_up(in_.out_channels, kPanel) * panel_values() * static_cast<int64_t>(sizeof(BFloat16));
   }

@@ -5,7 +5,8 @@
 // Heinecke, Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019). Where a
 // bfloat16 product costs less than a sixth of a float product, as in AMX tiles, that is the faster way.
 //
-// What it cannot do: infinity has no such parts and turns into NaN, as do values that round to it (3.39e38 and above);
+// What it cannot do: infinity has no such parts and turns into NaN, as do values that round to it (3.39e38 and above),
+// and what became of them is computed once more as float (operators/exact.h);
 // parts below float's normal range (1.2e-38) count for nothing.
 
 #pragma once

@@ -48,6 +48,7 @@ struct PixelTiles {
 class Bf16x3Pointwise : public Product<float> {
  public:
   Bf16x3Pointwise(const Inputs<float>& in, const Bf16x3Kernels& kernels);
+  bool plain() const override { return false; }
   int64_t packed_bytes() const override;
   void pack(void* to) const override;
   int64_t groups() const override { return tiles_.count(); }

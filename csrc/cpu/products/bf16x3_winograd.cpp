@@ -114,6 +114,7 @@ class Bf16x3Winograd : public Convolution<float> {
  public:
   Bf16x3Winograd(const Inputs<float>& in, const Bf16x3Kernels& kernels) : Convolution<float>(in), kernels_(kernels) {}
 
+  bool plain() const override { return false; }
   int64_t packed_bytes() const override {
     return packed_values(panels_of(in_.out_channels), in_.in_channels) * static_cast<int64_t>(sizeof(BFloat16));
   }

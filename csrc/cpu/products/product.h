@@ -112,6 +112,9 @@ class Product {
   // into that. Nothing where forward takes the weight as it is.
   virtual int64_t packed_bytes() const { return 0; }
   virtual void pack(void* /*to*/) const {}
+  // Whether sums are those of the values themselves. Of values that are transformed or multiplied in parts they are
+  // not: infinity turns into NaN, and what is not finite may reach taps that no pixel takes.
+  virtual bool plain() const { return true; }
   // Groups that pieces fall into.
   virtual int64_t groups() const = 0;
   // Whether z is better written to its place in the output also where the tail follows.

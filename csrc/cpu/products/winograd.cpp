@@ -79,6 +79,7 @@ class Winograd : public Convolution<T> {
  public:
   using Convolution<T>::Convolution;
 
+  bool plain() const override { return false; }
   int64_t packed_bytes() const override {
     return packed_values(panels_of(this->in_.out_channels), this->in_.in_channels) * static_cast<int64_t>(sizeof(A));
   }

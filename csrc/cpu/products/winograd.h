@@ -3,7 +3,8 @@
 // A block gathers the pixels it needs (upsampling on the way where an input asks for it), transforms them, does sixteen
 // products per panel of output channels and transforms back; nothing as large as a map is kept. The transforms cost a
 // few additions a value. Their rounding is that of one or two additions more than a direct sum has, and an infinite
-// input makes NaN of the 2x2 outputs of its tiles. In NCHW the block is transposed when it is gathered, and back.
+// input makes NaN of the outputs that it reaches, which are computed once more then (operators/exact.h). In NCHW the
+// block is transposed when it is gathered, and back.
 //
 // The products are a policy: in float or double (winograd.cpp), or in bfloat16 parts of float (bf16x3_winograd.cpp).
 

@@ -129,7 +129,9 @@ struct Kernels {
   void (*tail_accumulated)(const Shape&, const Norm<A>&, Strided<const A> z, Strided<const T> residual, Strided<T> y);
   // The same into A, for who multiplies it.
   void (*form)(const Shape&, const Norm<A>&, Strided<const T> z, Strided<const T> residual, Strided<A> y);
-  // Per channel of the tile: a value near its mean, and the sums of (z - value)^2 and of z - value.
+  // Whether all values are finite.
+  bool (*finite)(Strided<const A> values, int64_t rows, int64_t cols);
+  // Per channel of the tile: a finite value near its mean, and the sums of (z - value)^2 and of z - value.
   void (*moments)(const Shape&, Strided<const T> z, A* mean, A* m2, A* delta);
   // Adds to, per channel: the sum of dy' = dy * act'(u), and of dy' * x_hat. dy' goes to du where its data is not null,
   // which may be dy itself. dy in T, or still in A.
@@ -137,7 +139,8 @@ struct Kernels {
                  Strided<T> du, double* sum_dy, double* sum_dy_xhat);
   void (*reduce_accumulated)(const Shape&, const Norm<A>&, Strided<const A> dy, Strided<const T> z,
                              Strided<const T> residual, Strided<T> du, double* sum_dy, double* sum_dy_xhat);
-  // dz = scale * (dy' - mean_dy - x_hat * mean_dy_xhat); du = dy' where its data is not null.
+  // dz = scale * (dy' - mean_dy - x_hat * mean_dy_xhat), or scale * dy' where both are null; du = dy' where its data is
+  // not null.
   void (*apply)(const Shape&, const Norm<A>&, const A* mean_dy, const A* mean_dy_xhat, Strided<const T> dy,
                 Strided<const T> z, Strided<const T> residual, Strided<A> dz, Strided<A> du);
   void (*up_row)(const UpRow<A>&);

@@ -41,8 +41,8 @@ struct Ending {
   }
 };
 
-// What the gradient of z is formed from: maps in one layout, and what the batch's statistics take from it (zeros where
-// they are frozen).
+// What the gradient of z is formed from: maps in one layout, and what the batch's statistics take from it (nothing
+// where they are frozen: times a value that is not finite a zero is NaN).
 template <class T>
 struct TailGradient {
   using A = acc_t<T>;
@@ -58,11 +58,14 @@ struct TailGradient {
     mean_dy_xhat = repeated(mean_dy_xhat, times);
   }
 
+  bool frozen() const { return mean_dy.empty(); }
+
   // dz of a tile that begins with so many values before it and a channel, rows `ld` apart; and the gradient du of what
   // is activated where its data is not null.
   void form(const Shape& shape, int64_t channel, int64_t at, int64_t ld, Strided<A> dz, Strided<A> du) const {
-    kernels<T>().apply(shape, norm.from(channel), mean_dy.data() + channel, mean_dy_xhat.data() + channel,
-                       {dy + at, ld}, {z + at, ld}, {residual == nullptr ? nullptr : residual + at, ld}, dz, du);
+    kernels<T>().apply(shape, norm.from(channel), frozen() ? nullptr : mean_dy.data() + channel,
+                       frozen() ? nullptr : mean_dy_xhat.data() + channel, {dy + at, ld}, {z + at, ld},
+                       {residual == nullptr ? nullptr : residual + at, ld}, dz, du);
   }
 };
 
