@@ -14,8 +14,6 @@ from torch import Tensor
 
 from dla_fast import backend, checks, ops, reference
 from dla_fast.arguments import autocast, checked
-from dla_fast.backend import needs_reference
-from dla_fast.checks import Upsampling
 from dla_fast.ops import chain, cuda, synced
 from dla_fast.ops.autograd import is_transformed, requires_grad
 from dla_fast.ops.ending import Ending
@@ -29,7 +27,7 @@ __all__ = ["aggregate", "batch_norm_act", "conv_norm_act", "merge", "upsample", 
 
 
 def _serving(op: str, device: str, dtype: torch.dtype) -> str:
-    return "reference" if needs_reference() else backend.resolve(op, device, dtype)
+    return "reference" if backend.needs_reference() else backend.resolve(op, device, dtype)
 
 
 def run_node(*arguments: Any) -> Tensor:
@@ -48,7 +46,7 @@ def run_link(
     dilation: int,
     groups: int,
     residual: int | Tensor | None,
-    given_upsample: Upsampling | None,
+    given_upsample: checks.Upsampling | None,
     act: ActSpec,
     first: int = -1,
     ending: Ending | None = None,
@@ -78,7 +76,7 @@ def run_link(
     x, device = xs[0], xs[0].device.type
     differentiable = training or requires_grad([*xs, weight, conv_bias, added, gamma, beta, *up_weights])
     serving = None
-    if device == cuda.DEVICE and not differentiable and not needs_reference():
+    if device == cuda.DEVICE and not differentiable and not backend.needs_reference():
         # Those kernels are for the inference of aggregation nodes alone.
         plain = weight.shape[2] == stride == groups == 1 and not up_weights and added is None and residual_input <= 0
         serving = backend.serves_inference("aggregate", device, x.dtype) if plain else None
@@ -211,7 +209,7 @@ def merge(
     momentum: float = 0.1,
     eps: float = 1e-5,
     conv_bias: Tensor | None = None,
-    upsample: Upsampling | None = None,
+    upsample: checks.Upsampling | None = None,
     act: ActSpec = "relu",
     stride: int = 1,
     dilation: int = 1,
@@ -243,7 +241,7 @@ def conv_norm_act(
     stride: int = 1,
     dilation: int = 1,
     residual: int | Tensor | None = None,
-    upsample: Upsampling | None = None,
+    upsample: checks.Upsampling | None = None,
     act: ActSpec = "relu",
     groups: int = 1,
 ) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dla_fast.ops.layout import accumulation_dtype
 
@@ -54,10 +55,13 @@ def by_reference(grads: Sequence[Tensor | None]) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return True
-    # Of a batch is the first of them, or none.
-    return next((_is_wrapped(t) or _is_batched(t) for t in grads if t is not None), False)
+    for t in grads:
+        if t is not None:
+            # Of a batch is the first of them, or none.
+            return _is_wrapped(t) or _is_batched(t)
+    return False
 
 
 _is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
