@@ -175,11 +175,11 @@ def of_upsampling(served: str, dtype: torch.dtype, factor: int, keep: int = 1) -
         check(served, mine, stock, leaves, [], dy)
 
 
-def of_a_wide_node(served: str, dtype: torch.dtype, kernel: int) -> None:
+def of_a_wide_node(served: str, dtype: torch.dtype, kernel: int, keep: int = 1) -> None:
     """As wide as what products serve that sum transformed values, or values in parts."""
     channels = 64
     shapes = {"x": (2, channels, 9, 16), "weight": (channels, channels, kernel, kernel), "gamma": (channels,)}
-    for layout, act, value, training, _, blind in cases(1, ("x",)):
+    for layout, act, value, training, _, blind in cases(keep, ("x",)):
         if act in ("silu", "leaky_relu"):
             continue
         leaves = drawn(shapes, dtype, layout)
