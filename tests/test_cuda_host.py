@@ -13,6 +13,7 @@ import itertools
 import cuda_host
 import pytest
 import torch
+from not_finite import of_a_norm, of_upsampling
 from torch.library import opcheck
 
 from dla_fast import backend, functional, ops, reference, use_backend
@@ -388,3 +389,9 @@ def test_empty_and_misaligned():
 )
 def test_architectures(architectures, capability, runs):
     assert cuda.built_for(architectures, capability) is runs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stands_where_it_does_in_pytorch(dtype):
+    of_a_norm("cuda", dtype, (2, 6, 8), 29)
+    of_upsampling("cuda", dtype, 2, 11)

@@ -7,12 +7,14 @@ from not_finite import GEOMETRIES, of_a_node, of_a_norm, of_a_wide_node, of_upsa
 from serving import DTYPES, INTERPRETED, backends
 
 # Prime to the numbers of all that is combined.
-KEEP = 113 if INTERPRETED else 1
+KEEP = 113 if INTERPRETED else 7
 
 
 @pytest.mark.parametrize("served", backends("conv_norm_act"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+# A dilated convolution in half precision is the library's, which makes of 0 times infinity what it will.
+@pytest.mark.parametrize(
+    ("geometry", "dtype"), [(g, d) for g in GEOMETRIES for d in DTYPES if g != "dilation" or d.itemsize > 2]
+)
 def test_of_a_node(served, dtype, geometry):
     of_a_node(served, dtype, geometry, KEEP)
 
@@ -37,4 +39,4 @@ if not INTERPRETED:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("kernel", [1, 3])
     def test_of_wide_nodes(served, kernel, dtype):
-        of_a_wide_node(served, dtype, kernel)
+        of_a_wide_node(served, dtype, kernel, KEEP)

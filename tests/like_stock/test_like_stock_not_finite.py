@@ -30,7 +30,7 @@ def test_the_loss_looks_elsewhere_and_norms_are_frozen(name, layout, value):
     assert stock.values["input.grad"][1].isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "layout"), zip(ALL, itertools.cycle(LAYOUTS), strict=False))
+@pytest.mark.parametrize(("name", "layout"), list(zip(ALL, itertools.cycle(LAYOUTS), strict=False)))
 def test_running_statistics_of_training(name, layout):
     x = image(layout=layout)
     # Among those that a mean is guessed from.

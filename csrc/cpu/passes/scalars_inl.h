@@ -61,11 +61,11 @@ inline const A* read(const T* p, A* buffer, int64_t n) {
   }
 }
 
-// exp by range reduction and a degree-6 polynomial (Cephes' coefficients), written so that it vectorises; NaN passes, and
-// what is infinite or nearly so is infinite.
+// exp by range reduction and a degree-6 polynomial (Cephes' coefficients), written so that it vectorises; NaN passes,
+// and what is infinite or nearly so is infinite.
 inline float exp_of(float x) {
   x = x < -87.3f ? -87.3f : x;
-  x = x > 88.8f ? 88.8f : x;  // the power of two is infinite then
+  x = x > 88.8f ? 88.8f : x;        // the power of two is infinite then
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
   const float shifted = x * 1.44269504088896341f + magic;
   uint32_t bits;
