@@ -29,8 +29,8 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def check_tensor(name: str, value: object, rank: int | None = None) -> Tensor:
-    """``value`` as a floating tensor of the given rank."""
+def check_tensor(name: str, value: object, rank: int | None = None, kind: type[ValueError] = MismatchError) -> Tensor:
+    """``value`` as a floating tensor of the given rank; ``kind`` is what another rank raises."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -38,7 +38,7 @@ def check_tensor(name: str, value: object, rank: int | None = None) -> Tensor:
             f"{name}: expected a floating dtype (float64, float32, float16, bfloat16), got {value.dtype}"
         )
     if rank is not None and value.dim() != rank:
-        raise MismatchError(f"{name}: expected {rank} dimensions, got shape {_shape(value)}")
+        raise kind(f"{name}: expected {rank} dimensions, got shape {_shape(value)}")
     return value
 
 

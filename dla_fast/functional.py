@@ -1,8 +1,4 @@
-"""The functional API: check the arguments, ask :mod:`dla_fast.backend` who serves the call, run it.
-
-A ValueError or TypeError about what PyTorch's own modules would answer with RuntimeError is a RuntimeError, too
-(:class:`dla_fast.checks.MismatchError`, :class:`dla_fast.checks.MismatchTypeError`).
-"""
+"""The functional API: check the arguments (:mod:`dla_fast.checks`), ask :mod:`dla_fast.backend` who serves, run it."""
 
 from __future__ import annotations
 
@@ -326,9 +322,7 @@ def batch_norm_act(
 def run_norm(x: Tensor, norm: Norm, residual: Tensor | None, act: ActSpec) -> Tensor:
     """:func:`batch_norm_act`, with a norm in one piece."""
     gamma, beta, running_mean, running_var, training, momentum, eps, group, batches = norm
-    checks.check_tensor("x", x)
-    if x.dim() != 4:
-        raise ValueError(f"x: expected 4 dimensions, got shape {tuple(x.shape)}")
+    checks.check_tensor("x", x, rank=4, kind=ValueError)
     name, slope = parse_act(act)
     if residual is not None:
         checks.check_residual(residual, x.shape, x)

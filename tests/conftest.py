@@ -38,6 +38,9 @@ THINNED = {
     "test_every_activation": 7,
     "test_few_pixels_and_whole_tiles": 5,
     "test_beside_a_residual_of_the_node": 5,
+    "test_of_a_node": 7,
+    "test_of_a_norm": 5,
+    "test_of_upsampling": 5,
 }
 
 

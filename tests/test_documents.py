@@ -21,7 +21,14 @@ from dla_fast import cli
 from dla_fast.commands.bench import SUITES
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/benchmarks.md", "docs/swapping.md", "docs/like-stock.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/benchmarks.md",
+    "docs/swapping.md",
+    "docs/like-stock.md",
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#]*)(#[^)]*)?\)")
 MAXIMUM = 200  # lines of the README

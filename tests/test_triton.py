@@ -31,7 +31,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 # A process each, about as long as one another: importing torch and Triton takes as long as many a test.
 INTERPRETED = (
     ("interpreted_gpu", "test_compiled", "test_ops", "test_strides"),
-    ("interpreted_ida", "interpreted_strides", "interpreted_tune", "interpreted_traffic"),
+    ("interpreted_ida", "interpreted_strides", "interpreted_tune", "interpreted_traffic", "test_not_finite"),
     ("interpreted_tf32", "interpreted_node", "interpreted_prologue", "test_batch_norm_act"),
     ("interpreted", "test_aggregate", "test_conv_norm_act"),
 )
