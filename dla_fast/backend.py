@@ -136,10 +136,11 @@ def _leave(choice: _Choice, token: Token[_Choice]) -> None:
     current = _default.in_force
     try:
         _choices.reset(token)
-    except ValueError:
+    except ValueError as error:
+        # Not from None: that would hide what was raised inside.
         raise RuntimeError(
             f"use_backend({choice.name!r}) was entered in another thread or task, where it stays in force"
-        ) from None
+        ) from error
     if current is choice:
         current = choice.outer
     else:

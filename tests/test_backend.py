@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -148,6 +149,14 @@ def test_choices_that_generators_hold_end_in_any_order(nothing_forced):
         third.close()
         assert backend.selected() == "reference"
     assert backend.selected() == "auto"
+
+
+def test_what_was_raised_inside_shows_where_a_choice_cannot_be_left(nothing_forced):
+    choice = use_backend("reference")
+    contextvars.copy_context().run(choice.__enter__)
+    with pytest.raises(RuntimeError, match="was entered in another") as raised:
+        choice.__exit__(KeyError, KeyError("inside"), None)
+    assert "KeyError: 'inside'" in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_choice_cannot_be_left_in_another_thread(nothing_forced):

@@ -3,7 +3,8 @@
 PyTorch's own operators copy a concatenation and keep outputs, so that a child, a residual or a norm's bias may be
 edited once they have been used. Here they are read again in the backward pass. An edit of what that pass does not need
 is let through: no weight's gradient is wanted, say, or there is no activation whose kink has to be found. Of any other
-a RuntimeError tells, and never is a gradient made of edited values. A second derivative needs everything.
+a RuntimeError tells, and never is a gradient made of edited values. A second derivative needs everything. Writes past
+autograd's version counters (``.data``, NumPy) are not noticed, as in :func:`dla_fast.ops.ending.recall`.
 """
 
 from __future__ import annotations
