@@ -7,6 +7,7 @@ ConstraintViolationError.
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 
 import pytest
@@ -115,6 +116,17 @@ def test_dynamic():
 @pytest.mark.parametrize("name", ["concatenating", "adding"])
 def test_networks(name):
     assert _of_model(name, [(2, 16, 24), (3, 24, 16), (4, 32, 40)], **HOW["marked"]) == 1
+
+
+@torch.no_grad()
+def test_copies():
+    """A graph is of every copy of a ladder: nothing in it asks which of them a module is."""
+    found = []
+    for model in pair("adding", verify=False):
+        maps = model.eval().levels(image((2, 8, 8)))
+        several = [model.dla_up, copy.deepcopy(model.dla_up)]
+        found.append(graphs(lambda one, *xs: one(xs)[0], [(one, *maps) for one in several], backend="eager"))
+    assert found == [1, 1]
 
 
 def test_inductor():
