@@ -71,8 +71,11 @@ def _of_op(name: str, layout: str, training: bool = True, how: str = "", sizes=N
     assert ours == stock
 
 
-@pytest.mark.parametrize("how", ["", "marked"])
-@pytest.mark.parametrize("name", functional.__all__)
+# Marked: one that concatenates and one that adds.
+OPERATIONS = [*((name, "") for name in functional.__all__), ("merge", "marked"), ("upsample_add", "marked")]
+
+
+@pytest.mark.parametrize("name, how", OPERATIONS)
 def test_operations(name, how):
     _of_op(name, "nchw" if how else "channels_last", how=how)
 
@@ -115,7 +118,10 @@ def test_dynamic():
 
 @pytest.mark.parametrize("name", ["concatenating", "adding"])
 def test_networks(name):
-    assert _of_model(name, [(2, 16, 24), (3, 24, 16), (4, 32, 40)], **HOW["marked"]) == 1
+    """One graph, and stock cannot have fewer."""
+    swapped = pair(name, verify=False)[1]
+    calls = [[image(size)] for size in ((2, 16, 24), (3, 24, 16), (4, 32, 40))]
+    assert graphs(swapped, calls, **HOW["marked"]) == 1
 
 
 @torch.no_grad()
