@@ -137,7 +137,8 @@ def test_copies():
 
 def test_inductor():
     # Of stock it fixes heights and widths in the backward of convolutions: marked, those are an error there.
-    assert _of_model("node", [(2, 5, 6), (3, 5, 6)], backend="inductor", marked=(0,)) == 1
+    swapped = pair("node", verify=False)[1]
+    assert graphs(swapped, [[image((2, 5, 6))], [image((3, 5, 6))]], backend="inductor", marked=(0,)) == 1
 
 
 def test_what_changes_between_calls():
