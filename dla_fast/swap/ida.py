@@ -164,8 +164,20 @@ def _dtypes_agree(module: nn.Module, xs: Sequence[Tensor]) -> bool:
 
 def _norms_differ(module: nn.Module) -> bool:
     """Whether each norm is called once: with one that several steps share the order of its batches would matter."""
-    norms = [id(m) for _, m in module.named_modules(remove_duplicate=False) if m._buffers]
-    return len(norms) == len(set(norms))
+    norms = _with_buffers(module, [])
+    # By numbers (id) torch.compile would make a graph for every copy of a ladder.
+    return all(norm is not other for i, norm in enumerate(norms) for other in norms[:i])
+
+
+def _with_buffers(module: nn.Module, found: list[nn.Module]) -> list[nn.Module]:
+    """Every module below one that has buffers, as often as it is there; named_modules takes ten times as long."""
+    for below in module._modules.values():
+        if below is not None:
+            if below._buffers:
+                found.append(below)
+            if below._modules:
+                _with_buffers(below, found)
+    return found
 
 
 class FusedIDA(FusedNode):

@@ -208,7 +208,7 @@ def main(rank: int, folder: str, paths: list[str]) -> None:
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=300),
     )
     found: dict = {}
     for name, scenario in SCENARIOS.items():

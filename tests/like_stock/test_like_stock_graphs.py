@@ -7,6 +7,7 @@ ConstraintViolationError.
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 
 import pytest
@@ -70,8 +71,11 @@ def _of_op(name: str, layout: str, training: bool = True, how: str = "", sizes=N
     assert ours == stock
 
 
-@pytest.mark.parametrize("how", ["", "marked"])
-@pytest.mark.parametrize("name", functional.__all__)
+# Marked: one that concatenates and one that adds.
+OPERATIONS = [*((name, "") for name in functional.__all__), ("merge", "marked"), ("upsample_add", "marked")]
+
+
+@pytest.mark.parametrize("name, how", OPERATIONS)
 def test_operations(name, how):
     _of_op(name, "nchw" if how else "channels_last", how=how)
 
@@ -114,12 +118,27 @@ def test_dynamic():
 
 @pytest.mark.parametrize("name", ["concatenating", "adding"])
 def test_networks(name):
-    assert _of_model(name, [(2, 16, 24), (3, 24, 16), (4, 32, 40)], **HOW["marked"]) == 1
+    """One graph, and stock cannot have fewer."""
+    swapped = pair(name, verify=False)[1]
+    calls = [[image(size)] for size in ((2, 16, 24), (3, 24, 16), (4, 32, 40))]
+    assert graphs(swapped, calls, **HOW["marked"]) == 1
+
+
+@torch.no_grad()
+def test_copies():
+    """A graph is of every copy of a ladder: nothing in it asks which of them a module is."""
+    found = []
+    for model in pair("adding", verify=False):
+        maps = model.eval().levels(image((2, 8, 8)))
+        several = [model.dla_up, copy.deepcopy(model.dla_up)]
+        found.append(graphs(lambda one, *xs: one(xs)[0], [(one, *maps) for one in several], backend="eager"))
+    assert found == [1, 1]
 
 
 def test_inductor():
     # Of stock it fixes heights and widths in the backward of convolutions: marked, those are an error there.
-    assert _of_model("node", [(2, 5, 6), (3, 5, 6)], backend="inductor", marked=(0,)) == 1
+    swapped = pair("node", verify=False)[1]
+    assert graphs(swapped, [[image((2, 5, 6))], [image((3, 5, 6))]], backend="inductor", marked=(0,)) == 1
 
 
 def test_what_changes_between_calls():

@@ -82,7 +82,7 @@ def test_whole_models_in_a_fresh_process(tmp_path):
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(given, weights_only=True)
     program = ELSEWHERE.format(paths=sys.path, given=str(given), kept=str(kept))
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
     for (stock, swapped), (y, evaluated, gradients, back) in zip(
         models, torch.load(kept, weights_only=False), strict=True
     ):
@@ -113,7 +113,7 @@ def test_workers_that_run_the_model(frozen):
     if frozen:
         freeze(swapped.eval())
     infer(swapped, image())
-    options = {"num_workers": 2, "timeout": 60, "multiprocessing_context": "fork"}
+    options = {"num_workers": 2, "timeout": 300, "multiprocessing_context": "fork"}
     found = [list(torch.utils.data.DataLoader(Answers(model), **options)) for model in (stock, swapped)]
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
@@ -126,7 +126,7 @@ def in_a_fork(run, file):
 
     process = torch.multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    process.join(60)
+    process.join(300)
     if process.is_alive():
         process.kill()
         pytest.fail("the forked process does not answer")
