@@ -54,6 +54,7 @@ def refused(capsys, *arguments: object) -> str:
         ("bench --rotate", ["0", "-1", "x"]),
         ("bench --batch", ["0", "-1", "nan", str(2**70)]),
         ("bench --device", ["cpu:1", "meta", "nope", ""]),
+        ("demo --device", ["meta", "nope"]),
         ("tune --batch", ["0", "-1", "nan"]),
         ("tune --minutes", ["nan", "0", "inf"]),
     ],

@@ -324,3 +324,10 @@ def test_relative_or_absolute(capsys):
 def test_quantiles_of_students_t(tail, degrees, expected):
     """Against the tables; where it is off, on the safe side."""
     assert expected * 0.999 <= noise.quantile(tail, degrees) <= expected * 1.06
+
+
+def test_records_that_are_none(tmp_path, capsys):
+    for content in ([1], [{}], [{"impl": None}]):
+        file = written(tmp_path / "a.json", {"records": content})
+        assert cli.main(["bench", "compare", str(file), str(file)]) == 2
+        assert 'a.json: expected records, objects with an "impl"' in capsys.readouterr().err

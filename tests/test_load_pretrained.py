@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import pathlib
 import socket
 import threading
 
@@ -95,10 +96,11 @@ def test_files_of_every_kind(path, wanted, data, tmp_path, monkeypatch):
 def test_files_that_are_none(path, data, tmp_path):
     bad, model = tmp_path / "bad.pth", tiny()
     refuses(model, bad, "bad.pth: no such file", FileNotFoundError)
-    refuses(model, tmp_path, "no such file", FileNotFoundError)
+    refuses(model, tmp_path, "a folder, no file", FileNotFoundError)
     for content, message in (
         (data[:5000], "truncated, or no checkpoint"),
-        (b"", "truncated, or no checkpoint"),
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1", "truncated, or no checkpoint: torch.save writes other files$"),
         (b"\n<!DOCTYPE html><html></html>", "a web page, not a checkpoint"),
     ):
         bad.write_bytes(content)
@@ -118,7 +120,8 @@ def test_files_that_are_none(path, data, tmp_path):
     refuses(model, path, "head: expected", head="keep")
     refuses(model, "ftp://127.0.0.1/a.pth", "expected a path or a URL of http or https")
     refuses(model, 3, "expected a path, a URL or a name, got int", TypeError)
-    refuses(nn.Linear(1, 1), path, "model: expected a DLA network")
+    refuses(nn.Linear(1, 1), path, "model: expected a DLA network.*weight$")
+    refuses(nn.Sequential(nn.Sequential(tiny())), path, r"model: expected a DLA network.*; model\.0\.0 is one$")
     with pytest.raises(ValueError, match="meta device"):
         load(tiny(device="meta"), path)
 
@@ -197,6 +200,11 @@ def test_a_linear_head_and_timms_network(timm, path, wanted, tmp_path):
     model.fc = nn.Linear(16, 5)
     load(model, path)
     assert torch.equal(model.fc.weight, wanted["fc.weight"].flatten(1))
+    averaged = torch.optim.swa_utils.AveragedModel(tiny())
+    averaged.n_averaged += 3
+    load(averaged, path)
+    assert_loaded(averaged.module, wanted)
+    assert averaged.n_averaged == 3
     theirs = timm.create_model("dla46_c", num_classes=4)
     torch.save(dla_fast.convert_state_dict(theirs.state_dict(), to="detector"), tmp_path / "d.pth")
     target = timm.create_model("dla46_c", num_classes=4)
@@ -230,7 +238,7 @@ def test_a_file_is_fetched_once(web, wanted, data, tmp_path, monkeypatch, capsys
     # A redirect; and without a hash in the name two URLs that end alike are two files.
     load(tiny(), f"{web.url}/latest.pth")
     web.files["/other/latest.pth"] = b"nothing"
-    refuses(tiny(), f"{web.url}/other/latest.pth", "truncated, or no checkpoint")
+    refuses(tiny(), f"{web.url}/other/latest.pth", "no checkpoint.*; delete it, and the next call fetches it$")
     assert capsys.readouterr().err == ""
     assert not list((tmp_path / "checkpoints").glob("*.part*"))
 
@@ -319,6 +327,30 @@ def test_offline(tmp_path, data):
         load(tiny(), url.replace("-ba72cf86", ""), folder=tmp_path)
     (tmp_path / str(raised.value).rpartition("put it at ")[2]).write_bytes(data)
     load(tiny(), url.replace("-ba72cf86", ""), folder=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written(web, data, wanted, tmp_path, monkeypatch):
+    """Running as root nothing is forbidden: a file where the folder should be, and moving that fails, stand for it."""
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    for folder in (taken, taken / "below"):
+        message = r"small\.pth could not be fetched: .*taken.*folder=\.\.\. names another cache.* put it at"
+        refuses(tiny(), f"{web.url}/small.pth", message, OSError, folder=folder)
+    (tmp_path / "small-00000000.pth").write_bytes(data)
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", forbidden)
+        refuses(tiny(), f"{web.url}/small-00000000.pth", f"got {digest(data)}$", folder=tmp_path)
+    assert not web.asked
+    monkeypatch.setenv("HOME", str(tmp_path))
+    web.files["/sm%C3%A5ll%201.pth"] = data
+    load(model := tiny(), f"{web.url}/småll 1.pth", folder="~/cache")
+    assert_loaded(model, wanted)
+    (file,) = (tmp_path / "cache").glob("*.pth")
+    load(tiny(), f"~/cache/{file.name}")
 
 
 def test_several_at_once_fetch_once(web, data, tmp_path):

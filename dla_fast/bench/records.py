@@ -153,6 +153,8 @@ def load(path: Path) -> dict[str, Any]:
         raise NotARun(f"{path}: not JSON: {error}") from error
     if not isinstance(run, dict) or not isinstance(run.get("records"), list):
         raise NotARun(f'{path}: expected an object with a list under "records"')
+    if not all(isinstance(record, dict) and isinstance(record.get("impl"), str) for record in run["records"]):
+        raise NotARun(f'{path}: expected records, objects with an "impl"')
     return run
 
 

@@ -69,7 +69,7 @@ def _task(args: argparse.Namespace) -> Task:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     # A device of another build raises what it likes.
     except Exception as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error

@@ -10,12 +10,14 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 _CHUNK = 2**18
 # torch.hub's convention: the first digits of the file's SHA-256 stand in its name.
 _IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+# What has a meaning in a URL, or is quoted already.
+_WRITTEN = "%/:=&?~#+!$,;'@()*[]"
 # What is at the start of a web page, and of no checkpoint.
 _PAGE = re.compile(rb"\s*<[!?a-zA-Z]")
 
@@ -51,8 +53,10 @@ def check_hash(path: Path, expected: str, *, remove: bool) -> None:
     aside = ""
     if remove:
         wrong = path.with_name(path.name + ".wrong")
-        path.replace(wrong)
-        aside = f"; it was put aside as {wrong}"
+        # In a cache that may only be read it stays where it is.
+        with contextlib.suppress(OSError):
+            path.replace(wrong)
+            aside = f"; it was put aside as {wrong}"
     raise ValueError(f"{path}: expected a file whose SHA-256 starts with {expected}, got {digest.hexdigest()}{aside}")
 
 
@@ -92,10 +96,20 @@ def fetch(url: str, folder: Path, *, expected: str | None = None, progress: bool
 
     path = cached_at(url, folder, expected)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(path.name + ".lock")):
+        lock = FileLock(path.with_name(path.name + ".lock"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise OSError(
+                f"{url} could not be fetched: {error.filename or folder}: {error.strerror or error}; folder=... names "
+                f"another cache. Or fetch it by hand and put it at {path}"
+            ) from error
+        try:
             if not path.exists():
                 _Fetch(url, path, expected is not None, progress, timeout).run()
+        finally:
+            lock.release()
     if expected is not None:
         check_hash(path, expected, remove=True)
     return path
@@ -156,10 +170,16 @@ class _Fetch:
                 headers["If-Range"] = tag
         return headers
 
+    def _answer(self) -> HTTPResponse:
+        # A URL as people write it may have spaces and letters that HTTP has not.
+        request = Request(quote(self.url, safe=_WRITTEN), headers=self._headers())
+        response: HTTPResponse = urlopen(request, timeout=self.timeout)
+        return response
+
     def _some(self) -> int | None:
         """Fetch until the answer ends; gives the bytes of the whole file, where the server tells."""
         try:
-            response: HTTPResponse = urlopen(Request(self.url, headers=self._headers()), timeout=self.timeout)
+            response = self._answer()
         except HTTPError as error:
             if error.code != 416:
                 raise
@@ -168,7 +188,7 @@ class _Fetch:
             if error.headers.get("Content-Range", "").endswith(f"/{self._size()}"):
                 return self._size()
             self.part.unlink()
-            response = urlopen(Request(self.url, headers=self._headers()), timeout=self.timeout)
+            response = self._answer()
         with response:
             going_on = response.status == 206 and _starts_at(response, self._size())
             length = response.headers.get("Content-Length")

@@ -97,17 +97,23 @@ def load_pretrained(
         raise ValueError(f"head: expected 'error' or 'drop', got {head!r}")
     if isinstance(sha256, str) and not _HASH.fullmatch(sha256):
         raise ValueError(f"sha256: expected 8 to 64 hexadecimal digits, True or False, got {sha256!r}")
-    own = model.state_dict()
+    # An AveragedModel's count is no network's, here as in checkpoints.
+    own = {key: value for key, value in model.state_dict().items() if short(key) != "n_averaged"}
     if not {short(key) for key in own} & set(MARKS):
-        raise ValueError(f"model: expected a DLA network, with a parameter {' or '.join(MARKS)}")
+        part = next((key.removesuffix(f".{MARKS[0]}") for key in own if key.endswith(f".{MARKS[0]}")), None)
+        hint = f"; model.{part} is one" if part is not None else ""
+        raise ValueError(f"model: expected a DLA network, with a parameter {' or '.join(MARKS)}{hint}")
     if any(value.is_meta for value in own.values() if isinstance(value, Tensor)):
         raise ValueError("model: its parameters are on the meta device; model.to_empty(device=...) gives them memory")
-    path = _located(source, sha256, Path(folder) if folder is not None else None, progress)
+    path = _located(source, sha256, Path(folder).expanduser() if folder is not None else None, progress)
+    # What came without a hash may have come in part, and is in the cache now.
+    again = "; delete it, and the next call fetches it" if str(source).startswith(("http://", "https://")) else ""
     try:
-        found = read(_contents(path))
-        state, report = _fitted(found, own, head)
+        contents = _contents(path)
+        again = ""
+        state, report = _fitted(read(contents), own, head)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}{again}") from error
     report.source = str(path)
     # A plain dict: with the modules' versions batch norms would ask for counters that old checkpoints lack.
     model.load_state_dict(state, strict=False)
@@ -127,7 +133,7 @@ def _located(source: str | os.PathLike[str], sha256: str | bool, folder: Path | 
         return download.fetch(text, folder, expected=expected, progress=progress)
     if scheme not in ("", "file"):
         raise ValueError(f"source: expected a path or a URL of http or https, got {text}")
-    path = Path(url2pathname(urlsplit(text).path) if scheme else text)
+    path = Path(url2pathname(urlsplit(text).path) if scheme else text).expanduser()
     if text in PUBLISHED:
         path = folder / f"{text}-{PUBLISHED[text]}.pth"
         if not path.exists():
@@ -135,7 +141,7 @@ def _located(source: str | os.PathLike[str], sha256: str | bool, folder: Path | 
                 f"{text}: its published file is not at {path}; put it there, or give the URL of {path.name} instead"
             )
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'a folder, no file' if path.is_dir() else 'no such file'}")
     # The name of a file of one's own may end in a date that looks like a hash.
     published = path.name in {f"{name}-{digits}.pth" for name, digits in PUBLISHED.items()}
     expected = sha256 if isinstance(sha256, str) else download.hash_in_name(path.name) if sha256 and published else None
@@ -162,7 +168,9 @@ def _contents(path: Path) -> Mapping[str, Any]:
         except SafetensorError as error:
             raise ValueError(f"truncated, or no safetensors file: {error}") from error
     with path.open("rb") as file:
-        page = download.is_page(file.read(512))
+        start = file.read(512)
+    if not start:
+        raise ValueError("an empty file")
     try:
         found: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     # Truncated files raise whatever the reader trips over.
@@ -170,11 +178,15 @@ def _contents(path: Path) -> Mapping[str, Any]:
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is not None:
             raise ValueError(
-                f"it holds {refused[1]}, and nothing but tensors and plain containers is read; if you trust the file, "
-                "name that class in torch.serialization.safe_globals"
+                f"it holds {refused[1]}, and nothing but tensors and plain containers is read; save the state_dict() "
+                "alone, or, if you trust the file, name that class in torch.serialization.safe_globals"
             ) from error
-        what = "a web page, not a checkpoint" if page else "truncated, or no checkpoint"
-        raise ValueError(f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        what = "a web page, not a checkpoint" if download.is_page(start) else "truncated, or no checkpoint"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # torch's advice is to read the file without weights_only, whatever it is.
+        if reason.startswith("Weights only load failed"):
+            reason = "torch.save writes other files"
+        raise ValueError(f"{what}: {reason}") from error
     return found
 
 
