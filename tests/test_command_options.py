@@ -197,6 +197,8 @@ def test_an_interrupt_while_torch_is_imported(tmp_path, how, then):
         text=True,
         timeout=60,
         check=False,
+        # Whoever runs the tests in the background has interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     if how == "library":
         # Whoever imports the package has the interrupt as ever.

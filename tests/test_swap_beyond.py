@@ -506,7 +506,7 @@ LIARS = {
     TrainsOtherwise: "verification failed: outputs",
     Noisy: "verification failed: outputs",
     Detached: "verification failed: gradients",
-    Summed: "verification failed: ValueError",
+    Summed: "verification failed: MismatchError",
     Pair: "verification failed",
     Keyword: "forward: expected arguments by position",
     TwoArguments: "forward takes 2 to 2 arguments, C2f.forward 1 to 1",

@@ -100,7 +100,7 @@ def test_what_cannot_be_is_told(ranks):
             assert told[f"{backend}, batched"].startswith("RuntimeError: batch statistics of several processes")
         assert told["traced"].startswith("ValueError: SyncBatchNorm expected input tensor to be on GPU")
         assert told["transformed"].startswith("RuntimeError: During a grad")
-        assert found["failing"]["raised"] == ("RuntimeError", "ValueError")[rank]
+        assert found["failing"]["raised"] == ("RuntimeError", "MismatchError")[rank]
 
 
 NORMS = [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False, "momentum": 0.5}]
