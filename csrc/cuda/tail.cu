@@ -1,6 +1,7 @@
 // Launches of the normalisation tail's kernels.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "tail_kernels.h"
@@ -133,9 +134,16 @@ void tail_backward_apply(const Stream& stream, const Map& map, const Groups& gro
                          void* dz, void* du) {
   with_walk(map, groups, "apply_kernel", norm.act, [&](auto type, auto v, auto cl, auto of_act, auto walk, auto grid) {
     using T = typename decltype(type)::type;
-    DLA_LAUNCH((apply_kernel<T, v.value, cl.value, of_act.value>), grid, kThreads, 0, stream, walk, norm,
-               static_cast<const T*>(dy), static_cast<const T*>(z), static_cast<const T*>(residual), sum_dy,
-               sum_dy_xhat, inverse_count, static_cast<T*>(dz), static_cast<T*>(du));
+    const auto launch = [&](auto batch) {
+      DLA_LAUNCH((apply_kernel<T, v.value, cl.value, of_act.value, batch.value>), grid, kThreads, 0, stream, walk, norm,
+                 static_cast<const T*>(dy), static_cast<const T*>(z), static_cast<const T*>(residual), sum_dy,
+                 sum_dy_xhat, inverse_count, static_cast<T*>(dz), static_cast<T*>(du));
+    };
+    if (sum_dy.data != nullptr) {
+      launch(std::true_type{});
+    } else {
+      launch(std::false_type{});
+    }
   });
 }
 

@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   sum_dy_xhat[c] = static_cast<A>(sums[1]);
 }
 
-template <class T, int V, bool CL, Act ACT>
+template <class T, int V, bool CL, Act ACT, bool BATCH>
 __global__ void __launch_bounds__(kThreads, kArchitecture < 90 && CL && sizeof(T) == 2 ? 2 : resident(ACT))
     apply_kernel(Walk walk, Norm norm, const T* dy, const T* z, const T* residual, Vector sum_dy, Vector sum_dy_xhat,
                  double inverse_count, T* dz, T* du) {
@@ -286,7 +286,6 @@ __global__ void __launch_bounds__(kThreads, kArchitecture < 90 && CL && sizeof(T
   // dz = (g - m0 - x_hat * m1) * scale with the batch's means m0 of g and m1 of g * x_hat, as
   // scale * g - drop - tilt * (z - mean); scale * g where statistics are frozen: times a z that is not finite a zero is
   // NaN.
-  const bool batch = sum_dy.data != nullptr;
   A drop[K], tilt[K];
   read_values(sum_dy, here.channel, here.here, A(0), drop);
   read_values(sum_dy_xhat, here.channel, here.here, A(0), tilt);
@@ -300,8 +299,7 @@ __global__ void __launch_bounds__(kThreads, kArchitecture < 90 && CL && sizeof(T
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int k = CL ? v : 0;
-      const A own = g[v] * of.scale[k];
-      g[v] = batch ? own - (off[v] * tilt[k] + drop[k]) : own;
+      g[v] = BATCH ? g[v] * of.scale[k] - (off[v] * tilt[k] + drop[k]) : g[v] * of.scale[k];
     }
     store<V>(dz + at, narrow_all<T>(g));
   });
