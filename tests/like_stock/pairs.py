@@ -239,3 +239,12 @@ def graphs(
         if y.requires_grad:
             loss_of(y).backward()
     return int(counter.frame_count)
+
+
+def cases(scenarios: Sequence[Scenario]) -> list[tuple[Scenario, str, str]]:
+    """Each on one of the ladders over the nodes and their blocks, and on a node alone; layouts by turns."""
+    return [
+        (scenario, name, list(LAYOUTS)[(i // 2 + j) % 2])
+        for i, scenario in enumerate(scenarios)
+        for j, name in enumerate([("concatenating", "adding")[i % 2], "node"])
+    ]

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from pairs import compare, loss_of, step
+from pairs import cases, compare, loss_of, step
 from torch import nn
 
 
@@ -254,15 +254,9 @@ SCENARIOS = [
 ]  # fmt: skip
 
 
-# Each on one of the ladders over the nodes and their blocks, and on a node alone; layouts by turns.
-CASES = [
-    (scenario, name, ("nchw", "channels_last")[(i // 2 + j) % 2])
-    for i, scenario in enumerate(SCENARIOS)
-    for j, name in enumerate([("concatenating", "adding")[i % 2], "node"])
-]
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scenario, name, layout", CASES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    "scenario, name, layout", cases(SCENARIOS), ids=lambda value: getattr(value, "__name__", value)
+)
 def test_scenario(scenario, name, layout):
     compare(scenario, name, layout, verify=False)

@@ -134,7 +134,7 @@ void natively(const Node& node, const TailGradient<T>& tail, const Needs& needs,
   for (Tensor& dx : out.dxs) {
     if (dx.defined()) dx = scattered(dx, node);
   }
-  // Of a batch's statistics all gradients are NaN then.
+  // Of a batch's statistics all but a few gradients are NaN then.
   if (!tail.frozen() || product->plain() || !needs.weight || all_finite(dw)) return;
   Results plain;
   plain.dxs.resize(out.dxs.size());
