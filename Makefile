@@ -5,6 +5,7 @@ MAX_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))'
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+TASKS_ARGS ?=
 
 PY := $(VENV)/bin/python
 PACKAGE := setup.py pyproject.toml dla_fast/_version.py
@@ -19,7 +20,7 @@ endif
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-torch test-install asan aot traffic gates gates-newest cuda-host cuda-check rehearse bench readme docs lint format clean distclean
+.PHONY: help install demo test tasks test-torch test-install asan aot traffic gates gates-newest cuda-host cuda-check rehearse bench readme docs lint format clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -30,6 +31,9 @@ demo: install ## swap and freeze timm's DLA-34 on real photographs, and compare
 
 test: install ## run the tests
 	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+tasks: install ## train, evaluate and use a small network on each of the paper's four tasks, on made data
+	$(PY) -m benchmarks.gates.tasks $(TASKS_ARGS)
 
 # Another torch, in an environment and a copy of the tree of its own, since an extension fits one torch alone. The pins
 # hold but for what that torch chooses itself. CUDA is built where that torch and nvcc allow it, for one architecture;
@@ -56,7 +60,7 @@ $(OTHER)/.requirements: requirements.txt
 	grep -vE '^(torch|torchvision|triton|setuptools)==' requirements.txt > $(OTHER)/constraints.txt
 	$(OTHER_PY) -m pip install --quiet --disable-pip-version-check -c $(OTHER)/constraints.txt torch==$(TORCH) \
 	  torchvision 'triton; sys_platform == "linux"' setuptools wheel ninja timm tqdm matplotlib scikit-learn \
-	  hypothesis pytest pytest-benchmark pytest-xdist
+	  scikit-image tensorboard torchmetrics safetensors hypothesis pytest pytest-benchmark pytest-xdist
 	@touch $@
 
 # Bare environments with packages as pip finds them, and the whole build in them: minutes, so not in .ci/run either. The

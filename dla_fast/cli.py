@@ -1,4 +1,4 @@
-"""The command line: ``python -m dla_fast doctor | verify | demo | bench | tune``."""
+"""The command line: ``python -m dla_fast doctor | verify | demo | bench | tune | train | evaluate | predict``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ COMMANDS = {
     "demo": "swap a timm DLA to fused nodes on real photographs and compare",
     "bench": "time the ops against PyTorch",
     "tune": "measure tile configurations of the Triton kernels on this GPU and write them to a table",
+    "train": "train a DLA network on one of the paper's four tasks",
+    "evaluate": "judge a trained network",
+    "predict": "what a trained network sees in images",
 }
 
 

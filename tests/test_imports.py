@@ -14,6 +14,7 @@ LINES = (
     ("__main__",),
     ("cli",),
     ("commands",),
+    ("tasks",),
     ("bench",),
     ("proof",),
     ("__init__",),

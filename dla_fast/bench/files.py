@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -45,8 +47,11 @@ def _is_open_as(path: Path, number: int) -> bool:
         return False
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file at one stroke, so that an interruption leaves the last whole one; its folder is made if need be.
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file beside the one that is meant, which takes its place at the end, at one stroke.
+
+    An interruption leaves the last whole one. The folder is made if need be.
 
     Raises:
         OSError: it cannot be written.
@@ -58,8 +63,16 @@ def write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield beside
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file at one stroke, see :func:`writing`."""
+    with writing(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,40 @@
+"""The paper's four tasks: networks trained, evaluated and used on the layouts that their data comes in.
+
+``python -m dla_fast train | evaluate | predict TASK``; from Python :func:`train`, :func:`evaluate` and :func:`predict`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from dla_fast.tasks.errors import DataError, TaskError
+from dla_fast.tasks.task import Evaluation, Task
+
+__all__ = ["EXTRAS", "NAMES", "DataError", "Evaluation", "Task", "TaskError", "get"]
+
+# By name, where each is.
+NAMES = {
+    "classification": "classification.Classification",
+    "fine-grained": "classification.FineGrainedRecognition",
+    "segmentation": "segmentation.Segmentation",
+    "boundary": "boundary.Boundary",
+}
+
+EXTRAS = {
+    "timm": "timm",
+    "PIL": "pillow",
+    "scipy": "scipy",
+    "skimage": "scikit-image",
+    "torchmetrics": "torchmetrics",
+    "tensorboard": "tensorboard",
+    "safetensors": "safetensors",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+}
+
+
+def get(name: str) -> Task:
+    """A task by its name, one of :data:`NAMES`; the packages in :data:`EXTRAS` have to be there."""
+    module, kind = NAMES[name].split(".")
+    task: Task = getattr(importlib.import_module(f"dla_fast.tasks.{module}"), kind)()
+    return task
