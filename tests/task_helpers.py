@@ -9,17 +9,18 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ("dark", "light", "red")
-# A training of 2 epochs with 4 steps each.
+# A training of 2 epochs with 3 steps each.
 TINY = {
     "model": "dla46_c",
     "size": 32,
     "epochs": 2,
-    "batch": 4,
-    "lr": 0.02,
+    "batch": 6,
+    "optimizer": "adamw",
+    "lr": 0.003,
     "schedule": "cosine",
     "resize": 1.0,
     "workers": 0,
-    "save_every": 3,
+    "save_every": 2,
 }
 
 

@@ -96,11 +96,10 @@ def start_from(model: nn.Module, source: str) -> str:
 
 def save(run: Path, model: nn.Module, facts: Facts) -> None:
     """Write a run's weights at one stroke."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as as_bytes
 
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with files.writing(run / FILE) as beside:
-        save_file(state, beside, {_KEY: json.dumps(asdict(facts))})
+    files.write(run / FILE, as_bytes(state, {_KEY: json.dumps(asdict(facts))}))
 
 
 def find(source: Path) -> Path:
