@@ -118,6 +118,7 @@ class Classification(Task):
         return lambda logits, target: F.cross_entropy(logits, target, label_smoothing=options.smoothing)
 
     def evaluate(self, session: Session, data: Data) -> Evaluation:
+        import_timm()  # torchmetrics imports torchvision too
         from torchmetrics.classification import MulticlassAccuracy
 
         count = len(data.classes)

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dla_fast.tasks.errors import TaskError
-
 
 @dataclass(frozen=True)
 class Option:
@@ -72,17 +70,11 @@ def of(kind: type) -> list[Option]:
 
 
 def make(kind: type, *sources: Mapping[str, Any]) -> Any:
-    """The options from what was given; of several sources the first that has a value wins.
-
-    Raises:
-        TaskError: a value that has to be given is missing.
-    """
+    """The options from what was given; of several sources the first that has a value wins."""
     values = {}
     for each in of(kind):
         given = (source[each.name] for source in sources if source.get(each.name) is not None)
         value = next(given, each.default)
-        if value is dataclasses.MISSING or (value == "" and each.kind is str and not each.optional):
-            raise TaskError(f"--{each.name.replace('_', '-')} has to be given: {each.help}")
         values[each.name] = tuple(value) if each.many and value is not None else value
     return kind(**values)
 

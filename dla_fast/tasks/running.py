@@ -66,9 +66,9 @@ def _session(
     # The size of a batch is training's; what else both have holds for both.
     saved = {name: value for name, value in facts.options.items() if name not in ("batch", *_MACHINE)}
     chosen = options.make(task.evaluation, given, saved)
-    task.check(chosen)
     with processes.join(chosen.device) as joined, dla_fast.use_backend(chosen.backend):
         if not facts.classes:
+            task.check(chosen)
             found = task.read(chosen, given.get("split", "val")).classes
             facts = weights.Facts(task.name, facts.model, found, {})
         network = weights.load(path, facts, dense=task.dense, device=joined.device)
@@ -103,6 +103,7 @@ def evaluate(
         TaskError: an option, the data or the weights are not what they should be.
     """
     with _session(task, {**given, "split": split}, source, model, None) as (session, facts):
+        task.check(session.options)
         data = task.read(session.options, split, facts.classes)
         return task.evaluate(session, data), session.processes.is_first
 

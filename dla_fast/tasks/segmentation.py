@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dla_fast._timm import import_timm
 from dla_fast.bench import files
 from dla_fast.tasks import dense, pictures
 from dla_fast.tasks.errors import DataError
@@ -86,6 +87,7 @@ class Segmentation(Task):
         return lambda output, target: dense.loss(output[0].float(), target, weight)
 
     def evaluate(self, session: Session, data: Data) -> Evaluation:
+        import_timm()  # torchmetrics imports torchvision too
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         count = len(data.classes)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_fast.tasks.errors import DataError
+from dla_fast.tasks.errors import TaskError
 from dla_fast.tasks.loading import Failures
 from dla_fast.tasks.options import Training
 from dla_fast.tasks.processes import Processes
@@ -102,13 +102,15 @@ class Task(abc.ABC):
     layouts: tuple[str, ...]
 
     def check(self, options: Any) -> None:
-        """Look at options together, before anything long.
+        """Look at the options of training or evaluation together, before anything long.
 
         Raises:
             TaskError: they do not go together.
         """
+        if not options.data:
+            raise TaskError("--data has to be given: the folder of the data set")
         if options.layout not in self.layouts:
-            raise DataError(f"--layout {options.layout}: expected {', '.join(self.layouts)}")
+            raise TaskError(f"--layout {options.layout}: expected {', '.join(self.layouts)}")
 
     @abc.abstractmethod
     def read(self, options: Any, split: str, classes: list[str] | None = None) -> Data:
