@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 from skimage.color import hsv2rgb
-from skimage.util import img_as_ubyte
 
 from dla_fast.tasks.errors import DataError
 from dla_fast.tasks.layouts import files
@@ -212,7 +211,7 @@ class CamVid:
             # Steps of the golden ratio keep hues apart, however many there are.
             hues = np.arange(len(self.classes)) * 0.618034 % 1
             hsv = np.stack([hues, np.full_like(hues, 0.75), np.full_like(hues, 0.9)], 1)
-            self.palette = img_as_ubyte(hsv2rgb(hsv))
+            self.palette = (255 * hsv2rgb(hsv)).astype(np.uint8)
         self._of_labels = _table(
             {label: label for label in range(len(self.classes))} | {void: IGNORED, IGNORED: IGNORED}
         )
