@@ -128,7 +128,7 @@ def _car(canvas: Canvas, x: float, foot: float, height: float, rng: np.random.Ge
 def _person(canvas: Canvas, x: float, foot: float, height: float, rng: np.random.Generator) -> None:
     skin = np.array(((224, 176, 144), (150, 102, 74), (92, 62, 46))[rng.integers(3)])
     coat, trousers = rng.uniform(20, 220, 3), rng.uniform(20, 110, 3)
-    top, wide = foot - height, 0.17 * height
+    top, wide = foot - height, 0.19 * height
     for side in (-1, 1):
         hip, stand = x + 0.35 * side * wide, x + rng.uniform(0.3, 0.8) * side * wide
         leg = (hip - 0.42 * wide, foot - 0.5 * height), (hip + 0.42 * wide, foot - 0.5 * height)
@@ -197,11 +197,11 @@ def street(rng: np.random.Generator, photographs: dict[str, np.ndarray]) -> tupl
     deep = height - horizon
     movers: list[tuple[float, float, Callable[..., None], float]] = []
     for _ in range(rng.integers(1, 5)):
-        t = rng.uniform(0.2, 0.9)
+        t = rng.uniform(0.25, 0.9)
         movers.append((t, rng.uniform(-0.36, 0.36) * width * (0.25 + t), _car, 9 + 0.46 * deep * t))
     for _ in range(rng.integers(2, 6)):
-        t = rng.uniform(0.2, 0.9)
-        movers.append((t, rng.uniform(-0.45, 0.45) * width * (0.5 + t), _person, 17 + 0.62 * deep * t))
+        t = rng.uniform(0.25, 0.9)
+        movers.append((t, rng.uniform(-0.45, 0.45) * width * (0.5 + t), _person, 22 + 0.6 * deep * t))
     for t, aside, put, size in sorted(movers, key=lambda mover: mover[0]):
         put(canvas, vanishing + aside, horizon + deep * t, size, rng)
 

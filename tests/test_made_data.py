@@ -82,9 +82,9 @@ def test_digits(maker, tmp_path):
 
 def test_command_line_without_torch(tmp_path):
     path = ROOT / "examples" / "made_data.py"
-    code = f"import runpy, sys; sys.path.insert(0, {str(path.parent)!r}); runpy.run_path({str(path)!r}, run_name='__main__')"
-    code += "; sys.exit('torch' in sys.modules)"
-    arguments = [str(tmp_path), "--only", "cars", "voc"]
+    code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv.pop(1) + '/made_data.py', "
+    code += "run_name='__main__'); sys.exit('torch' in sys.modules)"
+    arguments = [str(path.parent), str(tmp_path), "--only", "cars", "voc"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(each.name for each in tmp_path.iterdir()) == ["cars", "voc"]

@@ -423,6 +423,11 @@ def test_classes_of_ones_own(own):
             labels.LAYOUTS["camvid"](own)
 
 
+def test_pixels_of_one_bit(own):
+    Image.fromarray(np.array([[False, True, True]])).save(own / "trainannot/a.png")
+    assert labels.LAYOUTS["camvid"](own).labels(own / "trainannot/a.png").tolist() == [[0, 1, 1]]
+
+
 def test_a_palette_is_no_colour(own):
     picture = Image.fromarray(np.array([[0, 3, 11]], np.uint8))
     picture.putpalette(list(range(256)) * 3)
@@ -565,7 +570,7 @@ def test_boundaries_of_instances(tmp_path):
     assert found[3, 6:10].all()
     assert found[8].nonzero()[0].tolist() in ([4, 11, 19], [4, 12, 19])  # one line between them
 
-    instances[2:15, 3:5] = 255  # a border on the left alone: half of it is the object's
+    instances[2:15, 2:6] = 255  # a border on the left alone: half of it is the object's
     (found,) = data.annotations(png(tmp_path / "b.png", instances))
     assert found[8].nonzero()[0][0] == 4
     (found,) = data.annotations(png(tmp_path / "c.png", np.full((4, 5), 255)))

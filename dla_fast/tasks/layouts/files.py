@@ -140,15 +140,14 @@ def pixels(path: Path) -> np.ndarray:
     """An image as it is stored: indices where it has a palette.
 
     Returns:
-        (H, W) or (H, W, channels), integers.
+        (H, W) or (H, W, channels), integers, or bool where a pixel has one bit.
 
     Raises:
         DataError: it is missing, or broken.
     """
     try:
         with Image.open(path) as image:
-            found = np.asarray(image)
-            return found.astype(np.uint8) if found.dtype == bool else found
+            return np.asarray(image)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     # Decoders raise whatever they like on broken files.
