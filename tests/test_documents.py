@@ -28,6 +28,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/swapping.md",
     "docs/like-stock.md",
+    "docs/tasks.md",
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#]*)(#[^)]*)?\)")

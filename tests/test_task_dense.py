@@ -15,7 +15,7 @@ from task_helpers import TINY
 from torch import nn
 
 from dla_fast import tasks
-from dla_fast.tasks import DataError, dense, loading, options, running, segmentation
+from dla_fast.tasks import DataError, TaskError, dense, loading, options, running, segmentation
 from dla_fast.tasks.processes import Processes
 from dla_fast.tasks.task import Data, Session
 
@@ -206,5 +206,5 @@ def test_image_and_labels_are_changed_alike(scale):
 
 @pytest.mark.parametrize(("name", "given"), [("segmentation", {"window": 100}), ("segmentation", {"size": 100})])
 def test_sizes_that_do_not_fit_the_stride(name, given, tmp_path):
-    with pytest.raises(DataError, match="expected a multiple of 32"):
+    with pytest.raises(TaskError, match="expected a multiple of 32"):
         running.train(tasks.get(name), {**TINY, "size": 64, "data": str(tmp_path), **given}, tmp_path / "run")

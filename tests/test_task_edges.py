@@ -166,6 +166,12 @@ def test_nothing_predicted_nothing_true_and_neither():
     assert edge_metrics.scores([empty, perfect]).ods == 1
 
 
+@pytest.mark.parametrize("shape", [(8, 9), (9, 10), (12, 12)])
+def test_an_annotation_of_another_size(shape):
+    with pytest.raises(ValueError, match=r"annotations: expected \(9, 9\), as the map's, got"):
+        edge_metrics.count(np.eye(9), [np.zeros(shape, bool)])
+
+
 def test_counts_travel_between_processes():
     found = edge_metrics.count(np.eye(9), [np.eye(9, dtype=bool)], thresholds=4)
     other = pickle.loads(pickle.dumps(found))

@@ -16,7 +16,7 @@ from torch import Tensor
 from dla_fast._timm import import_timm
 from dla_fast.bench import files
 from dla_fast.tasks import loading, options, pictures
-from dla_fast.tasks.errors import DataError
+from dla_fast.tasks.errors import DataError, TaskError
 from dla_fast.tasks.layouts import classes as layouts
 from dla_fast.tasks.options import option
 from dla_fast.tasks.task import MEAN, STD, Data, Evaluation, Session, Task
@@ -81,7 +81,12 @@ class Classification(Task):
     def check(self, options: Any) -> None:
         super().check(options)
         if options.crops not in (1, 10):
-            raise DataError(f"--crops {options.crops}: expected 1 or 10")
+            raise TaskError(f"--crops {options.crops}: expected 1 or 10")
+        # The first halving rounds up, so one pixel less goes as well.
+        if options.size % 32 and (options.size + 1) % 32:
+            raise TaskError(
+                f"--size {options.size}: expected a multiple of 32, the stride of the last level, or one less"
+            )
 
     def read(self, options: Any, split: str, classes: list[str] | None = None) -> Data:
         found = layouts.LAYOUTS[options.layout](Path(options.data), split)
@@ -100,18 +105,22 @@ class Classification(Task):
         import_timm()
         from timm.data import create_transform
 
-        transform = create_transform(
-            options.size,
-            is_training=True,
-            scale=(options.crop_scale, 1.0),
-            hflip=options.hflip,
-            color_jitter=options.color_jitter,
-            auto_augment=options.auto_augment,
-            re_prob=options.erasing,
-            interpolation="bilinear",
-            mean=MEAN,
-            std=STD,
-        )
+        try:
+            transform = create_transform(
+                options.size,
+                is_training=True,
+                scale=(options.crop_scale, 1.0),
+                hflip=options.hflip,
+                color_jitter=options.color_jitter,
+                auto_augment=options.auto_augment,
+                re_prob=options.erasing,
+                interpolation="bilinear",
+                mean=MEAN,
+                std=STD,
+            )
+        # Of policies timm's own parser says what it likes.
+        except Exception as error:
+            raise TaskError(f"--auto-augment {options.auto_augment}: timm does not take it: {error}") from error
         return lambda index: (transform(loading.open_image(data.pairs[index][0])), data.pairs[index][1])
 
     def loss(self, data: Data, options: Any, device: torch.device) -> Callable[[Any, Tensor], Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dla_fast._timm import import_timm
 from dla_fast.tasks import loading, options
-from dla_fast.tasks.errors import DataError
+from dla_fast.tasks.errors import DataError, TaskError
 from dla_fast.tasks.options import option
 from dla_fast.tasks.task import MEAN, STD, Session
 
@@ -52,11 +52,11 @@ def check_window(options: Any) -> None:
     """Whether the sizes fit the network's stride.
 
     Raises:
-        DataError: they do not.
+        TaskError: they do not.
     """
     for name in ("size", "window"):
         if (value := getattr(options, name)) % STRIDE:
-            raise DataError(f"--{name} {value}: expected a multiple of {STRIDE}, the stride of the last level")
+            raise TaskError(f"--{name} {value}: expected a multiple of {STRIDE}, the stride of the last level")
 
 
 def pair(path: Path, annotation: NDArray[Any], where: Path | None) -> Any:

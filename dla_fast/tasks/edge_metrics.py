@@ -47,7 +47,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Scores:
-    """The benchmark's figures, all between 0 and 1.
+    """The benchmark's figures.
 
     Attributes:
         ods: F-measure at the best threshold for all images together (optimal data set scale).
@@ -98,7 +98,8 @@ class _Annotation:
         found = numbers[candidate]
         graph = csr_array((np.ones(len(found), np.int8), found, starts), shape=(len(rows), self.count))
         # The benchmark looks for the cheapest assignment, in which a pixel left alone costs a hundred times the largest
-        # distance: so it matches as many as can be, and only how many is counted.
+        # distance: so it matches as many as can be. Which of several largest matchings is found decides over the pixels
+        # that count for precision, by some tenths of a percent; the cheapest takes four times as long.
         matched: NDArray[np.int64] = maximum_bipartite_matching(graph, perm_type="column")
         return matched
 
@@ -136,7 +137,13 @@ def count(
         annotations: (H, W) for each annotator.
         thresholds: how many, evenly spaced.
         max_distance: how far matched pixels may lie apart, as a share of the image's diagonal.
+
+    Raises:
+        ValueError: an annotation of another size than the map.
     """
+    for truth in annotations:
+        if np.shape(truth) != np.shape(probability):
+            raise ValueError(f"annotations: expected {np.shape(probability)}, as the map's, got {np.shape(truth)}")
     distance = max_distance * math.hypot(*probability.shape)
     people = [_Annotation(np.asarray(truth, bool), distance) for truth in annotations]
     total = sum(person.count for person in people)
@@ -185,7 +192,10 @@ def _best(precision: Values, recall: Values) -> tuple[float, float, float, float
 
 
 def _average_precision(precision: Values, recall: Values) -> float:
-    """The area under precision over recall, read at 0, 0.01 to 1; 0 where no threshold gives such a recall."""
+    """The area under precision over recall, read at 0, 0.01 to 1; 0 where no threshold gives such a recall.
+
+    So the benchmark has it: a detector with one recall at all thresholds, as of a binary map, has next to none.
+    """
     # Of thresholds with one recall the most precise.
     order = np.lexsort((precision, recall))
     last = np.append(np.diff(recall[order]) > 0, True)
@@ -213,15 +223,14 @@ def draw(found: Scores, title: str) -> bytes:
 
     figure = Figure(figsize=(5.5, 5.2), layout="constrained")
     axes = figure.subplots()
-    recall = np.linspace(0.005, 1, 400)
     for f in np.arange(1, 10) / 10:
-        precision = np.divide(f * recall, 2 * recall - f, out=np.full_like(recall, np.nan), where=2 * recall > f)
-        precision[precision > 1] = np.nan
-        axes.plot(recall, precision, color="0.85", linewidth=0.8, zorder=1)
+        recall = np.linspace(f / (2 - f), 1, 400)
+        axes.plot(recall, f * recall / (2 * recall - f), color="0.85", linewidth=0.8, zorder=1)
         axes.annotate(f"F = {f:.1f}", (1, f / (2 - f)), (3, 0), "data", "offset points", color="0.6", fontsize=7,
                       va="center", annotation_clip=False)  # fmt: skip
     label = f"ODS {found.ods:.3f}, OIS {found.ois:.3f}, AP {found.ap:.3f}"
-    axes.plot(found.recall, found.precision, color="#c0392b", linewidth=2, label=label, zorder=2)
+    some = found.recall > 0
+    axes.plot(found.recall[some], found.precision[some], color="#c0392b", linewidth=2, label=label, zorder=2)
     best = f"threshold {found.ods_threshold:.2f}: P {found.ods_precision:.3f}, R {found.ods_recall:.3f}"
     axes.plot([found.ods_recall], [found.ods_precision], "o", color="#2c3e50", label=best, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="recall", ylabel="precision", title=title, aspect="equal")

@@ -167,13 +167,17 @@ class Trainer:
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.ema = ModelEmaV3(self.model, decay=options.ema, use_warmup=True) if options.ema else None
-        self._optimizer = create_optimizer_v2(
-            self.model,
-            opt=options.optimizer,
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-        )
+        try:
+            self._optimizer = create_optimizer_v2(
+                self.model,
+                opt=options.optimizer,
+                lr=options.lr,
+                momentum=options.momentum,
+                weight_decay=options.weight_decay,
+            )
+        # An unknown name, or one of a package that is missing.
+        except Exception as error:
+            raise TaskError(f"--optimizer {options.optimizer}: timm does not make it: {error}") from error
         steps = len(self._batches)
         self._schedule, _ = create_scheduler_v2(
             self._optimizer,

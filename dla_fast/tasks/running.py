@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,8 @@ def train(
     """
     saved = engine.saved_options(run, task) if resume else {}
     chosen = options.make(task.training, given, saved)
+    if chosen.data:  # what uses the weights later may stand elsewhere
+        chosen = dataclasses.replace(chosen, data=os.path.abspath(chosen.data))
     if resume:
         engine.check_resumed(saved, chosen)
     with processes.join(chosen.device) as joined, dla_fast.use_backend(chosen.backend):
