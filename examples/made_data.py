@@ -125,7 +125,7 @@ def digits(root: Path, seed: int, count: int = 1797) -> None:
         _save(small.resize((32, 32), Image.Resampling.BICUBIC), root / split / str(label) / f"{number:04d}.png")
 
 
-def birds(root: Path, seed: int, train: int = 24, test: int = 10) -> None:
+def birds(root: Path, seed: int, train: int = 48, test: int = 10) -> None:
     """Crops of eight photographs, in the layout of CUB-200-2011.
 
     Args:
@@ -212,7 +212,7 @@ def _streets(seed: int, train: int, val: int) -> Iterator[tuple[str, int, np.nda
             yield split, number, *made_scenes.street(rng, photographs)
 
 
-def scenes(root: Path, seed: int, train: int = 60, val: int = 16) -> None:
+def scenes(root: Path, seed: int, train: int = 120, val: int = 16) -> None:
     """Drawn streets of about 128 by 256 pixels in seven classes, in the layout of Cityscapes.
 
     Args:
@@ -247,7 +247,7 @@ def _shapes(seed: int, counts: tuple[int, ...]) -> Iterator[tuple[str, int, made
             yield SPLITS[index], 1000 * (index + 1) + number, made_scenes.shapes(rng, photographs)
 
 
-def boundaries(root: Path, seed: int, train: int = 60, val: int = 12, test: int = 12) -> None:
+def boundaries(root: Path, seed: int, train: int = 160, val: int = 12, test: int = 12) -> None:
     """Drawn shapes, 97 by 145 pixels or upright, with the outlines of three annotators, in the layout of BSDS500.
 
     Args:

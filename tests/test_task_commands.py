@@ -105,10 +105,13 @@ def test_trained_evaluated_and_used(name, runs, made, tmp_path, capsys):
 )
 def test_the_other_layouts(name, data, layout, made, tmp_path, capsys):
     more = ["--scales", "0.5", "1", "--flip", "--window", "64"]
-    more += ["--thresholds", "3"] if name == "boundary" else []
+    more += ["--thresholds", "3"] if name == "boundary" else ["--down-ratio", "4"]
     command = ["train", name, "--data", str(made / data), "--layout", layout, "--out", str(tmp_path / "run")]
     assert cli.main([*command, *TINY, *more]) == 0
-    assert CASES[name][3][0] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert cli.main(["evaluate", name, "--weights", str(tmp_path / "run"), *more[:5]]) == 0
+    figure = f"{CASES[name][3][0]} {capsys.readouterr().out.rpartition(CASES[name][3][0])[2][1:7]}"
+    assert figure in said
 
 
 def test_predictions_do_not_depend_on_the_backend(runs, made, tmp_path, capsys):
@@ -145,6 +148,7 @@ def test_predictions_do_not_depend_on_the_backend(runs, made, tmp_path, capsys):
         ("train classification --data DATA --out RUN --batch 6 --optimizer nothing", 2, "--optimizer nothing"),
         ("train classification --data DATA --out RUN --batch 6 --size 33", 2, "--size 33: expected a multiple of 32"),
         ("train segmentation --data DATA --out RUN", 1, "the layout cityscapes needs a folder leftImg8bit there"),
+        ("train boundary --data DATA --out RUN --down-ratio 3", 2, "--down-ratio 3: expected 2, 4, 8 or 16"),
         ("train boundary --data DATA --out RUN", 1, "the layout bsds500 needs images there"),
         ("evaluate classification --data DATA --weights ABSENT", 2, "--weights .*ABSENT: there is no such file"),
         ("predict classification ABSENT --weights DATA/train/red/0.png", 1, "there is no such file or folder"),

@@ -52,15 +52,15 @@ CASES = (
         0.95,
         "val/3",
         (*SMALL, "--size", "64", "--epochs", "8", "--batch", "32", "--lr", "0.004", "--schedule", "cosine")
-        + ("--hflip", "0", "--crop-scale", "0.7", "--color-jitter", "0", "--resize", "1"),
+        + ("--hflip", "0", "--crop-scale", "0.85", "--color-jitter", "0", "--resize", "1"),
     ),
     Case(
         "fine-grained",
         "birds",
         "top-1",
-        0.75,
+        0.6,
         "images",
-        (*SMALL, "--size", "96", "--epochs", "24", "--batch", "16", "--lr", "0.004", "--resize", "1")
+        (*SMALL, "--size", "96", "--epochs", "12", "--batch", "16", "--lr", "0.004", "--resize", "1")
         + ("--crop-scale", "0.5", "--color-jitter", "0.2"),
     ),
     Case(
@@ -69,8 +69,8 @@ CASES = (
         "mIoU",
         0.8,
         "leftImg8bit/val",
-        (*SMALL, "--size", "128", "--epochs", "22", "--batch", "4", "--lr", "0.004", "--random-rotate", "0")
-        + ("--random-scale", "1.2"),
+        (*SMALL, "--size", "128", "--epochs", "14", "--batch", "4", "--lr", "0.004", "--random-rotate", "0")
+        + ("--random-scale", "1.2", "--down-ratio", "4"),
     ),
     Case(
         "boundary",
@@ -78,7 +78,7 @@ CASES = (
         "ODS",
         0.8,
         "data/images/val",
-        (*SMALL, "--size", "96", "--epochs", "26", "--batch", "4", "--lr", "0.004", "--annotators", "majority"),
+        (*SMALL, "--size", "96", "--epochs", "11", "--batch", "4", "--lr", "0.004", "--annotators", "majority"),
     ),
 )
 

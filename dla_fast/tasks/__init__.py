@@ -1,6 +1,7 @@
 """The paper's four tasks: networks trained, evaluated and used on the layouts that their data comes in.
 
-``python -m dla_fast train | evaluate | predict TASK``; from Python :func:`train`, :func:`evaluate` and :func:`predict`.
+``python -m dla_fast train | evaluate | predict TASK``; from Python those of
+:mod:`dla_fast.tasks.running`.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Boundary(Task):
         return Evaluation(metrics, images=len(everyone), plot=edge_metrics.draw(scores, data_title(options)))
 
     def predict(self, session: Session, paths: Sequence[Path], facts: Facts, out: Path) -> list[Path]:
-        written = []
+        written, names = [], pictures.stems(paths)
         for index, image, _, p in dense.whole_images(session, paths, lambda index: None, "predicting"):
             probability = p[1].cpu().numpy()
             thin = edges.suppress(probability)
@@ -134,7 +134,7 @@ class Boundary(Task):
                 ("thin", pictures.grey(thin)),
                 ("overlay", pictures.outlined(image, thin)),
             ):
-                written.append(out / f"{pictures.stem(paths, index)}-{suffix}.png")
+                written.append(out / f"{names[index]}-{suffix}.png")
                 files.write(written[-1], picture)
         return written
 

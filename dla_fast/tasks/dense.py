@@ -19,6 +19,7 @@ from dla_fast.tasks import loading, options
 from dla_fast.tasks.errors import DataError, TaskError
 from dla_fast.tasks.options import option
 from dla_fast.tasks.task import MEAN, STD, Session
+from dla_fast.tasks.weights import DOWN_RATIO
 
 IGNORED = 255
 STRIDE = 32
@@ -42,6 +43,7 @@ class Cropping(options.Training):
     flip: bool = option(False, "average with the mirrored image in evaluation")
     window: int = option(0, "side of a sliding window in evaluation, in pixels; 0 for the whole image", least=0)
     schedule: str = option("poly", "of the learning rate", choices=("cosine", "poly", "step", "constant"))
+    down_ratio: int = option(DOWN_RATIO, "stride at which the network scores classes: 2, 4, 8 or 16", least=2)
     random_scale: float = option(2.0, "images are scaled by a factor between this and its inverse", least=1)
     random_rotate: float = option(10.0, "degrees by which images are turned, either way", least=0)
     hflip: float = option(0.5, "probability of a mirrored image", least=0)
@@ -57,6 +59,8 @@ def check_window(options: Any) -> None:
     for name in ("size", "window"):
         if (value := getattr(options, name)) % STRIDE:
             raise TaskError(f"--{name} {value}: expected a multiple of {STRIDE}, the stride of the last level")
+    if (ratio := getattr(options, "down_ratio", DOWN_RATIO)) not in (2, 4, 8, 16):
+        raise TaskError(f"--down-ratio {ratio}: expected 2, 4, 8 or 16")
 
 
 def pair(path: Path, annotation: NDArray[Any], where: Path | None) -> Any:

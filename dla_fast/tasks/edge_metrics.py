@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import maximum_flow
+from scipy.spatial import cKDTree
 
 from dla_fast.tasks.edges import thin
 
@@ -75,33 +76,36 @@ def thresholds(count: int) -> Values:
     return np.arange(1, count + 1) / (count + 1)
 
 
-class _Annotation:
-    """An annotator's pixels, numbered, with room around them."""
+def _candidates(predicted: Mask, truth: Mask, distance: float) -> Any:
+    """Which pixels may be matched: a sparse matrix of predicted pixels by true ones, in the order of the rows."""
+    pixels, others = np.argwhere(predicted), np.argwhere(truth)
+    # A hair more, so that rounding does not decide over pixels that are exactly so far apart.
+    reach = distance * (1 + 1e-9)
+    pairs = cKDTree(pixels).sparse_distance_matrix(cKDTree(others), reach, output_type="ndarray")
+    ones = np.ones(len(pairs), np.int32)
+    return coo_array((ones, (pairs["i"], pairs["j"])), shape=(len(pixels), len(others))).tocsr()
 
-    def __init__(self, truth: Mask, distance: float) -> None:
-        reach = math.floor(distance)
-        near = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
-        self._offsets = near[:, (near**2).sum(0) <= distance**2]
-        self._reach = reach
-        self._numbers = np.pad(np.where(truth, truth.cumsum().reshape(truth.shape) - 1, -1), reach, constant_values=-1)
-        self.count = int(truth.sum())
 
-    def match(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each predicted pixel the number of the annotator's that it is matched with, or -1."""
-        y = rows[:, None] + self._offsets[0] + self._reach
-        x = columns[:, None] + self._offsets[1] + self._reach
-        numbers = self._numbers[y, x]
-        candidate = numbers >= 0
-        if not candidate.any():
-            return np.full(len(rows), -1, np.int64)
-        starts = np.concatenate([[0], candidate.sum(1).cumsum()])
-        found = numbers[candidate]
-        graph = csr_array((np.ones(len(found), np.int8), found, starts), shape=(len(rows), self.count))
-        # The benchmark looks for the cheapest assignment, in which a pixel left alone costs a hundred times the largest
-        # distance: so it matches as many as can be. Which of several largest matchings is found decides over the pixels
-        # that count for precision, by some tenths of a percent; the cheapest takes four times as long.
-        matched: NDArray[np.int64] = maximum_bipartite_matching(graph, perm_type="column")
-        return matched
+def _assign(candidates: Any) -> NDArray[np.int64]:
+    """For each row the column that it is matched with, or -1."""
+    # The benchmark looks for the cheapest assignment, in which a pixel left alone costs a hundred times the largest
+    # distance: so it matches as many as can be, which is a maximum flow from the rows to the columns. Which of several
+    # largest matchings is found decides over the pixels that count for precision, by some tenths of a percent; the
+    # cheapest takes ten times as long. SciPy's maximum_bipartite_matching (1.17 and before) takes exponential time
+    # on the bands of candidates along a line (scipy issue 26147) and does not end on an image of BSDS500's size.
+    rows, columns = candidates.shape
+    source = np.arange(1, rows + 1)
+    sink = np.full(columns, rows + columns + 1)
+    indices = np.concatenate([source, candidates.indices + rows + 1, sink]).astype(np.int32)
+    ends = rows + candidates.nnz + np.arange(1, columns + 1)
+    starts = np.concatenate([[0], candidates.indptr + rows, ends, ends[-1:]]).astype(np.int32)
+    matched = np.full(rows, -1, np.int64)
+    if candidates.nnz:
+        graph = csr_array((np.ones(len(indices), np.int32), indices, starts), shape=(rows + columns + 2,) * 2)
+        flow = maximum_flow(graph, 0, rows + columns + 1, method="dinic").flow[1 : rows + 1].tocoo()
+        used = flow.data > 0
+        matched[flow.row[used]] = flow.col[used] - rows - 1
+    return matched
 
 
 def match(predicted: Mask, truth: Mask, distance: float) -> tuple[Mask, Mask]:
@@ -115,12 +119,29 @@ def match(predicted: Mask, truth: Mask, distance: float) -> tuple[Mask, Mask]:
     Returns:
         Which of the predicted and which of the true pixels are matched, (H, W) each.
     """
-    rows, columns = np.nonzero(predicted)
-    found = _Annotation(truth, distance).match(rows, columns)
+    found = _assign(_candidates(predicted, truth, distance))
     of_predicted, of_truth = np.zeros_like(predicted, bool), np.zeros_like(truth, bool)
-    of_predicted[rows[found >= 0], columns[found >= 0]] = True
-    of_truth[tuple(index[found[found >= 0]] for index in np.nonzero(truth))] = True
+    of_predicted[predicted] = found >= 0
+    matched = np.zeros(np.count_nonzero(truth), bool)
+    matched[found[found >= 0]] = True
+    of_truth[truth] = matched
     return of_predicted, of_truth
+
+
+class _Annotator:
+    """Matches pixels of a map, numbered, with an annotator's, and remembers the last that it was asked for."""
+
+    def __init__(self, pixels: Mask, truth: Mask, distance: float) -> None:
+        self._candidates = _candidates(pixels, truth, distance)
+        self._near = np.diff(self._candidates.indptr) > 0
+        self._asked = self._matched = np.zeros(0, np.int64)
+
+    def match(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the pixels that are matched."""
+        asked = numbers[self._near[numbers]]
+        if not np.array_equal(asked, self._asked):
+            self._asked, self._matched = asked, asked[_assign(self._candidates[asked]) >= 0]
+        return self._matched
 
 
 def count(
@@ -145,21 +166,27 @@ def count(
         if np.shape(truth) != np.shape(probability):
             raise ValueError(f"annotations: expected {np.shape(probability)}, as the map's, got {np.shape(truth)}")
     distance = max_distance * math.hypot(*probability.shape)
-    people = [_Annotation(np.asarray(truth, bool), distance) for truth in annotations]
-    total = sum(person.count for person in people)
+    at = np.arange(1, thresholds + 1) / (thresholds + 1)
+    # Thinning only takes pixels away: those over the lowest threshold are all that there will be.
+    pixels = probability >= at[0]
+    numbers = pixels.cumsum().reshape(pixels.shape) - 1
+    people = [_Annotator(pixels, np.asarray(truth, bool), distance) for truth in annotations]
+    total = sum(np.count_nonzero(truth) for truth in annotations)
     found = np.zeros((4, thresholds), np.int64)
     last: int | None = None
-    for place, threshold in enumerate(np.arange(1, thresholds + 1) / (thresholds + 1)):
+    for place, threshold in enumerate(at):
         over = probability >= threshold
         size = int(over.sum())
         if size == last:  # one set holds the other, so they are the same
             found[:, place] = found[:, place - 1]
             continue
         last = size
-        rows, columns = np.nonzero(thin(over))
-        matches = [person.match(rows, columns) >= 0 for person in people]
-        any_of_them = np.any(matches, axis=0) if matches else np.zeros(len(rows), bool)
-        found[:, place] = sum(m.sum() for m in matches), total, any_of_them.sum(), len(rows)
+        predicted = numbers[thin(over)]
+        matches = [person.match(predicted) for person in people]
+        anyone = np.zeros(np.count_nonzero(pixels), bool)
+        for matched in matches:
+            anyone[matched] = True
+        found[:, place] = sum(map(len, matches)), total, anyone.sum(), len(predicted)
     return Counts(*found)
 
 

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from dla_fast.tasks import checkpoints, loading, weights
 from dla_fast.tasks.errors import DataError, TaskError
 from dla_fast.tasks.logs import Log
 from dla_fast.tasks.processes import Processes
-from dla_fast.tasks.task import Evaluation, Session, Task
+from dla_fast.tasks.task import Evaluation, Session, Task, autocast
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 # What a run may go on with changed: it computes the same.
@@ -57,24 +57,6 @@ def check_resumed(before: dict[str, Any], now: Any) -> None:
         old = before.get(name, value)
         if name not in _FREE and value != (tuple(old) if isinstance(old, list) else old):
             raise TaskError(f"--{name.replace('_', '-')} {value}: the run was begun with {old}, and goes on with that")
-
-
-def autocast(kind: str, device: torch.device) -> Callable[[], Any]:
-    """What gives the context that a network runs in."""
-    if kind == "none":
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=getattr(torch, kind))
-
-
-def progress(processes: Processes) -> Callable[[Iterable[Any], int, str], Iterator[Any]]:
-    """What wraps something long in a progress bar; silent where standard error is no terminal, and in all but one."""
-    from tqdm import tqdm
-
-    def bar(items: Iterable[Any], count: int, what: str) -> Iterator[Any]:
-        hidden = None if processes.is_first else True
-        yield from tqdm(items, what, count, disable=hidden, leave=False, file=sys.stderr)
-
-    return bar
 
 
 class _Interrupts:
@@ -159,10 +141,16 @@ class Trainer:
 
         options, device = self.options, self.processes.device
         torch.manual_seed(options.seed)
-        model = weights.network(options.model, len(self.data.classes), dense=self.task.dense, memory=options.memory)
+        model = weights.network(
+            options.model,
+            len(self.data.classes),
+            dense=self.task.dense,
+            memory=options.memory,
+            down_ratio=getattr(options, "down_ratio", weights.DOWN_RATIO),
+        )
         if options.weights:
             self.say(weights.start_from(model, options.weights))
-        if options.sync_bn:
+        if options.sync_bn and self.processes.count > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
@@ -296,7 +284,7 @@ class Trainer:
         self._called.train()
         waiting: list[tuple[int, Tensor, float]] = []
         steps = len(self._batches)
-        bar = self._bar(steps, f"epoch {epoch + 1}/{self.options.epochs}", self._batches.first)
+        bar = self.processes.bar(steps, f"epoch {epoch + 1}/{self.options.epochs}", self._batches.first)
 
         def flush() -> None:
             for step, value, lr in waiting:
@@ -328,12 +316,6 @@ class Trainer:
                 if stop:
                     self.say(f"interrupted after step {self.step}, which is saved: --resume {self.run_folder} goes on")
                     raise KeyboardInterrupt
-
-    def _bar(self, total: int, what: str, done: int) -> Any:
-        from tqdm import tqdm
-
-        hidden = None if self.processes.is_first else True
-        return tqdm(desc=what, total=total, initial=done, disable=hidden, leave=False, file=sys.stderr)
 
     def _step(self, items: tuple[Tensor, Tensor]) -> tuple[int, Tensor, float]:
         """One step; gives its number, its loss and its learning rate."""
@@ -369,7 +351,7 @@ class Trainer:
             self.options,
             autocast(self.options.amp, self.processes.device),
             self._failures,
-            progress(self.processes),
+            self.processes.through,
         )
         with torch.inference_mode():
             return self.task.evaluate(session, self.judged)

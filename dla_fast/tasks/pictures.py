@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def stem(paths: Sequence[Path], index: int) -> str:
-    """What files about an image are called: as it is, numbered where others have the name too."""
-    name = paths[index].stem
-    return name if sum(path.stem == name for path in paths) == 1 else f"{index + 1:05d}-{name}"
+def stems(paths: Sequence[Path]) -> list[str]:
+    """What files about images are called: as they are, numbered where others have the name too."""
+    times = Counter(path.stem for path in paths)
+    return [path.stem if times[path.stem] == 1 else f"{i:05d}-{path.stem}" for i, path in enumerate(paths, 1)]
 
 
 def palette(facts: Facts) -> Picture:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,20 @@ class Processes:
     def is_first(self) -> bool:
         """Whether it is the one that writes and prints."""
         return self.rank == 0
+
+    def bar(self, total: int, what: str, done: int = 0) -> Any:
+        """A progress bar; silent where standard error is no terminal, and in all processes but the first."""
+        from tqdm import tqdm
+
+        hidden = None if self.is_first else True
+        return tqdm(desc=what, total=total, initial=done, disable=hidden, leave=False, file=sys.stderr)
+
+    def through(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        """The items, with such a bar."""
+        with self.bar(total, what) as bar:
+            for item in items:
+                yield item
+                bar.update()
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """What all have, in the order of the processes."""

@@ -16,7 +16,7 @@ import dla_fast
 from dla_fast.tasks import engine, loading, options, processes, weights
 from dla_fast.tasks.errors import DataError, TaskError
 from dla_fast.tasks.layouts import files as layout_files
-from dla_fast.tasks.task import Evaluation, Session, Task
+from dla_fast.tasks.task import Evaluation, Session, Task, autocast
 
 
 def train(
@@ -79,9 +79,9 @@ def _session(
         layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
         network = network.to(memory_format=layout)  # type: ignore[call-overload]
         failures = loading.Failures(skip=chosen.broken == "skip", say=lambda line: print(line, file=sys.stderr))
-        autocast = engine.autocast(chosen.amp, joined.device)
+        context = autocast(chosen.amp, joined.device)
         with torch.inference_mode():
-            yield Session(network, joined, chosen, autocast, failures, engine.progress(joined)), facts
+            yield Session(network, joined, chosen, context, failures, joined.through), facts
 
 
 # Of the machine that trained, not of the network.

@@ -113,14 +113,14 @@ class Segmentation(Task):
 
     def predict(self, session: Session, paths: Sequence[Path], facts: Facts, out: Path) -> list[Path]:
         palette = pictures.palette(facts)
-        written = []
+        written, names = [], pictures.stems(paths)
         for index, image, _, p in dense.whole_images(session, paths, lambda index: None, "predicting"):
             labels = p.argmax(0).cpu().numpy().astype(np.uint8)
             for suffix, picture in (
                 ("labels", pictures.indexed(labels, palette)),
                 ("overlay", pictures.overlay(image, labels, palette, facts.classes)),
             ):
-                written.append(out / f"{pictures.stem(paths, index)}-{suffix}.png")
+                written.append(out / f"{names[index]}-{suffix}.png")
                 files.write(written[-1], picture)
         return written
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,13 @@ class Evaluation:
     classes: dict[str, float] = field(default_factory=dict)
     images: int = 0
     plot: bytes | None = None
+
+
+def autocast(kind: str, device: torch.device) -> Callable[[], Any]:
+    """What gives the context that a network runs in, from the option ``amp``."""
+    if kind == "none":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=getattr(torch, kind))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dla_fast.tasks.errors import TaskError
 
 FILE = "model.safetensors"
 _KEY = "dla_fast"
+DOWN_RATIO = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Facts:
     palette: list[list[int]] | None = None
 
 
-def network(name: str, classes: int, *, dense: bool, memory: str = "default") -> nn.Module:
+def network(
+    name: str, classes: int, *, dense: bool, memory: str = "default", down_ratio: int = DOWN_RATIO
+) -> nn.Module:
     """A network with random weights.
 
     Args:
@@ -55,6 +58,7 @@ def network(name: str, classes: int, *, dense: bool, memory: str = "default") ->
         classes: outputs.
         dense: whether it predicts at every pixel.
         memory: see :func:`dla_fast.models.create_model`.
+        down_ratio: of dense prediction, the stride at which classes are scored.
 
     Raises:
         TaskError: there is no such network, or it classifies images and cannot predict at every pixel.
@@ -64,10 +68,12 @@ def network(name: str, classes: int, *, dense: bool, memory: str = "default") ->
             if f"{name}up" in models.list_models(dense=True):
                 name = f"{name}up"
             else:
-                return DLASeg(models.create_model(name, memory=memory, features_only=True), classes)  # type: ignore[arg-type]
+                base: Any = models.create_model(name, memory=memory, features_only=True)
+                return DLASeg(base, classes, down_ratio)
         if not dense and name in models.list_models(dense=True):
             raise TaskError(f"--model {name}: it predicts at every pixel; expected one of {_names(False)}")
-        return models.create_model(name, memory=memory, num_classes=classes)
+        stride = {"down_ratio": down_ratio} if dense else {}
+        return models.create_model(name, memory=memory, num_classes=classes, **stride)
     except ValueError as error:
         raise TaskError(f"--model {name}: unknown; expected one of {_names(dense or None)}") from error
 
@@ -143,7 +149,9 @@ def load(path: Path, facts: Facts, *, dense: bool, device: torch.device) -> nn.M
     Raises:
         TaskError: the file does not fit.
     """
-    model = network(facts.model, len(facts.classes), dense=dense)
+    model = network(
+        facts.model, len(facts.classes), dense=dense, down_ratio=facts.options.get("down_ratio", DOWN_RATIO)
+    )
     state = _of_checkpoint(path)
     try:
         if state:
