@@ -109,7 +109,7 @@ def test_the_other_layouts(name, data, layout, made, tmp_path, capsys):
     command = ["train", name, "--data", str(made / data), "--layout", layout, "--out", str(tmp_path / "run")]
     assert cli.main([*command, *TINY, *more]) == 0
     said = capsys.readouterr().out
-    assert cli.main(["evaluate", name, "--weights", str(tmp_path / "run"), *more[:5]]) == 0
+    assert cli.main(["evaluate", name, "--weights", str(tmp_path / "run"), *more[:6]]) == 0
     figure = f"{CASES[name][3][0]} {capsys.readouterr().out.rpartition(CASES[name][3][0])[2][1:7]}"
     assert figure in said
 

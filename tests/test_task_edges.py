@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +61,16 @@ def test_matching_at_the_border_and_of_nothing(shape):
     assert edge_metrics.match(full, full, 3.0)[1].all()
     for a, b in ((full, empty), (empty, full), (empty, empty)):
         assert not any(each.any() for each in edge_metrics.match(a, b, 3.0))
+
+
+def test_bands_of_candidates_are_matched_in_no_time():
+    """A search that visits a dead end once for every way that leads there does not end here."""
+    draw = np.random.default_rng(0)
+    predicted, truth = draw.random((2, 24, 600)) < 0.7
+    start = time.process_time()
+    of_predicted, of_truth = edge_metrics.match(predicted, truth, 4.3)
+    assert time.process_time() - start < 5
+    assert of_predicted.sum() == of_truth.sum() == min(predicted.sum(), truth.sum())
 
 
 def test_counts_by_hand_where_annotators_disagree():
@@ -192,6 +203,15 @@ def test_suppression_leaves_the_ridge_of_a_line_at_any_angle(degrees):
     assert steps[1:-1].all()
     assert thinned.sum() < 61 * 1.5
     assert (edges.suppress(line)[found] == line[found]).all()
+
+
+@pytest.mark.parametrize("row", [0, 1, 2, 21, 22, 23])
+def test_suppression_along_the_border(row):
+    line = np.exp(-((np.arange(24)[:, None] - row) ** 2) / 8) * np.ones((1, 30), np.float32)
+    expected = np.zeros((24, 30), bool)
+    expected[row] = True
+    assert (edges.suppress(line) > 0.2).tolist() == expected.tolist()
+    assert (edges.suppress(line.T) > 0.2).tolist() == expected.T.tolist()
 
 
 def test_suppression_of_what_has_no_ridge():

@@ -231,7 +231,14 @@ def _average_precision(precision: Values, recall: Values) -> float:
 
 
 def scores(counts: Sequence[Counts]) -> Scores:
-    """The benchmark's figures, from the counts of each image."""
+    """The benchmark's figures.
+
+    A share of nothing is 0: without predictions or annotated pixels so are all the figures, and an image that has
+    neither changes none.
+
+    Args:
+        counts: of each image, at the same thresholds; at least one.
+    """
     together, at_best = counts[0], np.zeros(4, np.int64)
     for each in counts[1:]:
         together = together + each

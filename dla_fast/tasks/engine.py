@@ -28,6 +28,8 @@ from dla_fast.tasks.task import Evaluation, Session, Task, autocast
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 # What a run may go on with changed: it computes the same.
 _FREE = ("device", "backend", "workers", "memory", "save_every", "keep", "broken", "data")
+# Of the machine that trained, not of the network.
+_MACHINE = ("device", "backend", "workers")
 # Losses wait on the device for so many steps, so that no step waits for them.
 _FLUSH = 10
 
@@ -151,6 +153,8 @@ class Trainer:
         if options.weights:
             self.say(weights.start_from(model, options.weights))
         if options.sync_bn and self.processes.count > 1:
+            if device.type == "cpu":
+                raise TaskError("--sync-bn: DistributedDataParallel takes SyncBatchNorm on GPUs alone")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
@@ -195,7 +199,7 @@ class Trainer:
             self.task.name,
             self.options.model,
             self.data.classes,
-            asdict(self.options),
+            {name: value for name, value in asdict(self.options).items() if name not in _MACHINE},
             metrics,
             self.epoch,
             palette=None if palette is None else palette.tolist(),
@@ -345,6 +349,7 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Judge the network as it is, or its moving average where there is one."""
         model = (self.model if self.ema is None else self.ema.module).eval()
+        self.processes.share_buffers(model)
         session = Session(
             model,
             self.processes,

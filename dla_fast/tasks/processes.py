@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from dla_fast.tasks.errors import TaskError
 
@@ -61,6 +61,12 @@ class Processes:
     def any(self, mine: bool) -> bool:
         """Whether it holds in one of them."""
         return bool(self.mean(torch.tensor(float(mine), device=self.device))) if self.count > 1 else mine
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """The first's running statistics for all: DistributedDataParallel shares them before a step, not after."""
+        if self.count > 1:
+            for buffer in module.buffers():
+                distributed.broadcast(buffer, 0)
 
     def wait(self) -> None:
         """For all to be here."""

@@ -68,7 +68,7 @@ def _session(
     elif facts.task != task.name:
         raise TaskError(f"--weights {source}: it is a network of {facts.task}, not of {task.name}")
     # The size of a batch is training's; what else both have holds for both.
-    saved = {name: value for name, value in facts.options.items() if name not in ("batch", *_MACHINE)}
+    saved = {name: value for name, value in facts.options.items() if name != "batch"}
     chosen = options.make(task.evaluation, given, saved)
     with processes.join(chosen.device) as joined, dla_fast.use_backend(chosen.backend):
         if not facts.classes:
@@ -82,10 +82,6 @@ def _session(
         context = autocast(chosen.amp, joined.device)
         with torch.inference_mode():
             yield Session(network, joined, chosen, context, failures, joined.through), facts
-
-
-# Of the machine that trained, not of the network.
-_MACHINE = ("device", "backend", "workers")
 
 
 def evaluate(
