@@ -69,7 +69,7 @@ CASES = (
         "mIoU",
         0.8,
         "leftImg8bit/val",
-        (*SMALL, "--size", "128", "--epochs", "14", "--batch", "4", "--lr", "0.004", "--random-rotate", "0")
+        (*SMALL, "--size", "128", "--epochs", "18", "--batch", "4", "--lr", "0.004", "--random-rotate", "0")
         + ("--random-scale", "1.2", "--down-ratio", "4"),
     ),
     Case(
