@@ -52,18 +52,6 @@ class Root(nn.Module):
         return self.relu(x + xs[0] if self.residual else x)
 
 
-class Context(nn.Module):
-    """A map's near and far surroundings, concatenated and read together, and the map: nothing that others have."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.near, self.far = unit(channels, channels), unit(channels, channels, 7)
-        self.join = unit(2 * channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.join(torch.cat([self.near(x), self.far(x)], 1))
-
-
 class Tree(nn.Module):
     """Hierarchical aggregation: two subtrees; the last root takes both blocks and everything handed down to it."""
 

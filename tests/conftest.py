@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import os
 import warnings
 
@@ -84,6 +85,14 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def timm():
     return import_timm()
+
+
+@pytest.fixture(scope="session")
+def maker():
+    """What makes data in the layouts of the published sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(os.path.join(os.path.dirname(__file__), os.pardir, "examples"))
+        yield importlib.import_module("made_data")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -38,6 +38,20 @@ def colours(root: Path, each: int = 6, splits: tuple[str, ...] = ("train", "val"
     return root
 
 
+def session(model: Any, kind: type, **given: Any) -> Any:
+    """What an evaluation of a model runs with, in this process; an image that cannot be read fails."""
+    import pytest
+    import torch
+
+    from dla_fast.tasks import loading, options
+    from dla_fast.tasks.processes import Processes
+    from dla_fast.tasks.task import Session
+
+    failures = loading.Failures(skip=False, say=pytest.fail)
+    chosen = options.make(kind, {"workers": 0, **given})
+    return Session(model, Processes(0, 1, torch.device("cpu")), chosen, failures)
+
+
 def curve(run: Path) -> list[tuple[str, ...]]:
     """A run's losses and learning rates as they were written."""
     from dla_fast.tasks import logs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +14,6 @@ from scipy.ndimage import binary_dilation
 from skimage.measure import label
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def maker():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module("made_data")
 
 
 @pytest.fixture(scope="module")

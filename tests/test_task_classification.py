@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 
 import numpy as np
 import pytest
+import task_helpers
 import torch
 from PIL import Image
 from sklearn.metrics import recall_score, top_k_accuracy_score
@@ -14,9 +14,8 @@ from task_helpers import CLASSES, colours
 from torch import nn
 
 from dla_fast import tasks
-from dla_fast.tasks import DataError, classification, loading, options
-from dla_fast.tasks.processes import Processes
-from dla_fast.tasks.task import MEAN, STD, Data, Session
+from dla_fast.tasks import DataError, classification, options
+from dla_fast.tasks.task import MEAN, STD, Data
 from dla_fast.tasks.weights import Facts
 
 
@@ -25,24 +24,15 @@ class Table(nn.Module):
 
     def __init__(self, scores):
         super().__init__()
-        self.scores, self.shapes = scores, []
+        self.scores = scores
 
     def forward(self, x):
-        self.shapes.append(tuple(x.shape))
         red = (x[:, 0, 0, 0] * STD[0] + MEAN[0]) * 255
         return self.scores[red.round().long()]
 
 
 def session(model, **given):
-    chosen = options.make(classification.Judging, {"workers": 0, "size": 32, "resize": 1.0, **given})
-    return Session(
-        model,
-        Processes(0, 1, torch.device("cpu")),
-        chosen,
-        contextlib.nullcontext,
-        loading.Failures(skip=False, say=pytest.fail),
-        lambda items, count, what: iter(items),
-    )
+    return task_helpers.session(model, classification.Judging, **{"size": 32, "resize": 1.0, **given})
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import task_helpers
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,9 +15,8 @@ from task_helpers import TINY
 from torch import nn
 
 from dla_fast import tasks
-from dla_fast.tasks import DataError, TaskError, dense, loading, options, running, segmentation
-from dla_fast.tasks.processes import Processes
-from dla_fast.tasks.task import Data, Session
+from dla_fast.tasks import DataError, TaskError, dense, options, running, segmentation
+from dla_fast.tasks.task import Data
 
 
 class PixelNetwork(nn.Module):
@@ -34,15 +33,7 @@ class PixelNetwork(nn.Module):
 
 
 def session(model, **given):
-    chosen = options.make(segmentation.Judging, {"workers": 0, **given})
-    return Session(
-        model,
-        Processes(0, 1, torch.device("cpu")),
-        chosen,
-        contextlib.nullcontext,
-        loading.Failures(skip=False, say=pytest.fail),
-        lambda items, count, what: iter(items),
-    )
+    return task_helpers.session(model, segmentation.Judging, **given)
 
 
 @pytest.mark.parametrize("window", [0, 32, 64, 256])

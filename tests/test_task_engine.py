@@ -34,8 +34,8 @@ def whole(tmp_path_factory, data):
     return run, found, lines
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **more}
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
 
 
 def test_what_a_run_leaves(whole):
@@ -138,12 +138,13 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_options(data, whole, tm
         train(data, whole[0], resume=True, task="fine-grained")
 
 
-def test_the_reference_ends_within_noise(data, whole, tmp_path):
+def test_the_reference_starts_with_the_same_loss(data, whole, tmp_path):
     run = tmp_path / "run"
     train(data, run, backend="reference")
-    # Rounding differs, is magnified by norms over few values and grows with every step: the first is alike.
+    # Rounding differs, is magnified by norms over six values and grows with every step: the first is alike. The
+    # reference's own two memory formats differ by 7e-5 of it, the two backends by 1.3e-4.
     first, other = (float(curve(each)[0][2]) for each in (run, whole[0]))
-    assert first == pytest.approx(other, rel=1e-2)
+    assert first == pytest.approx(other, rel=1e-3)
     assert curve(run)[-1] != curve(whole[0])[-1]
 
 
@@ -262,7 +263,7 @@ def test_two_processes_of_torchrun(data, tmp_path):
     assert found.images == 18
 
 
-def test_norms_that_share_statistics_need_gpus(data, tmp_path, monkeypatch):
+def test_norms_that_share_statistics_need_gpus(data, tmp_path):
     chosen = options.make(
         tasks.get("classification").training,
         {**TINY, "data": str(data), "layout": "folder", "batch": 3, "sync_bn": True},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from pathlib import Path
 
@@ -22,13 +21,6 @@ PUBLISHED = {
     "aircraft": "fgvc-aircraft-2013b",
     "food101": "food-101",
 }
-
-
-@pytest.fixture(scope="module")
-def maker():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module("made_data")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dla_fast.tasks import logs
+
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "tasks"
 
@@ -104,8 +106,7 @@ def run(case: Case, out: Path, backend: str) -> tuple[float, list[str]]:
     dla_fast("train", case.name, "--data", str(data), "--out", str(folder), *case.options, *common)
     trained = time.monotonic()
     figures = folder / "evaluation.json"
-    # Boundaries have a curve too.
-    plot = ("--plot", str(folder / "evaluation.png"))
+    plot = ("--plot", str(folder / "evaluation.png")) if case.name == "boundary" else ()
     dla_fast("evaluate", case.name, "--weights", str(folder), "--json", str(figures), *plot, *common)
     images = sorted(path for path in (data / case.images).rglob("*") if path.suffix in (".png", ".jpg"))[:8]
     shown = folder / "predictions"
@@ -113,8 +114,7 @@ def run(case: Case, out: Path, backend: str) -> tuple[float, list[str]]:
         "predict", case.name, "--weights", str(folder), "--out", str(shown), *common, *(str(path) for path in images)
     )
     value = float(json.loads(figures.read_text())["metrics"][case.metric])
-    last = (folder / "epochs.csv").read_text().splitlines()
-    then = dict(zip(last[0].split(","), last[-1].split(","), strict=True))[case.metric]
+    then = logs.rows(folder / logs.EPOCHS)[-1][case.metric]
     wrong = []
     if value < case.least:
         wrong.append(f"{case.name}: {case.metric} {value:.4f} is below {case.least}")

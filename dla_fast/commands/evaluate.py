@@ -11,8 +11,7 @@ from typing import Any
 from dla_fast import tasks
 from dla_fast.bench import files
 from dla_fast.commands import task_options
-from dla_fast.commands.options import writable
-from dla_fast.tasks import running
+from dla_fast.commands.options import reported, writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,19 +26,22 @@ def _add(parser: argparse.ArgumentParser, task: Any) -> None:
     parser.add_argument("--model", help="the network, where the weights are from elsewhere")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="(default: val)")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures there")
-    parser.add_argument("--plot", type=writable, metavar="FILE", help="write the precision-recall curve there, a PNG")
+    if task.plot:
+        parser.add_argument("--plot", type=writable, metavar="FILE", help=f"write the {task.plot} there, a PNG")
     task_options.add_options(parser, task.evaluation)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print; returns 0."""
+    from dla_fast.tasks import running
+
     task = tasks.get(args.task)
     try:
         found, tells = running.evaluate(
             task, task_options.given(args, task.evaluation), args.weights, split=args.split, model=args.model
         )
     except tasks.TaskError as error:
-        raise task_options.reported(error) from error
+        raise reported(error) from error
     if not tells:
         return 0
     for name, value in found.classes.items():
@@ -49,6 +51,6 @@ def run(args: argparse.Namespace) -> int:
         classes = {name: None if math.isnan(value) else value for name, value in found.classes.items()}
         facts = {"task": task.name, "metrics": found.metrics, "classes": classes, "images": found.images}
         files.write(args.json, json.dumps(facts, indent=2) + "\n")
-    if args.plot is not None and found.plot is not None:
+    if task.plot and args.plot is not None and found.plot is not None:
         files.write(args.plot, found.plot)
     return 0

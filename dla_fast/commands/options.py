@@ -11,6 +11,8 @@ import torch
 
 from dla_fast.bench import files
 from dla_fast.commands import CommandError, UsageError
+from dla_fast.tasks.errors import TaskError
+from dla_fast.tasks.processes import device_of
 
 
 def whole(least: int = 1, most: int = 2**20) -> Callable[[str], int]:
@@ -80,14 +82,11 @@ def check_device(name: str) -> torch.device:
         CommandError: there is no GPU.
     """
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: expected cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CommandError("no CUDA device was found")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        raise UsageError(f"--device {name}: there is no such device, the last is {device.type}:{count - 1}")
-    return device
+        return device_of(name)
+    except TaskError as error:
+        raise reported(error) from error
+
+
+def reported(error: TaskError) -> CommandError:
+    """What went wrong, as the command line says it: an option's fault is one of usage."""
+    return (UsageError if str(error).startswith("--") else CommandError)(str(error))

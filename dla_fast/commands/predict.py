@@ -8,7 +8,7 @@ from typing import Any
 
 from dla_fast import tasks
 from dla_fast.commands import task_options
-from dla_fast.tasks import running
+from dla_fast.commands.options import reported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,8 @@ def _add(parser: argparse.ArgumentParser, task: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; returns 0."""
+    from dla_fast.tasks import running
+
     task = tasks.get(args.task)
     try:
         classes = args.classes.read_text(encoding="utf-8").split("\n") if args.classes else None
@@ -42,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
             classes=[name.strip() for name in classes if name.strip()] if classes else None,
         )
     except OSError as error:
-        raise task_options.reported(tasks.TaskError(f"--classes {args.classes}: {error}")) from error
+        raise reported(tasks.TaskError(f"--classes {args.classes}: {error}")) from error
     except tasks.TaskError as error:
-        raise task_options.reported(error) from error
+        raise reported(error) from error
     print(f"{len(written)} files in {args.out}")
     return 0

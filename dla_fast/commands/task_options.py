@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dla_fast import tasks
-from dla_fast.commands import CommandError, UsageError, require
+from dla_fast.commands import require
 from dla_fast.commands.options import number, whole
 from dla_fast.tasks import options
 
@@ -56,8 +56,3 @@ def _parser(each: options.Option) -> Callable[[str], Any]:
 def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The options that were given."""
     return {each.name: getattr(args, each.name) for each in options.of(kind)}
-
-
-def reported(error: tasks.TaskError) -> CommandError:
-    """What went wrong, as the command line says it: an option's fault is one of usage."""
-    return (UsageError if str(error).startswith("--") else CommandError)(str(error))

@@ -8,7 +8,7 @@ from typing import Any
 
 from dla_fast import tasks
 from dla_fast.commands import UsageError, task_options
-from dla_fast.tasks import running
+from dla_fast.commands.options import reported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +28,15 @@ def run(args: argparse.Namespace) -> int:
     """Train; returns 0."""
     if (args.out is None) == (args.resume is None):
         raise UsageError("give --out for a new run, or --resume for one to go on with")
+    from dla_fast.tasks import running
+
     task = tasks.get(args.task)
     folder = args.resume or args.out
     try:
         options = task_options.given(args, task.training)
         found = running.train(task, options, folder, resume=args.resume is not None, say=_say)
     except tasks.TaskError as error:
-        raise task_options.reported(error) from error
+        raise reported(error) from error
     if found is None:
         _say("the run had ended")
     return 0

@@ -7,11 +7,15 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from dla_fast.tasks.errors import DataError, TaskError
-from dla_fast.tasks.task import Evaluation, Task
 
-__all__ = ["EXTRAS", "NAMES", "DataError", "Evaluation", "Task", "TaskError", "get"]
+# What the others import may be missing, and is to be told in a line.
+if TYPE_CHECKING:
+    from dla_fast.tasks.task import Task
+
+__all__ = ["EXTRAS", "NAMES", "DataError", "TaskError", "get"]
 
 # By name, where each is.
 NAMES = {
@@ -24,6 +28,7 @@ NAMES = {
 EXTRAS = {
     "timm": "timm",
     "PIL": "pillow",
+    "torchvision": "torchvision",
     "scipy": "scipy",
     "skimage": "scikit-image",
     "torchmetrics": "torchmetrics",

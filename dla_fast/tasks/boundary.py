@@ -22,30 +22,32 @@ from dla_fast.tasks.options import option
 from dla_fast.tasks.task import Data, Evaluation, Session, Task
 from dla_fast.tasks.weights import Facts
 
-CLASSES = ["inside", "boundary"]
 _ANNOTATORS = ("random", "majority")
 
 
 @dataclass(frozen=True)
-class Judging(dense.Whole):
-    """How boundaries are judged."""
+class Matching:
+    """How boundaries are matched with the annotators'."""
 
-    layout: str = option("bsds500", "how the folder is laid out", choices=tuple(layouts.LAYOUTS))
-    size: int = option(320, "side of a training crop in pixels; evaluation sees whole images", least=32)
     thresholds: int = option(edge_metrics.THRESHOLDS, "thresholds at which boundaries are matched", least=1)
     max_distance: float = option(0.0075, "share of the diagonal that matched pixels may lie apart", above=0)
 
 
 @dataclass(frozen=True)
-class Detecting(dense.Cropping):
+class Judging(Matching, dense.Whole):
+    """How boundaries are judged."""
+
+    layout: str = option("bsds500", "how the folder is laid out", choices=tuple(layouts.LAYOUTS))
+    size: int = option(320, "side of a training crop in pixels; evaluation sees whole images", least=32)
+
+
+@dataclass(frozen=True)
+class Detecting(Matching, dense.Cropping):
     """How boundaries are learnt."""
 
     layout: str = option("bsds500", "how the folder is laid out", choices=tuple(layouts.LAYOUTS))
-    model: str = option("dla34up", "a network of list_models(); one that classifies gets a ladder and a head")
     size: int = option(320, "side of a training crop in pixels", least=32)
     epochs: int = option(200, "passes over the training images", least=1)
-    batch: int = option(16, "crops in a step", least=1)
-    lr: float = option(0.01, "learning rate", above=0)
     evaluate_every: int = option(100, "epochs between evaluations; the last is always evaluated", least=1)
     # One-pixel lines do not survive scaling and turning.
     random_scale: float = option(1.0, "images are scaled by a factor between this and its inverse", least=1)
@@ -56,8 +58,6 @@ class Detecting(dense.Cropping):
         "who is learnt from: one drawn each time; or what half of them mark, and what fewer mark is ignored",
         choices=_ANNOTATORS,
     )
-    thresholds: int = option(edge_metrics.THRESHOLDS, "thresholds at which boundaries are matched", least=1)
-    max_distance: float = option(0.0075, "share of the diagonal that matched pixels may lie apart", above=0)
 
 
 class Boundary(Task):
@@ -65,7 +65,7 @@ class Boundary(Task):
 
     name, headline, dense = "boundary", "ODS", True
     training, evaluation = Detecting, Judging
-    layouts = tuple(layouts.LAYOUTS)
+    classes, plot = ("inside", "boundary"), "precision-recall curve"
 
     def check(self, options: Any) -> None:
         super().check(options)
@@ -76,7 +76,7 @@ class Boundary(Task):
         pairs = [(image, found) for image, found in layout.pairs(split) if found is not None]
         if not pairs:
             raise DataError(f"{options.data}: the split {split} has no annotations; predict needs none")
-        return Data(pairs, CLASSES, layout)
+        return Data(pairs, list(self.classes), layout)
 
     def training_sample(self, data: Data, options: Any) -> Callable[[int], tuple[Tensor, Any]]:
         augment = dense.augmentation(options)
@@ -114,7 +114,7 @@ class Boundary(Task):
             for _, _, found, p in dense.whole_images(session, paths, annotations, "evaluating"):
                 probability = p[1].cpu().numpy()
                 counts.append(pool.submit(_count, probability, found, options.thresholds, options.max_distance))
-            mine = [future.result() for future in session.bar(counts, len(counts), "matching")]
+            mine = [future.result() for future in session.processes.through(counts, len(counts), "matching")]
         finally:
             pool.shutdown(cancel_futures=True)
         everyone = session.processes.gather(mine)

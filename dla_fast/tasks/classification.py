@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,26 @@ from dla_fast.tasks.weights import Facts
 
 
 @dataclass(frozen=True)
-class Judging(options.Running, options.Data):
+class Crops:
+    """What an evaluation sees of an image."""
+
+    crops: int = option(1, "crops that are averaged: 1, the middle, or 10, with corners and mirrored twins", least=1)
+    resize: float = option(0.875, "share of the shorter side that a crop takes in evaluation", above=0)
+
+
+@dataclass(frozen=True)
+class Judging(Crops, options.Running, options.Data):
     """How classifiers are judged."""
 
     layout: str = option("folder", "how the folder is laid out", choices=tuple(layouts.LAYOUTS))
     batch: int = option(256, "images at once", least=1)
-    crops: int = option(1, "crops that are averaged: the middle; or with the corners and their mirrored twins", least=1)
-    resize: float = option(0.875, "share of the shorter side that a crop takes", above=0)
 
 
 @dataclass(frozen=True)
-class Classifying(options.Training):
+class Classifying(Crops, options.Training):
     """How classifiers are trained; the defaults are the paper's for ImageNet."""
 
     layout: str = option("folder", "how the folder is laid out", choices=tuple(layouts.LAYOUTS))
-    crops: int = option(1, "crops of evaluation, 1 or 10", least=1)
-    resize: float = option(0.875, "share of the shorter side that a crop takes in evaluation", above=0)
     smoothing: float = option(0.0, "label smoothing", least=0)
     hflip: float = option(0.5, "probability of a mirrored image", least=0)
     crop_scale: float = option(0.08, "smallest share of an image's area that a training crop takes", above=0)
@@ -76,7 +80,6 @@ class Classification(Task):
     name, headline, dense = "classification", "top-1", False
     training: type[options.Training] = Classifying
     evaluation: type = Judging
-    layouts = tuple(layouts.LAYOUTS)
 
     def check(self, options: Any) -> None:
         super().check(options)
@@ -146,7 +149,9 @@ class Classification(Task):
         found = {name: float(metric.compute()) for name, metric in top.items()}
         return Evaluation(found, dict(zip(data.classes, each.compute().tolist(), strict=True)), images)
 
-    def _scores(self, session: Session, paths: Sequence[Path], labels: Sequence[int]) -> Any:
+    def _scores(
+        self, session: Session, paths: Sequence[Path], labels: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Probabilities (n, classes) averaged over crops, and what was given with each image; of this process's."""
         import_timm()
         from torchvision import transforms
@@ -171,13 +176,12 @@ class Classification(Task):
             pin=session.processes.device.type == "cuda",
             stack=True,
         )
-        for loaded in session.bar(loader, len(batches), "evaluating"):
+        for loaded in session.processes.through(loader, len(batches), "evaluating"):
             session.failures.see(loaded.failures)
             if loaded.items is None:
                 continue
             crops, targets = loaded.items
-            with session.autocast():
-                logits = session.model(session.images(crops.flatten(0, 1)))
+            logits = session(crops.flatten(0, 1))
             scores = logits.float().softmax(1).view(*crops.shape[:2], -1).mean(1)
             yield scores, targets
 
@@ -185,8 +189,8 @@ class Classification(Task):
         classes = facts.classes
         shown: list[tuple[Path, list[tuple[str, float]]]] = []
         for scores, places in self._scores(session, paths, range(len(paths))):
-            best = scores.cpu().topk(min(5, len(classes)))
-            for place, values, found in zip(places.tolist(), *best, strict=True):
+            top = scores.cpu().topk(min(5, len(classes)))
+            for place, values, found in zip(places.tolist(), *top, strict=True):
                 names = [classes[i] for i in found.tolist()]
                 shown.append((paths[place], list(zip(names, values.tolist(), strict=True))))
         table = io.StringIO()

@@ -26,22 +26,28 @@ STRIDE = 32
 
 
 @dataclass(frozen=True)
-class Whole(options.Running, options.Data):
-    """How a network sees whole images."""
+class Seeing:
+    """How an evaluation sees whole images."""
 
-    batch: int = option(4, "windows at once", least=1)
     scales: tuple[float, ...] = option((1.0,), "sizes of the image whose probabilities are averaged", above=0)
     flip: bool = option(False, "average with the mirrored image")
     window: int = option(0, "side of a window that slides over the image, in pixels; 0 for the whole at once", least=0)
 
 
 @dataclass(frozen=True)
-class Cropping(options.Training):
-    """How a network is trained on parts of images."""
+class Whole(Seeing, options.Running, options.Data):
+    """How networks are evaluated and used."""
 
-    scales: tuple[float, ...] = option((1.0,), "sizes of the image whose probabilities an evaluation averages", above=0)
-    flip: bool = option(False, "average with the mirrored image in evaluation")
-    window: int = option(0, "side of a sliding window in evaluation, in pixels; 0 for the whole image", least=0)
+    batch: int = option(4, "windows at once", least=1)
+
+
+@dataclass(frozen=True)
+class Cropping(Seeing, options.Training):
+    """How networks are trained on parts of images."""
+
+    model: str = option("dla34up", "a network of list_models(); one that classifies gets a ladder and a head")
+    batch: int = option(16, "crops in a step", least=1)
+    lr: float = option(0.01, "learning rate", above=0)
     schedule: str = option("poly", "of the learning rate", choices=("cosine", "poly", "step", "constant"))
     down_ratio: int = option(DOWN_RATIO, "stride at which the network scores classes: 2, 4, 8 or 16", least=2)
     random_scale: float = option(2.0, "images are scaled by a factor between this and its inverse", least=1)
@@ -185,8 +191,7 @@ def _over_windows(session: Session, image: Tensor) -> Tensor:
 
 
 def _network(session: Session, images: Tensor) -> Tensor:
-    with session.autocast():
-        log_probabilities, _ = session.model(session.images(images))
+    log_probabilities, _ = session(images)
     return log_probabilities.float().exp()
 
 
@@ -213,7 +218,7 @@ def whole_images(
         loading.Samples(len(paths), load), batches, workers=loading.workers_of(session.options.workers), stack=False
     )
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    for loaded in session.bar(loader, len(batches), what):
+    for loaded in session.processes.through(loader, len(batches), what):
         session.failures.see(loaded.failures)
         for index, image, found in loaded.items:
             pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

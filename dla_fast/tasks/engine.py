@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from dla_fast.tasks import checkpoints, loading, weights
 from dla_fast.tasks.errors import DataError, TaskError
 from dla_fast.tasks.logs import Log
 from dla_fast.tasks.processes import Processes
-from dla_fast.tasks.task import Evaluation, Session, Task, autocast
+from dla_fast.tasks.task import Evaluation, Session, Task, autocast, memory_format
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 # What a run may go on with changed: it computes the same.
@@ -115,7 +114,7 @@ class Trainer:
         task.check(options)
         self.data = task.read(options, "train")
         self.judged = task.read(options, "val", self.data.classes)
-        self._failures = loading.Failures(skip=options.broken == "skip", say=self._warn)
+        self._failures = loading.Failures(skip=options.broken == "skip")
         self._batches = loading.Batches(
             len(self.data), options.batch, rank=processes.rank, processes=processes.count, seed=options.seed
         )
@@ -123,17 +122,19 @@ class Trainer:
             whole = f"{options.batch} in each of {processes.count} processes" if processes.count > 1 else options.batch
             raise DataError(f"--batch {whole}: the training split of {options.data} has {len(self.data)} images")
         self._saved = checkpoints.Checkpoints(run / CHECKPOINTS, options.keep)
-        self.step, self.epoch, self.best = 0, 0, -math.inf
-        # Of the epoch's losses, for their mean.
-        self._total, self._count = 0.0, 0
+        self.step, self.best = 0, -math.inf
+        # Of the epoch's losses.
+        self._total = 0.0
         self._build()
         if resume:
             self._restore()
         elif self._saved.paths():
             raise TaskError(f"--out {run}: there is a run already; --resume {run} goes on with it")
 
-    def _warn(self, line: str) -> None:
-        print(line, file=sys.stderr)
+    @property
+    def epoch(self) -> int:
+        """Passes over the training images that are done."""
+        return self.step // len(self._batches)
 
     def _build(self) -> None:
         import_timm()
@@ -156,8 +157,7 @@ class Trainer:
             if device.type == "cpu":
                 raise TaskError("--sync-bn: DistributedDataParallel takes SyncBatchNorm on GPUs alone")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.model: nn.Module = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.model: nn.Module = model.to(device).to(memory_format=memory_format(options))  # type: ignore[call-overload]
         self.ema = ModelEmaV3(self.model, decay=options.ema, use_warmup=True) if options.ema else None
         try:
             self._optimizer = create_optimizer_v2(
@@ -211,10 +211,8 @@ class Trainer:
                 self.step,
                 {
                     "step": self.step,
-                    "epoch": self.epoch,
                     "best": self.best,
                     "total": self._total,
-                    "count": self._count,
                     "model": self.model.state_dict(),
                     "ema": None if self.ema is None else self.ema.module.state_dict(),
                     "optimizer": self._optimizer.state_dict(),
@@ -225,7 +223,7 @@ class Trainer:
             )
 
     def _restore(self) -> None:
-        state = self._saved.newest(self._warn if self.processes.is_first else lambda line: None)
+        state = self._saved.newest(loading.warn if self.processes.is_first else lambda line: None)
         if state is None:
             self.say("no checkpoint yet: from the beginning")
             return
@@ -236,9 +234,8 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
-        self._total, self._count = state["total"], state["count"]
-        self.say(f"going on from step {self.step}, epoch {self.step // len(self._batches) + 1}")
+        self.step, self.best, self._total = state["step"], state["best"], state["total"]
+        self.say(f"going on from step {self.step}, epoch {self.epoch + 1}")
 
     def run(self) -> Evaluation | None:
         """Train to the end.
@@ -271,24 +268,24 @@ class Trainer:
         evaluation = None
         try:
             with _Interrupts() as interrupts:
-                for epoch in range(self.step // steps, self.options.epochs):
-                    self._batches.epoch, self._batches.first = epoch, self.step - epoch * steps
+                while self.epoch < self.options.epochs:
+                    self._batches.epoch, self._batches.first = self.epoch, self.step % steps
                     started = time.monotonic()
                     if not self._batches.first:
-                        self._total, self._count = 0.0, 0
-                    self._epoch(loader, epoch, interrupts)
-                    evaluation = self._end_epoch(epoch, started)
+                        self._total = 0.0
+                    self._epoch(loader, self.epoch + 1, interrupts)
+                    evaluation = self._end_epoch(started)
         finally:
             if self._log is not None:
                 self._log.close()
         return evaluation
 
-    def _epoch(self, loader: Iterable[loading.Loaded], epoch: int, interrupts: _Interrupts) -> None:
+    def _epoch(self, loader: Iterable[loading.Loaded], number: int, interrupts: _Interrupts) -> None:
         """The steps of an epoch that are left."""
         self._called.train()
         waiting: list[tuple[int, Tensor, float]] = []
         steps = len(self._batches)
-        bar = self.processes.bar(steps, f"epoch {epoch + 1}/{self.options.epochs}", self._batches.first)
+        bar = self.processes.bar(steps, f"epoch {number}/{self.options.epochs}", self._batches.first)
 
         def flush() -> None:
             for step, value, lr in waiting:
@@ -298,9 +295,9 @@ class Trainer:
                         f"the loss is {loss} at step {step}; a smaller --lr, or --clip-grad, may help; "
                         f"{self.run_folder} has the checkpoint before it"
                     )
-                self._total, self._count = self._total + loss, self._count + 1
+                self._total += loss
                 if self._log is not None:
-                    self._log.step(step, epoch + 1, loss, lr)
+                    self._log.step(step, number, loss, lr)
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             waiting.clear()
 
@@ -326,12 +323,11 @@ class Trainer:
         device, options = self.processes.device, self.options
         # What the network draws.
         torch.manual_seed(loading.seeded(options.seed, self.step, self.processes.rank))
-        layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        images = items[0].to(device, non_blocking=True).contiguous(memory_format=layout)
+        images = items[0].to(device, non_blocking=True).contiguous(memory_format=memory_format(options))
         target = items[1].to(device, non_blocking=True)
         self._schedule.step_update(self.step)
         lr = float(self._optimizer.param_groups[0]["lr"])
-        with autocast(options.amp, device)():
+        with autocast(options, device):
             output = self._called(images)
             loss = self._loss(output, target)
         self._scaler.scale(loss).backward()
@@ -350,19 +346,11 @@ class Trainer:
         """Judge the network as it is, or its moving average where there is one."""
         model = (self.model if self.ema is None else self.ema.module).eval()
         self.processes.share_buffers(model)
-        session = Session(
-            model,
-            self.processes,
-            self.options,
-            autocast(self.options.amp, self.processes.device),
-            self._failures,
-            self.processes.through,
-        )
         with torch.inference_mode():
-            return self.task.evaluate(session, self.judged)
+            return self.task.evaluate(Session(model, self.processes, self.options, self._failures), self.judged)
 
-    def _end_epoch(self, epoch: int, started: float) -> Evaluation | None:
-        self.epoch, loss = epoch + 1, self._total / self._count
+    def _end_epoch(self, started: float) -> Evaluation | None:
+        loss = self._total / len(self._batches)
         last = self.epoch == self.options.epochs
         found = self.evaluate() if last or self.epoch % self.options.evaluate_every == 0 else None
         metrics = {} if found is None else found.metrics

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -150,15 +151,20 @@ def loader(samples: Samples, batches: Batches, *, workers: int, pin: bool = Fals
     )
 
 
+def warn(line: str) -> None:
+    """Say something of a run that is no result."""
+    print(line, file=sys.stderr)
+
+
 class Failures:
     """What could not be read: an error, or named once each.
 
     Args:
         skip: they are skipped.
-        say: where a line goes.
+        say: where a line goes; standard error.
     """
 
-    def __init__(self, *, skip: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, *, skip: bool, say: Callable[[str], None] = warn) -> None:
         self._skip, self._say, self._known = skip, say, set[str]()
 
     def see(self, failures: list[str]) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dla_fast.tasks.errors import TaskError
+
 
 @dataclass(frozen=True)
 class Option:
@@ -70,11 +72,17 @@ def of(kind: type) -> list[Option]:
 
 
 def make(kind: type, *sources: Mapping[str, Any]) -> Any:
-    """The options from what was given; of several sources the first that has a value wins."""
+    """The options from what was given; of several sources the first that has a value wins.
+
+    Raises:
+        TaskError: a value that is none of the choices.
+    """
     values = {}
     for each in of(kind):
         given = (source[each.name] for source in sources if source.get(each.name) is not None)
         value = next(given, each.default)
+        if each.choices is not None and value not in each.choices:
+            raise TaskError(f"--{each.name.replace('_', '-')} {value}: expected one of {', '.join(each.choices)}")
         values[each.name] = tuple(value) if each.many and value is not None else value
     return kind(**values)
 

@@ -88,8 +88,11 @@ def device_of(name: str | None) -> torch.device:
         raise TaskError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise TaskError(f"--device {name}: expected cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TaskError(f"--device {name}: there is no such device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TaskError("no CUDA device was found")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise TaskError(f"--device {name}: there is no such device, the last is {device.type}:{count - 1}")
     return device
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import dla_fast
 from dla_fast.tasks import engine, loading, options, processes, weights
 from dla_fast.tasks.errors import DataError, TaskError
 from dla_fast.tasks.layouts import files as layout_files
-from dla_fast.tasks.task import Evaluation, Session, Task, autocast
+from dla_fast.tasks.task import Evaluation, Session, Task, memory_format
 
 
 def train(
@@ -56,32 +55,26 @@ def train(
 
 @contextmanager
 def _session(
-    task: Task, given: Mapping[str, Any], source: Path, model: str | None, classes: Sequence[str] | None
+    task: Task, given: Mapping[str, Any], source: Path, model: str | None, classes: Callable[[Any], Sequence[str]]
 ) -> Iterator[tuple[Session, weights.Facts]]:
-    """A trained network and what it runs with."""
+    """A trained network and what it runs with; ``classes`` gives them from the options, where the file does not."""
     path = weights.find(source)
     facts = weights.facts_of(path)
-    if facts is None:
-        if model is None:
-            raise TaskError(f"--weights {source}: it does not say which network it is of; --model NAME does")
-        facts = weights.Facts(task.name, model, list(classes or ()), {})
-    elif facts.task != task.name:
+    if facts is None and model is None:
+        raise TaskError(f"--weights {source}: it does not say which network it is of; --model NAME does")
+    if facts is not None and facts.task != task.name:
         raise TaskError(f"--weights {source}: it is a network of {facts.task}, not of {task.name}")
     # The size of a batch is training's; what else both have holds for both.
-    saved = {name: value for name, value in facts.options.items() if name != "batch"}
+    saved = {name: value for name, value in (facts.options if facts else {}).items() if name != "batch"}
     chosen = options.make(task.evaluation, given, saved)
+    if facts is None:
+        facts = weights.Facts(task.name, str(model), list(task.classes or classes(chosen)), {})
     with processes.join(chosen.device) as joined, dla_fast.use_backend(chosen.backend):
-        if not facts.classes:
-            task.check(chosen)
-            found = task.read(chosen, given.get("split", "val")).classes
-            facts = weights.Facts(task.name, facts.model, found, {})
         network = weights.load(path, facts, dense=task.dense, device=joined.device)
-        layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
-        network = network.to(memory_format=layout)  # type: ignore[call-overload]
-        failures = loading.Failures(skip=chosen.broken == "skip", say=lambda line: print(line, file=sys.stderr))
-        context = autocast(chosen.amp, joined.device)
+        network = network.to(memory_format=memory_format(chosen))  # type: ignore[call-overload]
+        failures = loading.Failures(skip=chosen.broken == "skip")
         with torch.inference_mode():
-            yield Session(network, joined, chosen, context, failures, joined.through), facts
+            yield Session(network, joined, chosen, failures), facts
 
 
 def evaluate(
@@ -102,7 +95,12 @@ def evaluate(
     Raises:
         TaskError: an option, the data or the weights are not what they should be.
     """
-    with _session(task, {**given, "split": split}, source, model, None) as (session, facts):
+
+    def classes(chosen: Any) -> list[str]:
+        task.check(chosen)
+        return task.read(chosen, split).classes
+
+    with _session(task, given, source, model, classes) as (session, facts):
         task.check(session.options)
         data = task.read(session.options, split, facts.classes)
         return task.evaluate(session, data), session.processes.is_first
@@ -153,5 +151,11 @@ def predict(
         TaskError: an option, an image or the weights are not what they should be.
     """
     found = images(paths)
-    with _session(task, given, source, model, classes) as (session, facts):
+
+    def named(chosen: Any) -> Sequence[str]:
+        if not classes:
+            raise TaskError("--classes has to be given: the weights do not say the names of the network's outputs")
+        return classes
+
+    with _session(task, given, source, model, named) as (session, facts):
         return task.predict(session, found, facts, out)

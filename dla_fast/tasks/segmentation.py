@@ -36,11 +36,8 @@ class Segmenting(dense.Cropping):
     """How segmenters are trained; the defaults are the authors' for Cityscapes."""
 
     layout: str = option("cityscapes", "how the folder is laid out", choices=tuple(layouts.LAYOUTS))
-    model: str = option("dla34up", "a network of list_models(); one that classifies gets a ladder and a head")
     size: int = option(832, "side of a training crop in pixels", least=32)
     epochs: int = option(500, "passes over the training images", least=1)
-    batch: int = option(16, "crops in a step", least=1)
-    lr: float = option(0.01, "learning rate", above=0)
     evaluate_every: int = option(10, "epochs between evaluations; the last is always evaluated", least=1)
     class_weights: str = option(
         "none", "of the loss: median frequency over a class's, counted in the training labels", choices=_WEIGHTS
@@ -52,7 +49,6 @@ class Segmentation(Task):
 
     name, headline, dense = "segmentation", "mIoU", True
     training, evaluation = Segmenting, Judging
-    layouts = tuple(layouts.LAYOUTS)
 
     def check(self, options: Any) -> None:
         super().check(options)

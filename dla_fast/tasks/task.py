@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,16 @@ class Evaluation:
     plot: bytes | None = None
 
 
-def autocast(kind: str, device: torch.device) -> Callable[[], Any]:
-    """What gives the context that a network runs in, from the option ``amp``."""
-    if kind == "none":
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=getattr(torch, kind))
+def autocast(options: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a network runs in."""
+    if options.amp == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, options.amp))
+
+
+def memory_format(options: Any) -> torch.memory_format:
+    """Of a network and its images."""
+    return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -72,22 +77,23 @@ class Session:
         model: in evaluation mode, on its device.
         processes: those that share the work.
         options: of the task's evaluation.
-        autocast: gives the context that the network runs in.
         failures: what could not be read.
-        bar: wraps what takes long in a progress bar.
     """
 
     model: nn.Module
     processes: Processes
     options: Any
-    autocast: Callable[[], Any]
     failures: Failures
-    bar: Callable[[Iterable[Any], int, str], Iterator[Any]]
+
+    def __call__(self, images: Tensor) -> Any:
+        """What the network says of a batch."""
+        with autocast(self.options, self.processes.device):
+            return self.model(self.images(images))
 
     def images(self, images: Tensor) -> Tensor:
         """A batch where the network is, in its memory format."""
-        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
-        return images.to(self.processes.device, non_blocking=True).contiguous(memory_format=layout)
+        device = self.processes.device
+        return images.to(device, non_blocking=True).contiguous(memory_format=memory_format(self.options))
 
 
 class Task(abc.ABC):
@@ -99,7 +105,8 @@ class Task(abc.ABC):
         dense: its networks predict at every pixel.
         training: the class of its options of training.
         evaluation: the class of its options of evaluation and prediction.
-        layouts: how its data may be laid out.
+        classes: the names of its networks' outputs, where no data set says them.
+        plot: what the picture of an evaluation shows, where there is one.
     """
 
     name: str
@@ -107,7 +114,8 @@ class Task(abc.ABC):
     dense: bool
     training: type[Training]
     evaluation: type
-    layouts: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    plot: str | None = None
 
     def check(self, options: Any) -> None:
         """Look at the options of training or evaluation together, before anything long.
@@ -117,8 +125,6 @@ class Task(abc.ABC):
         """
         if not options.data:
             raise TaskError("--data has to be given: the folder of the data set")
-        if options.layout not in self.layouts:
-            raise TaskError(f"--layout {options.layout}: expected {', '.join(self.layouts)}")
 
     @abc.abstractmethod
     def read(self, options: Any, split: str, classes: list[str] | None = None) -> Data:
